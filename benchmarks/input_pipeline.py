@@ -1,0 +1,86 @@
+"""Tokens a second of the training stream without a model, beside a bare NumPy memory map.
+
+    python -m benchmarks.input_pipeline
+
+The memory map draws random windows and splits them into inputs and targets, as minimal loaders do; the stream also
+reads checked chunks, shuffles without repeats, and makes positions, segments and weights. Both make the same number
+of tokens in turns, so that other load falls on both; medians.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+from gptjax import tokenizer as tokenizers
+from gptjax.data import store as stores
+from gptjax.data import stream
+from gptjax.tokenizer import TokenizerConfig
+
+TOKENS = 50_000_000
+TOKENS_A_TURN = 4_000_000
+TURNS = 7
+SHAPES = (32, 256), (64, 1024), (16, 4096)
+
+
+def write_corpus(folder: str) -> stores.Store:
+    """A store of random documents of about a thousand tokens, and the same tokens in a file beside it."""
+    folder = stores.epath.Path(folder)
+    rng = np.random.default_rng(0)
+    tokenizer = tokenizers.train(TokenizerConfig(kind="byte"), [], folder / "store" / "tokenizer")
+    splits = {}
+    with open(folder / "tokens.bin", "wb") as raw:
+        for name in stores.SPLITS:
+            writer = stores.SplitWriter(folder / "store" / name, np.uint16)
+            while writer.tokens < (TOKENS if name == "train" else 1000):
+                tokens = rng.integers(0, 256, rng.integers(1, 2000)).astype(np.uint16)
+                tokens[0] = tokenizer.end_of_text
+                writer.append(str(writer.documents), 0, tokens, len(tokens) - 1)
+                if name == "train":
+                    raw.write(tokens.tobytes())
+            splits[name] = writer.close()
+    manifest = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "splits": splits}
+    stores.write_manifest(folder / "store", manifest)
+    return stores.Store.open(folder / "store")
+
+
+def memory_map(tokens: np.ndarray, batch_size: int, seq_len: int, steps: range):
+    rng = np.random.default_rng(steps.start)
+    for _ in steps:
+        starts = rng.integers(0, len(tokens) - seq_len, batch_size)
+        inputs = np.stack([tokens[start : start + seq_len] for start in starts]).astype(np.int32)
+        targets = np.stack([tokens[start + 1 : start + 1 + seq_len] for start in starts]).astype(np.int32)
+        yield inputs, targets
+
+
+def speed(batches, steps: range, batch_size: int, seq_len: int) -> float:
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    return len(steps) * batch_size * seq_len / (time.perf_counter() - began)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_corpus(folder)
+        tokens = np.memmap(os.path.join(folder, "tokens.bin"), np.uint16, "r")
+        print("batch × length: million tokens a second, memory map, stream; stream / memory map")
+        for batch_size, seq_len in SHAPES:
+            dataset = stream.train_batches(
+                store, seq_len=seq_len, batch_size=batch_size, seed=0, rows=np.arange(batch_size)
+            )
+            size = max(TOKENS_A_TURN // (batch_size * seq_len), 1)
+            speeds = {"memory map": [], "stream": []}
+            for turn in range(TURNS):
+                steps = range(turn * size, (turn + 1) * size)
+                shape = steps, batch_size, seq_len
+                speeds["memory map"].append(speed(memory_map(tokens, batch_size, seq_len, steps), *shape))
+                speeds["stream"].append(speed(stream.iterate(dataset, steps.start, steps.stop), *shape))
+            bare, ours = (statistics.median(values) / 1e6 for values in speeds.values())
+            print(f"{batch_size} × {seq_len}: {bare:.1f}, {ours:.1f}; {ours / bare:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

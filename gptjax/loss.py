@@ -1,0 +1,122 @@
+"""Next-token cross entropy that never holds the logits of a whole batch."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.errors import Refused
+from gptjax.sharding import BATCH_AXES, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the loss is computed."""
+
+    z_loss: float = 0.0  # weight of log²(partition function) (PaLM, Chowdhery et al. 2022, section 5); 1e-4 is usual
+    num_chunks: int = 1  # pieces of the sequence; the logits of one piece are in memory at a time
+
+
+class Sums(NamedTuple):
+    """Weighted sums over tokens, float32 scalars; only the objective has a gradient."""
+
+    objective: jax.Array  # nll + z_loss · z
+    nll: jax.Array  # negative log likelihood, nats
+    z: jax.Array  # log² of the partition function
+    correct: jax.Array  # targets that were the most likely token
+
+
+def next_token_sums(x_BTD, w_VD, targets_BT, weights_BT, *, vocab_size: int, softcap: float, config: LossConfig) -> Sums:
+    """Sums of the cross entropy of softmax(x · wᵀ) over all tokens.
+
+    The objective's gradient is worked out along with its value, chunk by chunk, so the backward pass neither holds
+    logits nor computes them again.
+
+    Args:
+      x_BTD: hidden states, compute dtype. w_VD: unembedding, whole over `fsdp`; rows past `vocab_size` are padding and
+        take no part. targets_BT: int32. weights_BT: float32, 0 where there is nothing to predict.
+    """
+    if x_BTD.shape[1] % config.num_chunks:
+        raise Refused(f"seq_len={x_BTD.shape[1]} is not divisible by loss.num_chunks={config.num_chunks}: "
+                      "choose a divisor.")
+    rows = spec("act_batch", "act_seq")
+
+    def local(x_BTD, w_VD, targets_BT, weights_BT):
+        # The gradient of the table is summed on each device over all chunks, and over devices once, at the end.
+        w_VD = jax.lax.pcast(w_VD, BATCH_AXES, to="varying")
+        objective, sums = chunked(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config)
+        return jax.lax.psum((objective, sums), BATCH_AXES)
+
+    objective, sums = jax.shard_map(
+        local,
+        in_specs=(spec("act_batch", "act_seq", "act_embed"), spec("vocab", "act_embed"), rows, rows),
+        out_specs=spec(),
+    )(x_BTD, w_VD, targets_BT, weights_BT)
+    return Sums(objective, *sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def chunked(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config):
+    """(objective, (nll, z, correct)) over this device's rows and its part of the vocabulary, chunk by chunk."""
+    sums, _ = scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config, with_gradient=False)
+    return sums
+
+
+def forward(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config):
+    return scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config, with_gradient=True)
+
+
+def backward(vocab_size, softcap, config, gradients, cotangents):
+    dx_BTD, dw_VD = gradients
+    scale = cotangents[0]
+    return dx_BTD * scale.astype(dx_BTD.dtype), dw_VD * scale.astype(dw_VD.dtype), None, None
+
+
+chunked.defvjp(forward, backward)
+
+
+def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config, *, with_gradient):
+    """Returns ((objective, (nll, z, correct)), gradients of the objective (dx, dw), or () if not asked for)."""
+    chunks = config.num_chunks
+    ids_V = jax.lax.axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
+
+    def one(carry, chunk):
+        nll, z, correct, dw_VD = carry
+        x_BtD, targets_Bt, weights_Bt = chunk
+        raw_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, w_VD, preferred_element_type=jnp.float32)
+        capped_BtV = softcap * jnp.tanh(raw_BtV / softcap) if softcap else raw_BtV
+        logits_BtV = jnp.where(ids_V < vocab_size, capped_BtV, -jnp.inf)
+        is_target_BtV = ids_V == targets_Bt[..., None]
+        peak_Bt = jax.lax.pmax(logits_BtV.max(-1), "tensor")
+        exp_BtV = jnp.exp(logits_BtV - peak_Bt[..., None])
+        total_Bt = jax.lax.psum(exp_BtV.sum(-1), "tensor")
+        target_Bt = jax.lax.psum(jnp.where(is_target_BtV, logits_BtV, 0).sum(-1), "tensor")
+        log_z_Bt = peak_Bt + jnp.log(total_Bt)
+        nll += (weights_Bt * (log_z_Bt - target_Bt)).sum()
+        z += (weights_Bt * jnp.square(log_z_Bt)).sum()
+        correct += (weights_Bt * (target_Bt >= peak_Bt)).sum()
+        if not with_gradient:
+            return (nll, z, correct, dw_VD), ()
+        # d nll / d logits = p - onehot; d log²Z / d logits = 2 log Z · p.
+        scale_Bt = weights_Bt * (1 + 2 * config.z_loss * log_z_Bt) / total_Bt
+        d_BtV = exp_BtV * scale_Bt[..., None] - jnp.where(is_target_BtV, weights_Bt[..., None], 0)
+        if softcap:
+            d_BtV *= 1 - jnp.square(capped_BtV / softcap)
+        d_BtV = d_BtV.astype(x_BtD.dtype)
+        dx_BtD = jax.lax.psum(jnp.einsum("BtV,VD->BtD", d_BtV, w_VD), "tensor")
+        dw_VD += jnp.einsum("BtV,BtD->VD", d_BtV, x_BtD, preferred_element_type=jnp.float32)
+        return (nll, z, correct, dw_VD), dx_BtD
+
+    def split(array):
+        return jnp.moveaxis(array.reshape(array.shape[0], chunks, -1, *array.shape[2:]), 1, 0)
+
+    zero = jax.lax.pcast(jnp.zeros(()), BATCH_AXES, to="varying")
+    dw_VD = jnp.zeros_like(w_VD, jnp.float32) if with_gradient else ()
+    carry, dx = jax.lax.scan(one, (zero, zero, zero, dw_VD), (split(x_BTD), split(targets_BT), split(weights_BT)))
+    nll, z, correct, dw_VD = carry
+    objective = nll + config.z_loss * z
+    if not with_gradient:
+        return (objective, (nll, z, correct)), ()
+    return (objective, (nll, z, correct)), (jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape), dw_VD.astype(w_VD.dtype))

@@ -1,0 +1,328 @@
+"""A decoder-only transformer: GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023) from the same words.
+
+Letters in tensors: B batch, T position, S cached position, D embed_dim, N num_heads, K num_kv_heads, H head_dim,
+F mlp_dim, V padded vocabulary, L num_layers.
+
+All blocks are one `Block` whose weights carry the layers as their leading axis; `jax.lax.scan` runs over it, so the
+program that XLA compiles does not grow with the depth.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.errors import Refused
+from gptjax.models.attention import attention, cached_attention
+from gptjax.sharding import GATHERED, gather, spec
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+}
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "positions": ("learned", "rope"),
+    "activation": tuple(ACTIVATIONS),
+    "remat": tuple(REMAT_POLICIES),
+    "dtype": ("float32", "bfloat16"),
+}
+EMBEDDING_STD = 0.02  # GPT-2 (Radford et al. 2019); Llama keeps it
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model. A size of 0 is worked out: see `resolved`."""
+
+    num_layers: int = 6
+    num_heads: int = 6
+    num_kv_heads: int = 0  # 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    head_dim: int = 0  # 0: embed_dim / num_heads
+    embed_dim: int = 384
+    mlp_dim: int = 0  # 0: 4 · embed_dim, or 8/3 of it (to a multiple of 64) for swiglu, which has a third matrix
+    dropout: float = 0.0  # of the embedding and of what each half-block adds
+    norm: str = "layernorm"
+    positions: str = "learned"
+    rope_theta: float = 10_000.0
+    activation: str = "gelu"
+    biases: bool = True
+    tied_embeddings: bool = True
+    qk_norm: bool = False  # RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023)
+    logits_softcap: float = 0.0  # c · tanh(logits / c) (Gemma 2, 2024); 0 is off
+    remat: str = "none"
+    scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
+    dtype: str = "float32"  # of activations and matrix products; parameters, softmax, norms and loss are float32
+
+    def resolved(self) -> "ModelConfig":
+        """The same with every 0 worked out. Raises: Refused, when the sizes do not fit together."""
+        for key, words in CHOICES.items():
+            if getattr(self, key) not in words:
+                raise Refused(f'model.{key}="{getattr(self, key)}" is unknown: choose one of {", ".join(words)}.')
+        for key in ("num_layers", "num_heads", "embed_dim", "scan_unroll"):
+            if getattr(self, key) < 1:
+                raise Refused(f"model.{key}={getattr(self, key)} must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise Refused(f"model.dropout={self.dropout} must be at least 0 and below 1.")
+        if not self.head_dim and self.embed_dim % self.num_heads:
+            raise Refused(f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}: "
+                          "change one of them, or give model.head_dim.")
+        swiglu_dim = -(-self.embed_dim * 8 // 3 // 64) * 64
+        config = dataclasses.replace(
+            self,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.embed_dim // self.num_heads,
+            mlp_dim=self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim),
+        )
+        if config.num_heads % config.num_kv_heads:
+            raise Refused(f"model.num_heads={config.num_heads} is not divisible by model.num_kv_heads="
+                          f"{config.num_kv_heads}: every key/value head serves the same number of query heads.")
+        if config.positions == "rope" and config.head_dim % 2:
+            raise Refused(f"model.head_dim={config.head_dim} is odd, but rope turns pairs: make it even.")
+        return config
+
+
+# The config key to blame when a weight's dimension does not divide over the mesh.
+AXIS_KEYS = {
+    "embed": "model.embed_dim",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "mlp": "model.mlp_dim",
+    "vocab": "padded vocabulary",
+}
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The vocabulary as stored: the next multiple of 128, the lanes of a TPU's matrix unit."""
+    return -(-vocab_size // 128) * 128
+
+
+# One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero.
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str, std: float) -> nnx.Param:
+    names = tuple(axes.split())
+    draw = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec(*names))
+    return nnx.Param(draw, axes=names, decay=True)
+
+
+def gain(shape: tuple[int, ...], axes: str) -> nnx.Param:
+    names = tuple(axes.split())
+    return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec(*names)), axes=names, decay=False)
+
+
+def bias(shape: tuple[int, ...], axes: str) -> nnx.Param:
+    names = tuple(axes.split())
+    return nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=spec(*names)), axes=names, decay=False)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+
+    def __init__(self, c: ModelConfig, shape: tuple[int, ...], axes: str, kind: str):
+        self.kind = kind
+        self.gain = gain(shape, axes)
+        self.bias = bias(shape, axes) if kind == "layernorm" and c.biases else None
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * self.gain[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, Xiong et al. 2020)."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        L, D, N, K, H, F = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+        w = functools.partial(weight, rngs)
+        residual = (2 * L) ** -0.5  # 2L terms add up in the residual stream (GPT-2, 2019, section 2.3)
+        self.config = c
+        self.norm_attention = Norm(c, (L, D), "layers norm", c.norm)
+        self.query = w((L, D, N, H), "layers embed heads head_dim", D**-0.5)
+        self.key = w((L, D, K, H), "layers embed kv_heads head_dim", D**-0.5)
+        self.value = w((L, D, K, H), "layers embed kv_heads head_dim", D**-0.5)
+        self.output = w((L, N, H, D), "layers heads head_dim embed", residual * (N * H) ** -0.5)
+        self.query_norm = Norm(c, (L, H), "layers norm", "rmsnorm") if c.qk_norm else None
+        self.key_norm = Norm(c, (L, H), "layers norm", "rmsnorm") if c.qk_norm else None
+        self.norm_mlp = Norm(c, (L, D), "layers norm", c.norm)
+        self.gate = w((L, D, F), "layers embed mlp", D**-0.5) if c.activation == "swiglu" else None
+        self.up = w((L, D, F), "layers embed mlp", D**-0.5)
+        self.down = w((L, F, D), "layers mlp embed", residual * F**-0.5)
+        self.query_bias = bias((L, N, H), "layers heads head_dim") if c.biases else None
+        self.key_bias = bias((L, K, H), "layers kv_heads head_dim") if c.biases else None
+        self.value_bias = bias((L, K, H), "layers kv_heads head_dim") if c.biases else None
+        self.output_bias = bias((L, D), "layers norm") if c.biases else None
+        self.up_bias = bias((L, F), "layers mlp") if c.biases else None
+        self.down_bias = bias((L, D), "layers norm") if c.biases else None
+
+    def project(self, equation: str, x, weight: nnx.Param, bias: nnx.Param | None, out_sharding=None):
+        """A matrix product in the compute dtype, and its bias."""
+        y = jnp.einsum(equation, x, gather(weight, x.dtype), out_sharding=out_sharding)
+        return y if bias is None else y + bias[...].astype(y.dtype)
+
+    def __call__(self, x_BTD, rotation, key, attend):
+        """One block.
+
+        Args:
+          rotation: of `rope`, or None. key: of the dropout, or None. attend: (q, k, v) → attention's output, all
+            [B, T, heads, H].
+        """
+        c = self.config
+        whole = spec("act_batch", "act_seq", "act_embed")
+        h_BTD = self.norm_attention(x_BTD)
+        q_BTNH = self.project("BTD,DNH->BTNH", h_BTD, self.query, self.query_bias)
+        k_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.key, self.key_bias)
+        v_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.value, self.value_bias)
+        if c.qk_norm:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        a_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+        a_BTD = self.project("BTNH,NHD->BTD", a_BTNH, self.output, self.output_bias, whole)
+        x_BTD = x_BTD + dropout(a_BTD, c.dropout, key, 0)
+
+        h_BTD = self.norm_mlp(x_BTD)
+        u_BTF = self.project("BTD,DF->BTF", h_BTD, self.up, self.up_bias)
+        if c.activation == "swiglu":
+            u_BTF = ACTIVATIONS["swiglu"](self.project("BTD,DF->BTF", h_BTD, self.gate, None)) * u_BTF
+        else:
+            u_BTF = ACTIVATIONS[c.activation](u_BTF)
+        m_BTD = self.project("BTF,FD->BTD", u_BTF, self.down, self.down_bias, whole)
+        return x_BTD + dropout(m_BTD, c.dropout, key, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the positions decoded so far, [L, B, S, K, H]; `length` of the S slots are filled.
+
+    A shorter prompt is padded on its left: the row's own tokens begin at slot `start_B`.
+    """
+
+    keys_LBSKH: jax.Array
+    values_LBSKH: jax.Array
+    start_B: jax.Array
+    length: jax.Array
+
+
+class Transformer(nnx.Module):
+    """Token ids in, the last hidden states out; `unembedding` is what turns them into logits (see loss.py)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int, rngs: nnx.Rngs):
+        c = self.config = config
+        V, D = padded_vocab(vocab_size), c.embed_dim
+        self.embedding = weight(rngs, (V, D), "vocab embed", EMBEDDING_STD)
+        learned = c.positions == "learned"
+        self.positions = weight(rngs, (seq_len, D), "positions embed", EMBEDDING_STD / 2) if learned else None
+        self.blocks = Block(c, rngs)
+        self.norm = Norm(c, (D,), "norm", c.norm)
+        self.head = None if c.tied_embeddings else weight(rngs, (V, D), "vocab embed", EMBEDDING_STD)
+
+    def unembedding(self) -> jax.Array:
+        """[V, D], in the compute dtype, gathered for use."""
+        return gather(self.embedding if self.head is None else self.head, self.config.dtype)
+
+    def embed(self, tokens_BT, positions_BT):
+        # Gathering rows of a table that is cut over `fsdp` would replicate it in the compiler's own way, with a
+        # warning; gather() does it once, in the compute dtype.
+        whole = spec("act_batch", "act_seq", "act_embed")
+        x_BTD = gather(self.embedding, self.config.dtype).at[tokens_BT].get(out_sharding=whole)
+        if self.positions is None:
+            return x_BTD
+        return x_BTD + gather(self.positions, self.config.dtype).at[positions_BT].get(out_sharding=whole)
+
+    def __call__(self, tokens_BT, positions_BT, segments_BT, dropout_key):
+        """Hidden states after the last norm, [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT, positions_BT (within the document), segments_BT (document number): int32.
+          dropout_key: a key, or None for no dropout.
+        """
+        c = self.config
+        key = dropout_key if c.dropout else None
+        rotation = rope(positions_BT, c) if c.positions == "rope" else None
+        x_BTD = dropout(self.embed(tokens_BT, positions_BT), c.dropout, key, c.num_layers)
+
+        def layer(x_BTD, block_and_index):
+            block, index = block_and_index
+            attend = functools.partial(attention, segments_BT=segments_BT)
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return block(x_BTD, rotation, layer_key, attend), None
+
+        # Within a scan nothing can be merged with its recomputation, so the barrier against that is not needed.
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        layers = (self.blocks, jnp.arange(c.num_layers))
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, layers, unroll=c.scan_unroll)
+        return self.norm(x_BTD)
+
+    def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
+        """A cache for as many rows as `start_B` has and `slots` positions."""
+        c = self.config
+        shape = (c.num_layers, start_B.shape[0], slots, c.num_kv_heads, c.head_dim)
+        axes = spec("layers", "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
+        zeros = jnp.zeros(shape, c.dtype, out_sharding=axes)
+        return Cache(zeros, zeros, start_B, jnp.zeros((), jnp.int32))
+
+    def decode(self, tokens_BT, cache: Cache):
+        """The same for T more tokens after those in the cache. Returns: hidden states [B, T, D], the cache with them."""
+        c = self.config
+        T, S = tokens_BT.shape[1], cache.keys_LBSKH.shape[2]
+        slots_T = cache.length + jnp.arange(T)
+        positions_BT = jnp.maximum(slots_T - cache.start_B[:, None], 0)
+        rotation = rope(positions_BT, c) if c.positions == "rope" else None
+        slots_S = jnp.arange(S)
+        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= cache.start_B[:, None, None])
+
+        def layer(carry, block_and_index):
+            x_BTD, keys, values = carry
+            block, index = block_and_index
+
+            def attend(q_BTNH, k_BTKH, v_BTKH):
+                nonlocal keys, values
+                keys = jax.lax.dynamic_update_slice(keys, k_BTKH[None], (index, 0, cache.length, 0, 0))
+                values = jax.lax.dynamic_update_slice(values, v_BTKH[None], (index, 0, cache.length, 0, 0))
+                return cached_attention(q_BTNH, keys[index], values[index], mask_BTS)
+
+            return (block(x_BTD, rotation, None, attend), keys, values), None
+
+        carry = (self.embed(tokens_BT, positions_BT), cache.keys_LBSKH, cache.values_LBSKH)
+        (x_BTD, keys, values), _ = jax.lax.scan(layer, carry, (self.blocks, jnp.arange(c.num_layers)))
+        return self.norm(x_BTD), dataclasses.replace(cache, keys_LBSKH=keys, values_LBSKH=values, length=cache.length + T)
+
+
+def rope(positions_BT, c: ModelConfig):
+    """Rotary embedding (Su et al. 2021, section 3.4.2): cosines and sines, float32 [B, T, 1, H / 2]."""
+    frequencies = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH, rotation):
+    """Turns the pairs (i, i + H / 2), Llama's order as published with its weights."""
+    cos, sin = rotation
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x_BTNH.dtype)
+
+
+def dropout(x, rate: float, key, site: int):
+    """Zeroes a `rate` of x and scales the rest up (Srivastava et al. 2014); `site` tells places with one key apart.
+
+    The mask is drawn for the global array, so it is the same on any mesh.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(
+        jax.random.fold_in(key, site), 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding.spec
+    )
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,136 @@
+"""Optax optimizers, learning-rate schedules, and the masks that tell weights from gains and biases."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+from gptjax.errors import Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: str = "adamw"
+    peak_learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # share of num_steps over which `wsd` goes down at the end
+    final_fraction: float = 0.1  # of the peak, where cosine, linear and wsd end
+    weight_decay: float = 0.1
+    beta1: float = 0.9  # muon: its momentum, and Adam's where Adam serves
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the global gradient; 0 is off
+    ema_decay: float = 0.0  # of an average of the weights that evaluation and generation use; 0 is off
+
+
+def check(config: OptimizerConfig, num_steps: int) -> None:
+    """Raises: Refused, for an unknown name or a number out of range."""
+    for key, words in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if getattr(config, key) not in words:
+            raise Refused(f'optimizer.{key}="{getattr(config, key)}" is unknown: choose one of {", ".join(words)}.')
+    for key in ("decay_fraction", "final_fraction"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise Refused(f"optimizer.{key}={getattr(config, key)} must lie between 0 and 1.")
+    for key in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(config, key) < 1:
+            raise Refused(f"optimizer.{key}={getattr(config, key)} must be at least 0 and below 1.")
+    for key in ("peak_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
+        if getattr(config, key) < 0:
+            raise Refused(f"optimizer.{key}={getattr(config, key)} must not be negative.")
+    if config.warmup_steps > num_steps:
+        raise Refused(f"optimizer.warmup_steps={config.warmup_steps} is more than num_steps={num_steps}: lower it.")
+
+
+def wsd(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    """Warmup, stable, decay (Hu et al. 2024, MiniCPM, section 4): flat, then a straight line down."""
+    down = max(1, round(config.decay_fraction * (steps + config.warmup_steps)))
+    return optax.linear_schedule(peak, final, down, transition_begin=max(0, steps - down))
+
+
+def inverse_sqrt(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    """peak · √(warmup / step) (Vaswani et al. 2017, section 5.3)."""
+    warmup = max(1, config.warmup_steps)
+    return lambda step: peak * (warmup / (step + warmup)) ** 0.5
+
+
+# What follows the warmup: (peak, final, steps after the warmup, config) → schedule of the steps since then.
+SCHEDULES = {
+    "constant": lambda peak, final, steps, config: optax.constant_schedule(peak),
+    "cosine": lambda peak, final, steps, config: optax.cosine_decay_schedule(peak, steps, final / peak),
+    "linear": lambda peak, final, steps, config: optax.linear_schedule(peak, final, steps),
+    "wsd": wsd,
+    "inverse_sqrt": inverse_sqrt,
+}
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Completed updates → the next update's rate: a straight line up to the peak, then the schedule's shape."""
+    peak = config.peak_learning_rate or 1e-30  # a rate of 0 is asked for to freeze a model; cosine divides by it
+    warmup = config.warmup_steps
+    after = SCHEDULES[config.schedule](peak, peak * config.final_fraction, max(1, num_steps - warmup), config)
+    joined = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
+    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last one the final rate
+
+
+def is_param(leaf) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def decays(model) -> object:
+    """True for the weights that decay pulls to zero: not norms, not biases."""
+    return jax.tree.map(lambda param: param.decay, model, is_leaf=is_param)
+
+
+def muon_dimensions(model) -> object:
+    """Which axes of each block's matrices are its input and output; None where Adam serves.
+
+    `embed` is one side of every matrix in a block, its other axes but `layers` the other side. Embeddings, gains and
+    biases are Adam's (Jordan et al. 2024).
+    """
+
+    def dimensions(param):
+        if param.axes[0] != "layers" or not param.decay:
+            return None
+        embed = param.axes.index("embed")
+        others = tuple(axis for axis in range(1, param.ndim) if axis != embed)
+        inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    return jax.tree.map(dimensions, model, is_leaf=is_param)
+
+
+OPTIMIZERS = {
+    "adamw": lambda rate, c: optax.adamw(
+        rate, b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay, mask=decays
+    ),
+    "lion": lambda rate, c: optax.lion(rate, b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=decays),
+    # Adafactor's decay is not multiplied by the rate inside optax; here it is, as for the others.
+    "adafactor": lambda rate, c: optax.chain(
+        optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1 or None),
+        optax.add_decayed_weights(-c.weight_decay, decays),
+        optax.scale_by_schedule(rate),
+    ),
+    # The update's root mean square is made that of AdamW (Liu et al. 2025, section 2.2), so that one learning rate and
+    # one decay serve both halves.
+    "muon": lambda rate, c: optax.contrib.muon(
+        rate,
+        beta=c.beta1,
+        adam_b1=c.beta1,
+        adam_b2=c.beta2,
+        weight_decay=c.weight_decay,
+        weight_decay_mask=decays,
+        adam_weight_decay=c.weight_decay,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
+    ),
+}
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm (Pascanu et al. 2013), then the named optimizer."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, OPTIMIZERS[config.name](learning_rate(config, num_steps), config))

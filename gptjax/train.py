@@ -1,0 +1,177 @@
+"""The train step and the loop."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax import nnx
+
+from gptjax import generate, metrics, sharding, terminal, workdir
+from gptjax.checkpoint import Checkpoints, placed
+from gptjax.config import Config
+from gptjax.data import stream
+from gptjax.evaluate import evaluate
+from gptjax.loss import next_token_sums
+from gptjax.models.size import flops_per_token, num_parameters
+from gptjax.models.transformer import Transformer
+from gptjax.optimizer import learning_rate, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes; it lives on the mesh, sharded as its logical axes say."""
+
+    step: jax.Array  # completed updates
+    model: Transformer
+    opt_state: optax.OptState
+    ema: Transformer | tuple  # a moving average of the model, or () where it is off
+
+
+def init_state(config: Config, vocab_size: int) -> TrainState:
+    """A new state. Jitted under a mesh it is born sharded, with the same numbers on any mesh."""
+    model = Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(config.seed))
+    opt_state = make_optimizer(config.optimizer, config.num_steps).init(model)
+    ema = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else ()
+    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, ema)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
+def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_size: int):
+    """One update. Returns the next state and its metrics: loss (nats a token), grad_norm, learning_rate.
+
+    Args:
+      batch: arrays of [grad_accum_steps, rows, seq_len].
+    """
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    tokens = batch.weights.sum()
+
+    def objective(model, micro, index):
+        x_BTD = model(micro.inputs, micro.positions, micro.segments, jax.random.fold_in(dropout_key, index))
+        sums = next_token_sums(x_BTD, model.unembedding(), micro.targets, micro.weights, vocab_size=vocab_size,
+                               softcap=config.model.logits_softcap, config=config.loss)
+        # Over the tokens of the whole update, so that micro-batches add up to it whatever their padding.
+        return sums.objective / tokens, sums.nll / tokens
+
+    def accumulate(carry, micro_and_index):
+        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(state.model, *micro_and_index)
+        return jax.tree.map(jnp.add, carry, (nll, gradient)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+    steps = config.grad_accum_steps
+    # A scan of one step is unrolled, and XLA drops the addition to zero.
+    (loss, gradient), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(steps)), unroll=steps == 1)
+
+    updates, opt_state = optimize(gradient, state, config)
+    model = optax.apply_updates(state.model, updates)
+    step_metrics = {
+        "loss": loss,
+        "learning_rate": learning_rate(config.optimizer, config.num_steps)(state.step),
+        "grad_norm": optax.global_norm(gradient),
+    }
+    return TrainState(state.step + 1, model, opt_state, moved_average(state, model, config)), step_metrics
+
+
+def optimize(gradient, state: TrainState, config: Config):
+    """Optax's update. Its code knows no shardings, so XLA chooses them inside; what comes out is placed as before."""
+    update = make_optimizer(config.optimizer, config.num_steps).update
+    places = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, (state.model, state.opt_state))
+    return jax.sharding.auto_axes(update, out_sharding=places)(gradient, state.opt_state, state.model)
+
+
+def moved_average(state: TrainState, model: Transformer, config: Config):
+    """The average of the weights after this update; early on it forgets faster, so that the start does not linger."""
+    decay = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
+    return () if state.ema == () else optax.incremental_update(model, state.ema, 1 - decay)
+
+
+def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
+    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
+    shape = config.grad_accum_steps, config.batch_size // config.grad_accum_steps, config.seq_len
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
+    return train_step.lower(state, batch, config=config, vocab_size=vocab_size).compile()
+
+
+def train(config: Config, folder: epath.Path) -> None:
+    """Runs a config in a workdir: from its last checkpoint, or from the beginning where there is none.
+
+    Raises: Refused, before anything is computed, for a config, workdir, corpus or mesh that can't be used.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    workdir.check(config, folder, mesh)
+    store = workdir.prepare(config, folder)
+    vocab_size = store.tokenizer.vocab_size
+    run = {"config": dataclasses.asdict(config), "tokenizer_hash": store.tokenizer.hash}
+    measure = functools.partial(evaluate, store=store, mesh=mesh, seq_len=config.seq_len,
+                                batch_size=config.micro_batch_size,
+                                max_batches=config.eval_batches, loss=config.loss)
+
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+        start = (checkpoints.steps() or [0])[-1]
+        if start >= config.num_steps and (folder / "samples.txt").exists():
+            print(f"The run in {folder} is complete at step {start} of num_steps={config.num_steps}. To go on, raise "
+                  f"it: --config.num_steps={2 * start}", flush=True)
+            return
+        init = functools.partial(init_state, config, vocab_size)
+        if start:
+            workdir.check_same_run(config, checkpoints.run(start)["config"], folder / "checkpoints")
+            state = checkpoints.restore(start, placed(jax.eval_shape(init), mesh))
+            print(f"going on from the checkpoint of step {start}", flush=True)
+        else:
+            state = jax.jit(init)()
+        parameters = num_parameters(config.model, vocab_size, config.seq_len)
+        print(f"{parameters / 1e6:.2f}M parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh "
+              f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}", flush=True)
+        began = time.perf_counter()
+        step_fn = compile_step(config, vocab_size, state, mesh)
+        print(f"compiled the train step in {time.perf_counter() - began:.1f} s", flush=True)
+
+        batches = train_batches(config, store, mesh, start)
+        with terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar:
+            log = metrics.Log(folder, bar, start, config.log_every, config.batch_size * config.seq_len,
+                              flops_per_token(config.model, vocab_size, config.seq_len),
+                              metrics.peak_flops(mesh.devices.ravel(), config.model.dtype))
+            for step in range(start, config.num_steps):
+                state, step_metrics = step_fn(state, next(batches))
+                log.push(step + 1, step_metrics)
+                last = step + 1 == config.num_steps
+                if last or (step + 1) % config.checkpoint_every == 0:
+                    with log.paused():
+                        checkpoints.save(step + 1, state, run)  # first, so that no evaluation can cost a save
+                if last or (step + 1) % config.eval_every == 0:
+                    with log.paused():
+                        log.evaluation(step + 1, measure(weights(state)))
+            log.close()
+        checkpoints.wait()
+        report(config, folder, store, weights(state), measure(weights(state)))
+
+
+def train_batches(config: Config, store, mesh: jax.sharding.Mesh, start: int):
+    """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh."""
+    rows = sharding.local_rows(mesh, config.batch_size, config.grad_accum_steps)
+    batches = stream.train_batches(store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
+                                   rows=rows)
+    for batch in stream.iterate(batches, start, config.num_steps):
+        yield sharding.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
+
+
+def weights(state: TrainState) -> Transformer:
+    """What is evaluated and sampled from: the moving average where it is on."""
+    return state.model if state.ema == () else state.ema
+
+
+def report(config: Config, folder: epath.Path, store, model: Transformer, evaluation) -> None:
+    """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
+    compressed = store.manifest["compressed_heldout_bytes"]
+    gzip, xz = (8 * store.manifest[name] / compressed for name in ("gzip_bytes", "xz_bytes"))
+    print(f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f}")
+    texts = generate.samples(model, store.tokenizer, config.seq_len, config.num_samples, config.seed)
+    if jax.process_index() == 0:
+        (folder / "samples.txt").write_text("\n\n".join(texts) + "\n")
+    for text in texts:
+        print(f"{'—' * 30} sample\n{text}", flush=True)

@@ -1,0 +1,119 @@
+"""A workdir: what belongs to one run, and what must hold before a run goes on in it."""
+
+import json
+import os
+from typing import NamedTuple
+
+import jax
+from etils import epath
+from flax import nnx
+
+from gptjax import config as configs
+from gptjax import sharding, tokenizer
+from gptjax.checkpoint import Checkpoints, placed
+from gptjax.config import Config
+from gptjax.data import prepare as preparation
+from gptjax.data.store import Store
+from gptjax.errors import Refused, nearest
+from gptjax.models.transformer import AXIS_KEYS, Transformer
+from gptjax.sharding import MeshConfig
+
+
+def abstract_model(config: Config, vocab_size: int) -> Transformer:
+    """Shapes, dtypes and shardings of a model's weights."""
+    return jax.eval_shape(lambda: Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(0)))
+
+
+def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
+    """What can be refused before anything is written. Raises: Refused."""
+    configs.check_batch(config, mesh)
+    with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.local_devices()[:1])):
+        shapes = abstract_model(config, config.tokenizer.vocab_size)
+    sharding.check_divides(shapes, mesh, AXIS_KEYS)
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"--workdir={folder} is a file: give a folder.")
+    inside = folder if folder.exists() else next(parent for parent in folder.parents if parent.exists())
+    if "://" not in str(folder) and not os.access(inside, os.W_OK | os.X_OK):
+        raise Refused(f"--workdir={folder} can't be written to ({inside} is read-only for this user): give another.")
+    if (folder / "config.json").exists():
+        check_same_run(config, read_config(folder), folder)
+    elif (folder / "checkpoints").exists():
+        raise Refused(f"{folder} has checkpoints but no config.json, so nothing says what run they are of: put it back, "
+                      "or give an empty --workdir.")
+
+
+def read_config(folder: epath.Path) -> dict:
+    """The resolved config that the run in a workdir was started with. Raises: Refused."""
+    path = folder / "config.json"
+    if not path.exists():
+        known = folder.parent.glob("*") if folder.parent.exists() else ()
+        raise Refused(f"{path} does not exist: {folder} is not the workdir of a run."
+                      f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is damaged ({error}): put back the file that the run wrote.") from error
+
+
+def check_same_run(config: Config, saved: dict, where: epath.Path) -> None:
+    """Raises: Refused, naming the keys by which `config` and the `saved` one are different runs."""
+    differing = configs.differences(saved, config)
+    if differing:
+        raise Refused(f"{where} belongs to a run of another config: {', '.join(differing)}. Use the old values, or "
+                      "another --workdir.")
+
+
+def store_folder(config: Config, folder: epath.Path) -> epath.Path:
+    """Where the token store of a run in `folder` is."""
+    return epath.Path(config.data.store) if config.data.store else folder / "store"
+
+
+def prepare(config: Config, folder: epath.Path) -> Store:
+    """Claims the workdir for a config and returns its token store, made if need be.
+
+    Raises: Refused, for a corpus that can't be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = preparation.prepare(config.data, config.tokenizer, store_folder(config, folder))
+    copied = folder / "tokenizer"
+    if not copied.exists():
+        copied.mkdir()
+        for file in (store.folder / "tokenizer").iterdir():
+            (copied / file.name).write_bytes(file.read_bytes())
+    beside = folder / "config.json.partial"
+    beside.write_text(configs.to_json(config))
+    beside.replace(folder / "config.json")
+    return store
+
+
+class Run(NamedTuple):
+    """A trained model, ready for use on this machine's devices."""
+
+    config: Config
+    step: int
+    mesh: jax.sharding.Mesh
+    model: Transformer
+    tokenizer: tokenizer.Tokenizer
+
+
+def load(folder: epath.Path, step: int) -> Run:
+    """The model of a checkpoint: of a step, or of the newest for -1. Raises: Refused."""
+    read_config(folder)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.choose(step)
+        saved = checkpoints.run(step)
+        config = configs.parse(saved["config"])
+        its_tokenizer = tokenizer.load(folder / "tokenizer")
+        if its_tokenizer.hash != saved["tokenizer_hash"]:
+            raise Refused(f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
+                          f"{saved['tokenizer_hash'][:12]}: put that tokenizer back.")
+        try:
+            mesh = sharding.make_mesh(config.mesh)
+        except Refused:  # trained on other devices: this machine's, fully sharded, hold the same model
+            mesh = sharding.make_mesh(MeshConfig())
+        part = "ema" if config.optimizer.ema_decay else "model"
+        with jax.set_mesh(mesh):
+            shapes = abstract_model(config, its_tokenizer.vocab_size)
+            sharding.check_divides(shapes, mesh, AXIS_KEYS)
+            model = checkpoints.restore(step, placed({part: shapes}, mesh))[part]
+    return Run(config, step, mesh, model, its_tokenizer)
