@@ -64,7 +64,8 @@ class Checkpoints:
                 max_to_keep=self._config.keep, keep_period=self._config.keep_every or None, step_prefix="step",
                 step_format_fixed_length=8,
             )  # fmt: skip
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -86,7 +87,7 @@ class Checkpoints:
         """Copies the state off the devices and writes it in the background."""
         versions = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(named_leaves(state)),
+            state=ocp.args.PyTreeSave(named_leaves(state)),
             run=ocp.args.JsonSave(run | {"step": step, "versions": versions}),
         )
         self._open().save(step, args=items)

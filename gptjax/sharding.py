@@ -72,9 +72,9 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return tuple(sizes.values())
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh over all devices, in the order of the hardware's links."""
-    return jax.make_mesh(mesh_shape(config, jax.device_count()), AXES)
+def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh over these devices, in the order of the hardware's links. Raises: Refused."""
+    return jax.make_mesh(mesh_shape(config, len(devices)), AXES, devices=devices)
 
 
 def spec(*names: str) -> PartitionSpec:

@@ -214,7 +214,7 @@ def _surface(piece: str) -> str:
 
 
 # What normalization, a dummy prefix, trimmed spaces, special pieces or a missing byte would change.
-PROBE = " a  b \t\r\n\n \0 12 caf\u00e9 e\u0301 \ufb01 \uff21 \u2028\ufeff \U0001f600 </s><unk><0x41>" + SPACE_SIGN + " "
+PROBE = f" a  b \t\r\n\n \0 12 \u00e9 e\u0301 \ufb01 \uff21 \u2028\ufeff \U0001f600 </s><unk><0x41>{SPACE_SIGN} "
 
 
 def _lossless(model: bytes, hash: str, path: str) -> SentencePieceTokenizer:
@@ -224,7 +224,7 @@ def _lossless(model: bytes, hash: str, path: str) -> SentencePieceTokenizer:
     except (RuntimeError, ValueError, OSError) as error:
         raise Refused(f"{path} is not a SentencePiece model: give a .model file that SentencePiece wrote.") from error
     if tokenizer.end_of_text < 0:
-        raise Refused(f"{path} has no </s> piece (eos_id is -1), which gptjax needs to open documents: train it with one.")
+        raise Refused(f"{path} has no </s> piece (eos_id is -1), and every document opens with one: train it again.")
     ids = tokenizer.encode(PROBE)
     bytes_in, bytes_out = len(PROBE.encode()), int(tokenizer.token_bytes[ids].sum())
     if tokenizer.decode(ids) != PROBE or bytes_in != bytes_out:

@@ -102,7 +102,7 @@ def train(config: Config, folder: epath.Path) -> None:
 
     Raises: Refused, before anything is computed, for a config, workdir, corpus or mesh that can't be used.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
     workdir.check(config, folder, mesh)
     store = workdir.prepare(config, folder)
     vocab_size = store.tokenizer.vocab_size

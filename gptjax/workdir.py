@@ -27,7 +27,7 @@ def abstract_model(config: Config, vocab_size: int) -> Transformer:
 def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written. Raises: Refused."""
     configs.check_batch(config, mesh)
-    with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.local_devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
         shapes = abstract_model(config, config.tokenizer.vocab_size)
     sharding.check_divides(shapes, mesh, AXIS_KEYS)
     if folder.exists() and not folder.is_dir():
@@ -108,9 +108,9 @@ def load(folder: epath.Path, step: int) -> Run:
             raise Refused(f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
                           f"{saved['tokenizer_hash'][:12]}: put that tokenizer back.")
         try:
-            mesh = sharding.make_mesh(config.mesh)
+            mesh = sharding.make_mesh(config.mesh, jax.devices())
         except Refused:  # trained on other devices: this machine's, fully sharded, hold the same model
-            mesh = sharding.make_mesh(MeshConfig())
+            mesh = sharding.make_mesh(MeshConfig(), jax.devices())
         part = "ema" if config.optimizer.ema_decay else "model"
         with jax.set_mesh(mesh):
             shapes = abstract_model(config, its_tokenizer.vocab_size)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -139,8 +138,9 @@ def test_a_folder_of_other_files_is_refused_and_an_empty_one_is_used(tmp_path, d
     prepare(data, BYTE, tmp_path / "mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(Refused, match="other has files but no manifest.json"):
-        prepare(data, BYTE, tmp_path / "other")
+    for name in ("other", "other/thesis.tex"):
+        with pytest.raises(Refused, match=f"{name} exists and has no manifest.json"):
+            prepare(data, BYTE, tmp_path / name)
     assert (tmp_path / "other" / "thesis.tex").exists()
 
 
@@ -157,16 +157,15 @@ def test_files_that_change_while_read_are_refused(tmp_path, data, monkeypatch):
 
 
 def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path, data):
-    program = f"""
-import time
+    program = f"""import time
 from gptjax.data import prepare as module
 from gptjax.tokenizer import TokenizerConfig
 def stop(*arguments):
     print("writing", flush=True)
     time.sleep(60)
 module.stores.write_manifest = stop
-module.prepare({data!r}.__class__(**{dataclasses.asdict(data)!r}), TokenizerConfig(kind="byte"), "{tmp_path}/out/store")
-""".replace(f"{data!r}.__class__", "module.DataConfig")
+module.prepare(module.{data!r}, TokenizerConfig(kind="byte"), "{tmp_path}/out/store")
+"""
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     while process.stdout.readline() != "writing\n":
         assert process.poll() is None

@@ -1,6 +1,5 @@
 import codecs
 import itertools
-import sys
 
 import pytest
 
@@ -28,18 +27,21 @@ def test_stdlib_honours_declared_encodings_and_has_no_empty_documents(tmp_path, 
 
 
 def test_text_gives_small_files_whole_and_sorted(tmp_path):
-    for name in ("b.txt", "a.txt", "c.md"):
+    names = [f"{letter}.txt" for letter in "hcafbdge"]
+    for name in [*names, "c.md"]:
         (tmp_path / name).write_bytes(f"{name}\r\nline é\n".encode())
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "d.txt").write_text("d")
+    (tmp_path / "sub" / "i.txt").write_text("i")
     found = list(documents("text", str(tmp_path / "*.txt")))
-    assert found == [(str(tmp_path / name), 0, f"{name}\r\nline é\n") for name in ("a.txt", "b.txt")]
-    assert len(list(documents("text", str(tmp_path / "**" / "*.txt")))) == 3
+    assert found == [(str(tmp_path / name), 0, f"{name}\r\nline é\n") for name in sorted(names)]
+    assert len(list(documents("text", str(tmp_path / "**" / "*.txt")))) == 9
 
 
 @pytest.mark.parametrize("size", [64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1, 200_000])
 @pytest.mark.parametrize(
-    "unit", ["line é of text\n", "\U0001f600", "é", "x", "short\n" + "中" * 50_000], ids=["lines", "4", "2", "1", "long"]
+    "unit",
+    ["line é of text.\n", "\U0001f600", "é", "x", "short\n" + "中" * 50_000],
+    ids=["lines", "4 bytes", "2 bytes", "1 byte", "long lines"],
 )
 def test_a_large_file_is_cut_and_nothing_is_lost(tmp_path, unit, size):
     content = unit * (size // len(unit.encode()) + 1)

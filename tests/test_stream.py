@@ -17,7 +17,7 @@ def store(tmp_path_factory):
     letters = np.random.default_rng(0).choice(list("abcdefgh"), (40, 50))
     for index, text in enumerate(letters):
         (folder / f"{index:02}.txt").write_text("".join(text[: 3 * index % 47 + 1]))
-    data = DataConfig(source="text", path=str(folder / "*.txt"), heldout_fraction=0.2)
+    data = DataConfig(source="text", path=str(folder / "*.txt"), heldout_fraction=0.4)
     return prepare(data, TokenizerConfig(kind="byte"), folder / "store")
 
 
@@ -165,8 +165,9 @@ def test_heldout_is_all_windows_in_order(store, batch_size):
 
 
 def test_heldout_rows_split_as_the_batch_does(store):
-    whole = stream.heldout_batches(store, seq_len=T, batch_size=8, rows=np.arange(8))
-    parts = [stream.heldout_batches(store, seq_len=T, batch_size=8, rows=rows) for rows in np.split(np.arange(8), 4)]
+    whole = stream.heldout_batches(store, seq_len=T, batch_size=4, rows=np.arange(4))
+    parts = [stream.heldout_batches(store, seq_len=T, batch_size=4, rows=rows) for rows in np.split(np.arange(4), 2)]
+    assert len(whole) > 1
     for index in range(len(whole)):
         assert_equal(whole[index], concatenated([part[index] for part in parts]))
 
@@ -174,5 +175,5 @@ def test_heldout_rows_split_as_the_batch_does(store):
 def test_a_corpus_shorter_than_a_window_is_refused(store, tokens):
     size = len(tokens)
     train(store, seq_len=size - 1)[0]
-    with pytest.raises(Refused, match=rf"has {size} tokens to train on, and a window of seq_len={size} takes {size + 1}"):
+    with pytest.raises(Refused, match=f"has {size} tokens to train on, .* seq_len={size} takes {size + 1}"):
         train(store, seq_len=size)

@@ -46,6 +46,9 @@ def test_a_terminal_gets_a_bar_with_the_same_words(monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
+    with terminal.progress("training", total=10, start=3):
+        pass
+    assert "3/10" in screen.getvalue()
     with terminal.progress("training", total=10, start=3) as bar:
         bar.update(4, "loss 2.5")
         bar.print("a [line] above")

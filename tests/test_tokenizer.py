@@ -60,7 +60,8 @@ def test_special_ids_have_no_bytes_and_no_text(trained):
     assert trained.token_bytes.shape == (trained.vocab_size,)
     assert trained.token_bytes[trained.end_of_text] == 0
     a, b = trained.encode("a"), trained.encode("b")
-    assert trained.decode([trained.end_of_text, *a, trained.end_of_text, *b]) == "ab"
+    for special in np.flatnonzero(trained.token_bytes == 0):
+        assert trained.decode([special, *a, special, *b]) == "ab"
 
 
 def test_bytes_that_are_not_utf8_decode_to_replacements(trained):
@@ -76,6 +77,10 @@ def test_sentencepiece_has_the_size_asked_for_and_pieces_of_spaces(tmp_path):
     trained = tokenizer.train(TokenizerConfig(vocab_size=340), TEXTS, tmp_path)
     assert trained.vocab_size == 340
     assert len(trained.encode("    ")) == 1
+
+
+def test_digits_are_pieces_of_their_own(tmp_path):
+    trained = tokenizer.train(TokenizerConfig(vocab_size=300), ["in 2025, from 2025 to 2025\n" * 500, *TEXTS], tmp_path)
     assert len(trained.encode("2025")) >= 4
 
 
@@ -94,9 +99,10 @@ def test_byte_has_257_ids_whatever_is_asked_for(tmp_path):
 
 
 def test_long_lines_are_trained_on_and_not_dropped(tmp_path):
-    texts = ["zyzzyva quux " * 2000, "\0".join("ab")]
-    trained = tokenizer.train(TokenizerConfig(vocab_size=285), texts, tmp_path)
-    assert len(trained.encode("zyzzyva")) < 7
+    # Each word fills more than the longest sentence; a corpus of one line, no part of which may be left out.
+    texts = ["zyzzyva " * 1000 + "quuxity " * 1000 + "brown " * 1000]
+    trained = tokenizer.train(TokenizerConfig(vocab_size=300), texts, tmp_path)
+    assert [len(trained.encode(word)) for word in ("zyzzyva", "quuxity", "brown")] == [1, 1, 1]
 
 
 def test_an_existing_model_is_used(tmp_path):
@@ -134,6 +140,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     [
         ({}, "changes text"),  # NFKC, a dummy prefix, trimmed spaces
         ({"byte_fallback": False}, "changes text"),
+        ({"normalization_rule_tsv": "a_to_b.tsv"}, "changes text"),  # and keeps its length
         ({"add_dummy_prefix": True}, "changes text"),
         ({"eos_id": -1}, "no </s> piece"),
     ],
@@ -142,6 +149,9 @@ def test_a_model_that_changes_text_is_refused(tmp_path, options, message):
     lossless = dict(
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True
     )
+    if "normalization_rule_tsv" in options:
+        (tmp_path / "a_to_b.tsv").write_text("61\t62\n")
+        options = {"normalization_rule_name": "user_defined", "normalization_rule_tsv": str(tmp_path / "a_to_b.tsv")}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),

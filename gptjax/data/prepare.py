@@ -53,8 +53,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: epath.PathLike
     settings = _settings(data, tokenizer)
     if stores.is_whole(folder):
         return _reuse(folder, settings)
-    if folder.exists() and any(folder.iterdir()):
-        raise Refused(f"{folder} has files but no manifest.json, so it is no token store: give another in data.store.")
+    if folder.is_file() or folder.exists() and any(folder.iterdir()):
+        raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
     if not 0 < data.heldout_fraction < 1:
         raise Refused(

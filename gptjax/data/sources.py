@@ -39,7 +39,7 @@ def documents(source: str, path: str) -> Iterator[Document]:
 
 def _stdlib(path: str) -> Iterator[Document]:
     if path:
-        raise Refused(f'data.path is "{path}", but data.source=stdlib takes no path: use data.source=text to read files.')
+        raise Refused(f'data.path is "{path}", but data.source=stdlib takes no path: set data.source=text.')
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (file.relative_to(root) for file in root.rglob("*.py"))
     for file in sorted(file for file in files if NOT_LIBRARY.isdisjoint(file.parts)):

@@ -110,6 +110,5 @@ def _batch(store: Store, name: str, windows: np.ndarray, seq_len: int) -> Batch:
     opens[:, 0] = True
     segments = np.where(real, np.cumsum(opens, axis=1, dtype=np.int32), 0)
     positions = np.where(real, index - np.maximum.accumulate(np.where(opens, index, 0), axis=1), 0)
-    return Batch(
-        np.where(real, inputs, 0), np.where(real, targets, 0), positions, segments.astype(np.int32), real.astype(np.float32)
-    )
+    inputs, targets = np.where(real, inputs, 0), np.where(real, targets, 0)
+    return Batch(inputs, targets, positions, segments, real.astype(np.float32))

@@ -1,0 +1,123 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import train
+from gptjax.optimizer import OPTIMIZERS, OptimizerConfig
+from training import GPT2, LLAMA, mesh_of, run, tiny
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def single_device(store):
+    return {model: run(tiny(model), store, mesh_of(1, 1, 1), 20)[1] for model in (GPT2, LLAMA)}
+
+
+def test_golden_losses(single_device):
+    """A change that is meant to leave the numbers alone leaves these alone."""
+    np.testing.assert_allclose(single_device[GPT2][:3], GOLDEN["gpt2"], rtol=2e-6)
+    np.testing.assert_allclose(single_device[LLAMA][:3], GOLDEN["llama"], rtol=2e-6)
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+def test_same_losses_on_every_mesh(single_device, store, model, shape):
+    _, losses = run(tiny(model), store, mesh_of(*shape), 20)
+    np.testing.assert_allclose(losses, single_device[model], rtol=1e-5)
+
+
+def test_same_losses_with_heads_over_eight_devices(store):
+    model = dataclasses.replace(LLAMA, num_kv_heads=8)
+    _, one = run(tiny(model), store, mesh_of(1, 1, 1), 20)
+    _, eight = run(tiny(model), store, mesh_of(1, 1, 8), 20)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_accumulation_gives_the_same_update(store):
+    model = dataclasses.replace(GPT2, dropout=0.0)
+    _, whole = run(tiny(model), store, mesh_of(1, 1, 1), 20)
+    _, parts = run(tiny(model, grad_accum_steps=4), store, mesh_of(1, 1, 1), 20)
+    _, sharded_parts = run(tiny(model, grad_accum_steps=4), store, mesh_of(1, 2, 1), 20)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    np.testing.assert_allclose(sharded_parts, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialization_changes_no_loss(single_device, store, remat):
+    _, losses = run(tiny(dataclasses.replace(GPT2, remat=remat)), store, mesh_of(1, 1, 1), 5)
+    np.testing.assert_allclose(losses, single_device[GPT2][:5], rtol=1e-5)
+
+
+def test_full_rematerialization_holds_less(store):
+    """The compiler's own count of temporary bytes; without remat a layer keeps its activations."""
+
+    def temporaries(remat):
+        model = dataclasses.replace(GPT2, num_layers=8, remat=remat)
+        config, mesh = tiny(model), mesh_of(1, 1, 1)
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(lambda: train.init_state(config, 257))
+            return train.compile_step(config, 257, state, mesh).memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.6 * temporaries("none")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_learns_on_a_mesh_as_on_one_device(store, name):
+    rate = {"lion": 5e-4, "adafactor": 3e-3, "muon": 1e-2}.get(name, 3e-3)
+    config = tiny(LLAMA, optimizer=OptimizerConfig(name=name, peak_learning_rate=rate, warmup_steps=4))
+    _, one = run(config, store, mesh_of(1, 1, 1), 12)
+    _, eight = run(config, store, mesh_of(2, 2, 2), 12)
+    assert one[-1] < one[0] - 1
+    # Lion's update is a sign, and Muon's orthogonalization is iterated: both enlarge the last bit's differences.
+    np.testing.assert_allclose(eight, one, rtol=1e-5 if name in ("adamw", "adafactor") else 2e-3)
+
+
+def test_overfits_one_batch(store):
+    config, mesh = tiny(LLAMA, num_steps=100, batch_size=2), mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: train.init_state(config, 257))()
+        batch = next(train.train_batches(config, store, mesh, 0))
+        for _ in range(100):
+            state, metrics = train.train_step(state, batch, config=config, vocab_size=257)
+    assert metrics["loss"] < 0.1
+
+
+def test_state_is_born_sharded_and_stays_so(store):
+    mesh = mesh_of(2, 2, 2)
+    config = tiny(GPT2)
+    state, _ = run(config, store, mesh, 1)
+    born = jax.tree.map(lambda leaf: leaf.sharding.spec, placed_like(config, mesh))
+    kept = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+    assert jax.tree.leaves(born) == jax.tree.leaves(kept)
+    query = state.model.blocks.query[...]
+    assert query.addressable_shards[0].data.size == query.size // 4  # fsdp 2 × tensor 2
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
+    assert len(moments) >= 2 and all(leaf.sharding == query.sharding for leaf in moments)
+
+
+def placed_like(config, mesh):
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: train.init_state(config, 257))()
+
+
+def test_average_of_weights_follows(store):
+    config = tiny(GPT2, optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, ema_decay=0.9))
+    state, _ = run(config, store, mesh_of(1, 1, 1), 3)
+    assert train.weights(state) is state.ema
+    # Of decays 1/10, 2/11, 3/12 at the first updates, by hand.
+    expected = None
+    replay = None
+    for step in range(3):
+        replay, _ = run(config, store, mesh_of(1, 1, 1), 1, state=replay, start=step)
+        weights = np.asarray(replay.model.blocks.query[...])
+        if expected is None:
+            expected = np.asarray(placed_like(config, mesh_of(1, 1, 1)).model.blocks.query[...])
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * weights
+    np.testing.assert_allclose(np.asarray(state.ema.blocks.query[...]), expected, rtol=1e-5, atol=1e-7)
+
+
+GOLDEN = {"gpt2": [0, 0, 0], "llama": [0, 0, 0]}
