@@ -71,7 +71,7 @@ def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_
     step_metrics = {
         "loss": loss,
         "learning_rate": learning_rate(config.optimizer, config.num_steps)(state.step),
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
     }
     return TrainState(state.step + 1, model, opt_state, moved_average(state, model, config)), step_metrics
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gptjax import train
+from gptjax.checkpoint import placed
 from gptjax.optimizer import OPTIMIZERS, OptimizerConfig
 from training import GPT2, LLAMA, mesh_of, run, tiny
 
@@ -18,8 +19,8 @@ def single_device(store):
 
 def test_golden_losses(single_device):
     """A change that is meant to leave the numbers alone leaves these alone."""
-    np.testing.assert_allclose(single_device[GPT2][:3], GOLDEN["gpt2"], rtol=2e-6)
-    np.testing.assert_allclose(single_device[LLAMA][:3], GOLDEN["llama"], rtol=2e-6)
+    np.testing.assert_allclose(single_device[GPT2][:3], GOLDEN["gpt2"], rtol=1e-5)
+    np.testing.assert_allclose(single_device[LLAMA][:3], GOLDEN["llama"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -58,7 +59,7 @@ def test_full_rematerialization_holds_less(store):
         model = dataclasses.replace(GPT2, num_layers=8, remat=remat)
         config, mesh = tiny(model), mesh_of(1, 1, 1)
         with jax.set_mesh(mesh):
-            state = jax.eval_shape(lambda: train.init_state(config, 257))
+            state = placed(jax.eval_shape(lambda: train.init_state(config, 257)), mesh)
             return train.compile_step(config, 257, state, mesh).memory_analysis().temp_size_in_bytes
 
     assert temporaries("full") < 0.6 * temporaries("none")
@@ -66,7 +67,7 @@ def test_full_rematerialization_holds_less(store):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_learns_on_a_mesh_as_on_one_device(store, name):
-    rate = {"lion": 5e-4, "adafactor": 3e-3, "muon": 1e-2}.get(name, 3e-3)
+    rate = {"lion": 1e-3, "adafactor": 3e-3, "muon": 1e-2}.get(name, 3e-3)
     config = tiny(LLAMA, optimizer=OptimizerConfig(name=name, peak_learning_rate=rate, warmup_steps=4))
     _, one = run(config, store, mesh_of(1, 1, 1), 12)
     _, eight = run(config, store, mesh_of(2, 2, 2), 12)
@@ -89,7 +90,7 @@ def test_state_is_born_sharded_and_stays_so(store):
     mesh = mesh_of(2, 2, 2)
     config = tiny(GPT2)
     state, _ = run(config, store, mesh, 1)
-    born = jax.tree.map(lambda leaf: leaf.sharding.spec, placed_like(config, mesh))
+    born = jax.tree.map(lambda leaf: leaf.sharding.spec, new_state(config, mesh))
     kept = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
     assert jax.tree.leaves(born) == jax.tree.leaves(kept)
     query = state.model.blocks.query[...]
@@ -98,7 +99,7 @@ def test_state_is_born_sharded_and_stays_so(store):
     assert len(moments) >= 2 and all(leaf.sharding == query.sharding for leaf in moments)
 
 
-def placed_like(config, mesh):
+def new_state(config, mesh):
     with jax.set_mesh(mesh):
         return jax.jit(lambda: train.init_state(config, 257))()
 
@@ -114,10 +115,10 @@ def test_average_of_weights_follows(store):
         replay, _ = run(config, store, mesh_of(1, 1, 1), 1, state=replay, start=step)
         weights = np.asarray(replay.model.blocks.query[...])
         if expected is None:
-            expected = np.asarray(placed_like(config, mesh_of(1, 1, 1)).model.blocks.query[...])
+            expected = np.asarray(new_state(config, mesh_of(1, 1, 1)).model.blocks.query[...])
         decay = (1 + step) / (10 + step)
         expected = decay * expected + (1 - decay) * weights
     np.testing.assert_allclose(np.asarray(state.ema.blocks.query[...]), expected, rtol=1e-5, atol=1e-7)
 
 
-GOLDEN = {"gpt2": [0, 0, 0], "llama": [0, 0, 0]}
+GOLDEN = {"gpt2": [5.569157, 5.374941, 5.184636], "llama": [5.574926, 5.420625, 5.256514]}
