@@ -7,6 +7,7 @@ a function of the step. It holds two items: `state`, one array a leaf, named as 
 
 import dataclasses
 import json
+import logging
 from importlib import metadata
 
 import jax
@@ -16,6 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import __version__
 from gptjax.errors import Refused
+
+# Orbax warns of what is no fault, as of the save that a kill interrupted; its errors are exceptions.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,10 @@ class Checkpoints:
         """
         wanted = named_leaves(state)
         try:
-            saved = self._open().item_metadata(step)["state"].tree
+            described = self._open().item_metadata(step)["state"]
+            if described is None:
+                raise ValueError("state/_METADATA is missing")
+            saved = described.tree
             missing = sorted(wanted.keys() - saved.keys())
             if missing:
                 raise ValueError(f"it has no {missing[0]}")
@@ -129,9 +136,12 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
 
     def _damaged(self, step: int, error: Exception) -> Refused:
-        reason = " ".join(str(error).split())[:300]
-        return Refused(f"The checkpoint of step {step} in {self.folder} can't be read ({type(error).__name__}: {reason})"
-                       f": remove its folder to go on from an earlier one of {self.steps()}.")
+        reason = " ".join(str(error).partition("See full TensorStore details")[0].split())[:200]
+        earlier = [other for other in self.steps() if other < step]
+        remedy = (f"remove {self.folder}/step_{step:08} to go on from step {earlier[-1]}" if earlier else
+                  "there is no earlier one, so begin anew in another --workdir")  # fmt: skip
+        return Refused(f"The checkpoint of step {step} in {self.folder} can't be read ({type(error).__name__}: {reason}): "
+                       f"{remedy}.")
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk. Raises what a save in the background raised."""

@@ -46,6 +46,8 @@ def generate(args: argparse.Namespace) -> None:
     from gptjax import workdir
     from gptjax.generate import Sampling, generate
 
+    if args.num_samples < 1:
+        raise Refused(f"--num_samples={args.num_samples} must be at least 1.")
     run = workdir.load(epath.Path(args.workdir), args.step)
     prompt = run.tokenizer.encode(args.prompt).tolist()
     with jax.set_mesh(run.mesh):
@@ -58,8 +60,15 @@ def generate(args: argparse.Namespace) -> None:
         print(run.tokenizer.decode(prompt + ids))
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="gptjax", description="Pretrain GPT-style language models with JAX.",
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are refusals like any other."""
+
+    def error(self, message: str):
+        raise Refused(f"{message}: see {self.prog} --help.")
+
+
+def parser() -> Parser:
+    top = Parser(prog="gptjax", description="Pretrain GPT-style language models with JAX.",
                                   epilog=__doc__.partition("\n\n")[2], allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"gptjax {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -6,7 +6,9 @@ where it is written. Inside it is a tree of frozen dataclasses (`parse()`).
 
 import ast
 import dataclasses
+import difflib
 import json
+import re
 import runpy
 
 import jax
@@ -79,25 +81,37 @@ def load(path: str, overrides: dict[str, str]) -> Config:
         raise Refused(f"--config={path} does not exist.{nearest(epath.Path(path).name, names)}")
     try:
         module = runpy.run_path(path)
-        config = module["get_config"]()
-    except KeyError as error:
-        raise Refused(f"{path} has no {error}: it must define get_config() that returns gptjax.config.default() with "
-                      "its own values.") from error
-    except AttributeError as error:
-        raise Refused(f"{path}: {_unknown_in_file(error)}") from error
-    except (SyntaxError, TypeError, ImportError, NameError) as error:
-        raise Refused(f"{path} can't be read: {error}.") from error
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:  # whatever a user's file raises is a fault of the file
+        raise Refused(f"{path}: {_fault(error)}") from error
+    if "get_config" not in module:
+        raise Refused(f"{path} has no get_config(): define one that returns gptjax.config.default() with its own values.")
+    if not isinstance(config, ConfigDict):
+        raise Refused(f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
+                      "its own values.")
     for key, text in overrides.items():
         override(config, key, text)
     return parse(config)
 
 
-def _unknown_in_file(error: AttributeError) -> str:
+def _fault(error: Exception) -> str:
+    """What is wrong with a config file, from an exception; ConfigDict's own lists every field of the section."""
+    text = str(error)
+    unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
+    if unknown and isinstance(error, (AttributeError, KeyError)):
+        return f'unknown key "{unknown[1]}".{_nearest_key(unknown[1])}'
+    mistyped = re.search(r"override field '(\w+)' .*\. (.*) is of original type .* type <class '.*?(\w+)'>", text)
+    if mistyped:
+        return f"{mistyped[1]}={mistyped[2]} is not of type {mistyped[3]}."
+    return f"{type(error).__name__}: {' '.join(text.split())}."
+
+
+def _nearest_key(key: str) -> str:
+    """A hint at the key, in whatever section, or the section that `key` is probably meant to be."""
     keys = flatten(default())
-    for word in str(error).replace('"', "'").split("'"):
-        if word.isidentifier() and not any(word in key.split(".") for key in keys):
-            return f'unknown key "{word}".' + nearest(word, {part for key in keys for part in key.split(".")})
-    return str(error)
+    by_name = {key.rpartition(".")[2]: key for key in keys} | {key.partition(".")[0]: key.partition(".")[0] for key in keys}
+    close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
+    return f' Did you mean "{by_name[close[0]]}"?' if close else ""
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -108,14 +122,14 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     keys = flatten(config)
     if key not in keys:
         inside = [k for k in keys if k.startswith(key + ".")]
-        hint = f" It is a section: set {inside[0]}, for example." if inside else nearest(key, keys)
+        hint = f" It is a section: set {inside[0]}, for example." if inside else nearest(key, keys) or _nearest_key(key)
         raise Refused(f"--config.{key} is unknown.{hint}")
     old = keys[key]
     value = text
     if not isinstance(old, str):
         try:
             value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-        except (ValueError, SyntaxError):
+        except (SyntaxError, TypeError, ValueError):
             pass
     if isinstance(old, float) and type(value) is int:
         value = float(value)
@@ -170,6 +184,14 @@ def resolve(config: Config) -> Config:
     for key in ("seed", "eval_batches", "num_samples"):
         if getattr(config, key) < 0:
             raise Refused(f"{key}={getattr(config, key)} must not be negative.")
+    if config.seed >= 1 << 63:
+        raise Refused(f"seed={config.seed} has more than 63 bits: use one below {1 << 63}.")
+    if config.checkpoint.keep < 1:
+        raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run goes on from the newest.")
+    for key in ("checkpoint.keep_every", "loss.z_loss"):
+        value = flatten(dataclasses.asdict(config))[key]
+        if value < 0:
+            raise Refused(f"{key}={value} must not be negative.")
     if config.loss.num_chunks < 1 or config.seq_len % config.loss.num_chunks:
         raise Refused(f"seq_len={config.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose "
                       "a divisor.")
@@ -205,7 +227,7 @@ def differences(old: dict, new: Config) -> list[str]:
     old, new = flatten(old), flatten(dataclasses.asdict(new))
     # One average of the weights is kept or none; how fast it moves is free.
     for flat in (old, new):
-        flat["optimizer.ema_decay"] = "on" if flat["optimizer.ema_decay"] else "off"
+        flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
     return [
         f"{key} ({old.get(key, 'not set')} there, {new.get(key, 'not set')} here)"
         for key in sorted(old.keys() | new.keys())

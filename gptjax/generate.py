@@ -26,7 +26,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raises: Refused."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature:
             raise Refused(f"--temperature={self.temperature} is below 0: 0 takes the most likely token.")
         if self.top_k < 0:
             raise Refused(f"--top_k={self.top_k} is below 0: 0 turns it off.")
@@ -43,6 +43,10 @@ def generate(model: Transformer, prompts: list[list[int]], tokenizer, *, seq_len
     Raises: Refused, when a prompt and what is asked for exceed the context.
     """
     sampling.check()
+    if abs(seed) >= 1 << 63:
+        raise Refused(f"--seed={seed} has more than 63 bits: use one below {1 << 63}.")
+    if not prompts:
+        return []
     longest = 1 + max(len(prompt) for prompt in prompts)
     if max_tokens < 1:
         raise Refused(f"--max_tokens={max_tokens} must be at least 1.")
@@ -88,6 +92,8 @@ def decode(model: Transformer, prompt_BT, start_B, key, *, max_tokens: int, samp
     def draw(x_BTD, index):
         logits_BV = jnp.einsum("BD,VD->BV", x_BTD[:, -1], model.unembedding(), preferred_element_type=jnp.float32)
         logits_BV = reshard(logits_BV, everywhere)[:, :vocab_size]
+        softcap = model.config.logits_softcap
+        logits_BV = softcap * jnp.tanh(logits_BV / softcap) if softcap else logits_BV
         return sample(logits_BV, jax.vmap(lambda k: jax.random.fold_in(k, index))(row_keys), sampling)
 
     def going_on(carry):

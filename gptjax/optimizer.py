@@ -116,16 +116,18 @@ OPTIMIZERS = {
     ),
     # The update's root mean square is made that of AdamW (Liu et al. 2025, section 2.2), so that one learning rate and
     # one decay serve both halves.
-    "muon": lambda rate, c: optax.contrib.muon(
-        rate,
-        beta=c.beta1,
-        adam_b1=c.beta1,
-        adam_b2=c.beta2,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=decays,
-        adam_weight_decay=c.weight_decay,
-        muon_weight_dimension_numbers=muon_dimensions,
-        consistent_rms=0.2,
+    "muon": lambda rate, c: optax.chain(
+        optax.contrib.muon(
+            1.0,
+            beta=c.beta1,
+            adam_b1=c.beta1,
+            adam_b2=c.beta2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+        ),
+        # Inside optax the decay of Adam's half has no mask.
+        optax.add_decayed_weights(-c.weight_decay, decays),
+        optax.scale_by_schedule(rate),
     ),
 }
 

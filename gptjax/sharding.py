@@ -127,14 +127,15 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation: int) -> n
 
 def place(local, rows: np.ndarray, mesh: jax.sharding.Mesh, batch_size: int, accumulation: int):
     """This process's rows, a tree of [len(rows), T] arrays, as global [accumulation, batch/accumulation, T] arrays."""
-    micro = batch_size // accumulation
+    row_of = np.arange(batch_size).reshape(accumulation, batch_size // accumulation)
     sharding = batch_sharding(mesh)
 
     def put(array: np.ndarray) -> jax.Array:
-        def shard(index):
-            wanted = np.arange(batch_size).reshape(accumulation, micro)[index[:2]]
-            return array[np.searchsorted(rows, wanted)]
-
-        return jax.make_array_from_callback((accumulation, micro, array.shape[-1]), sharding, shard)
+        shape = (*row_of.shape, array.shape[-1])
+        shards = [
+            jax.device_put(array[np.searchsorted(rows, row_of[index[:2]])], device)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
     return jax.tree.map(put, local)

@@ -131,13 +131,14 @@ def train(config: Config, folder: epath.Path) -> None:
         step_fn = compile_step(config, vocab_size, state, mesh)
         print(f"compiled the train step in {time.perf_counter() - began:.1f} s", flush=True)
 
-        batches = train_batches(config, store, mesh, start)
+        batches, evaluation = train_batches(config, store, mesh, start), None
         with terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar:
             log = metrics.Log(folder, bar, start, config.log_every, config.batch_size * config.seq_len,
                               flops_per_token(config.model, vocab_size, config.seq_len),
                               metrics.peak_flops(mesh.devices.ravel(), config.model.dtype))
             for step in range(start, config.num_steps):
-                state, step_metrics = step_fn(state, next(batches))
+                with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device at each step
+                    state, step_metrics = step_fn(state, next(batches))
                 log.push(step + 1, step_metrics)
                 last = step + 1 == config.num_steps
                 if last or (step + 1) % config.checkpoint_every == 0:
@@ -145,10 +146,11 @@ def train(config: Config, folder: epath.Path) -> None:
                         checkpoints.save(step + 1, state, run)  # first, so that no evaluation can cost a save
                 if last or (step + 1) % config.eval_every == 0:
                     with log.paused():
-                        log.evaluation(step + 1, measure(weights(state)))
+                        evaluation = measure(weights(state))
+                        log.evaluation(step + 1, evaluation)
             log.close()
         checkpoints.wait()
-        report(config, folder, store, weights(state), measure(weights(state)))
+        report(config, folder, store, weights(state), evaluation or measure(weights(state)))
 
 
 def train_batches(config: Config, store, mesh: jax.sharding.Mesh, start: int):

@@ -1,7 +1,7 @@
 """A workdir: what belongs to one run, and what must hold before a run goes on in it."""
 
 import json
-import os
+import tempfile
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from gptjax import sharding, tokenizer
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import prepare as preparation
+from gptjax.data import stream
 from gptjax.data.store import Store
 from gptjax.errors import Refused, nearest
 from gptjax.models.transformer import AXIS_KEYS, Transformer
@@ -24,22 +25,38 @@ def abstract_model(config: Config, vocab_size: int) -> Transformer:
     return jax.eval_shape(lambda: Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(0)))
 
 
+def check_divides(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> None:
+    """Every weight divides over the mesh. Raises: Refused."""
+    # Shapes on one device: on the mesh itself JAX would raise, in words of its own.
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        shapes = abstract_model(config, vocab_size)
+    sharding.check_divides(shapes, mesh, AXIS_KEYS)
+
+
 def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written. Raises: Refused."""
     configs.check_batch(config, mesh)
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
-        shapes = abstract_model(config, config.tokenizer.vocab_size)
-    sharding.check_divides(shapes, mesh, AXIS_KEYS)
-    if folder.exists() and not folder.is_dir():
-        raise Refused(f"--workdir={folder} is a file: give a folder.")
-    inside = folder if folder.exists() else next(parent for parent in folder.parents if parent.exists())
-    if "://" not in str(folder) and not os.access(inside, os.W_OK | os.X_OK):
-        raise Refused(f"--workdir={folder} can't be written to ({inside} is read-only for this user): give another.")
+    byte = config.tokenizer.kind == "byte"
+    check_divides(config, tokenizer.ByteTokenizer.vocab_size if byte else config.tokenizer.vocab_size, mesh)
+    if "://" not in str(folder):
+        check_writable(folder)
     if (folder / "config.json").exists():
         check_same_run(config, read_config(folder), folder)
     elif (folder / "checkpoints").exists():
         raise Refused(f"{folder} has checkpoints but no config.json, so nothing says what run they are of: put it back, "
                       "or give an empty --workdir.")
+
+
+def check_writable(folder: epath.Path) -> None:
+    """A local folder can be made, or written into where it exists. Raises: Refused."""
+    inside = next(path for path in (folder, *folder.parents) if path.exists())
+    if not inside.is_dir():
+        raise Refused(f"--workdir={folder} can't be a folder, because {inside} is a file: give another.")
+    try:  # the permission bits alone say nothing to root, on a read-only mount or in /proc
+        with tempfile.TemporaryDirectory(dir=inside):
+            pass
+    except OSError as error:
+        raise Refused(f"--workdir={folder} can't be written to ({inside}: {error.strerror}): give another.") from error
 
 
 def read_config(folder: epath.Path) -> dict:
@@ -50,8 +67,8 @@ def read_config(folder: epath.Path) -> dict:
         raise Refused(f"{path} does not exist: {folder} is not the workdir of a run."
                       f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
         raise Refused(f"{path} is damaged ({error}): put back the file that the run wrote.") from error
 
 
@@ -71,10 +88,22 @@ def store_folder(config: Config, folder: epath.Path) -> epath.Path:
 def prepare(config: Config, folder: epath.Path) -> Store:
     """Claims the workdir for a config and returns its token store, made if need be.
 
-    Raises: Refused, for a corpus that can't be used.
+    Raises: Refused, for a corpus that can't be used; nothing that was made for it stays.
     """
+    where = store_folder(config, folder)
+    new = [path for path in (where, *where.parents, folder, *folder.parents) if not path.exists()]
+    try:
+        store = preparation.prepare(config.data, config.tokenizer, where)
+        stream.train_batches(store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, rows=[])
+    except Refused:
+        # Only the corpus itself could tell; a folder that was there, or has something else in it by now, stays.
+        for path in new:
+            if path == where and path.exists():
+                path.rmtree()
+            elif path.exists() and not any(path.iterdir()):
+                path.rmdir()
+        raise
     folder.mkdir(parents=True, exist_ok=True)
-    store = preparation.prepare(config.data, config.tokenizer, store_folder(config, folder))
     copied = folder / "tokenizer"
     if not copied.exists():
         copied.mkdir()
@@ -107,13 +136,21 @@ def load(folder: epath.Path, step: int) -> Run:
         if its_tokenizer.hash != saved["tokenizer_hash"]:
             raise Refused(f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
                           f"{saved['tokenizer_hash'][:12]}: put that tokenizer back.")
-        try:
-            mesh = sharding.make_mesh(config.mesh, jax.devices())
-        except Refused:  # trained on other devices: this machine's, fully sharded, hold the same model
-            mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+        mesh = mesh_that_fits(config, its_tokenizer.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
         with jax.set_mesh(mesh):
             shapes = abstract_model(config, its_tokenizer.vocab_size)
-            sharding.check_divides(shapes, mesh, AXIS_KEYS)
             model = checkpoints.restore(step, placed({part: shapes}, mesh))[part]
     return Run(config, step, mesh, model, its_tokenizer)
+
+
+def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:
+    """The mesh of the run; on other devices than it was trained on, the model cut over all of them, or whole on each."""
+    for axes in (config.mesh, MeshConfig()):
+        try:
+            mesh = sharding.make_mesh(axes, jax.devices())
+            check_divides(config, vocab_size, mesh)
+            return mesh
+        except Refused:
+            continue
+    return sharding.make_mesh(MeshConfig(data=-1, fsdp=1), jax.devices())

@@ -1,0 +1,25 @@
+"""GPT-2 small on one GPU, to debug with the model of the real run: bfloat16 and cuDNN's flash attention.
+
+    gptjax train --config=configs/gpt2_124m_gpu.py --workdir=runs/gpt2_124m_gpu
+
+Hardware: one NVIDIA card of compute capability 8.0 or later with 24 GB or more. The same batch of 0.5M tokens as
+gpt2_124m.py, accumulated over 32 micro-batches. It trains on Python's standard library, whose 12 MB make a vocabulary
+of 16,384; name a corpus with --config.data as there.
+Expected: not run on a card yet; no loss or speed is claimed.
+"""
+
+import pathlib
+import runpy
+
+
+def get_config():
+    config = runpy.run_path(pathlib.Path(__file__).with_name("gpt2_124m.py"))["get_config"]()
+    config.num_steps = 200
+    config.grad_accum_steps = 32
+    config.eval_every = 100
+    config.checkpoint_every = 100
+    config.model.remat = "none"
+    config.optimizer.warmup_steps = 20
+    config.tokenizer.vocab_size = 16_384
+    config.data.heldout_fraction = 0.02
+    return config

@@ -1,0 +1,41 @@
+"""A Llama of 1.2B parameters, with the shape of Llama 3.2 1B (Meta 2024): 16 layers of width 2048, 8 key/value heads.
+
+    gptjax train --config=configs/llama_1b.py --workdir=gs://BUCKET/llama_1b \
+        --config.data.source=text --config.data.path='gs://BUCKET/corpus/*.txt'
+
+Hardware: a TPU slice of 32 chips or more, or a node of 8 GPUs of 80 GB; all of them by full sharding. Its tokenizer
+has 32,768 pieces, trained on the corpus. 50,000 updates are 105B tokens.
+Expected: not run here; no loss or speed is claimed.
+"""
+
+from gptjax.config import default
+
+
+def get_config():
+    config = default()
+    config.num_steps = 50_000
+    config.batch_size = 1024
+    config.seq_len = 2048
+    config.eval_every = 1000
+    config.eval_batches = 20
+    config.checkpoint_every = 1000
+    config.model.num_layers = 16
+    config.model.num_heads = 32
+    config.model.num_kv_heads = 8
+    config.model.embed_dim = 2048
+    config.model.mlp_dim = 8192
+    config.model.norm = "rmsnorm"
+    config.model.positions = "rope"
+    config.model.rope_theta = 500_000.0
+    config.model.activation = "swiglu"
+    config.model.biases = False
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.loss.num_chunks = 8
+    config.loss.z_loss = 1e-4
+    config.optimizer.peak_learning_rate = 4e-4
+    config.optimizer.warmup_steps = 2000
+    config.tokenizer.vocab_size = 32_768
+    config.data.heldout_fraction = 0.001
+    config.checkpoint.keep_every = 10_000
+    return config

@@ -1,0 +1,168 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import train
+from gptjax.checkpoint import CheckpointConfig, Checkpoints, named_leaves, placed
+from gptjax.errors import Refused
+from training import GPT2, LLAMA, mesh_of, run, tiny
+
+RUN = {"config": {"seed": 3}, "tokenizer_hash": "abc"}
+
+
+def abstract(config, mesh):
+    with jax.set_mesh(mesh):
+        return placed(jax.eval_shape(lambda: train.init_state(config, 257)), mesh)
+
+
+def equal(one, other):
+    one, other = named_leaves(jax.device_get(one)), named_leaves(jax.device_get(other))
+    assert one.keys() == other.keys()
+    for name, leaf in one.items():
+        assert leaf.dtype == other[name].dtype and leaf.tobytes() == other[name].tobytes(), name
+
+
+@pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def saved(request, store, tmp_path_factory):
+    """(folder, config, state) of two steps of a run on eight devices."""
+    config = tiny(request.param)
+    state, _ = run(config, store, mesh_of(2, 2, 2), 2)
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(2, state, RUN)
+    return folder, config, state
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 2, 1), (1, 1, 1)], ids=str)
+def test_what_was_saved_comes_back_on_any_mesh(saved, shape):
+    folder, config, state = saved
+    wanted = abstract(config, mesh_of(*shape))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps() == [2]
+        restored = checkpoints.restore(2, wanted)
+        described = checkpoints.run(2)
+    equal(restored, state)
+    for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == place.sharding
+        assert len(leaf.sharding.device_set) == np.prod(shape)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert {key: described[key] for key in RUN} == RUN and described["step"] == 2
+    assert set(described["versions"]) == {"gptjax", "jax", "orbax-checkpoint"}
+
+
+def test_a_part_comes_back_alone(saved):
+    folder, config, state = saved
+    with Checkpoints(folder) as checkpoints:
+        part = checkpoints.restore(2, {"model": abstract(config, mesh_of(1, 1, 1)).model})
+    equal(part, {"model": state.model})
+
+
+def test_no_two_leaves_have_one_name(saved):
+    _, _, state = saved
+    names = named_leaves(state)
+    assert len(names) == len(jax.tree.leaves(state))
+    assert {"step", "model.embedding", "model.blocks.value"} <= names.keys()
+
+
+@pytest.mark.parametrize("config, kept", [
+    (CheckpointConfig(keep=2), [5, 6]),
+    (CheckpointConfig(keep=1, keep_every=3), [3, 6]),
+    (CheckpointConfig(keep=2, keep_every=2), [2, 4, 5, 6]),
+])  # fmt: skip
+def test_which_stay(tmp_path, config, kept):
+    with Checkpoints(tmp_path / "checkpoints", config) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(step, {"x": jnp.full(3, step)}, RUN)
+        checkpoints.wait()
+        assert checkpoints.steps() == kept
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:  # a reader of other settings removes nothing
+        assert checkpoints.steps() == kept
+        here = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        assert checkpoints.restore(kept[0], {"x": here})["x"].tolist() == [kept[0]] * 3
+    assert len(list((tmp_path / "checkpoints").iterdir())) == len(kept)
+
+
+def test_leaving_waits_for_the_save(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(1_000_000)}, RUN)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1]
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    """The save has its own copy before it returns."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jnp.ones(1_000_000)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"x": x}, RUN)
+        jax.jit(lambda x: x * 0 + 7, donate_argnums=0)(x).block_until_ready()
+        checkpoints.wait()
+        restored = checkpoints.restore(1, {"x": jax.ShapeDtypeStruct((1_000_000,), jnp.float32, sharding=here)})
+    assert (restored["x"] == 1).all()
+
+
+def test_choose(saved, tmp_path):
+    folder, _, _ = saved
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.choose(-1) == checkpoints.choose(2) == 2
+        with pytest.raises(Refused, match="has no checkpoint of step 7: it has 2."):
+            checkpoints.choose(7)
+    with Checkpoints(tmp_path / "nothing") as checkpoints:
+        assert checkpoints.steps() == []
+        with pytest.raises(Refused, match="nothing holds no checkpoint"):
+            checkpoints.choose(-1)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_another_shape_or_a_missing_weight_is_refused(saved):
+    folder, config, _ = saved
+    mesh = mesh_of(1, 1, 1)
+    wider = tiny(dataclasses.replace(config.model, embed_dim=128, head_dim=0, mlp_dim=0))
+    averaged = tiny(config.model, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.9))
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(Refused, match=r"step 2 in .*shape \(.*64.*\) there and \(.*128.*\) here"):
+            checkpoints.restore(2, abstract(wider, mesh))
+        with pytest.raises(Refused, match=r"it has no ema\."):
+            checkpoints.restore(2, abstract(averaged, mesh))
+
+
+def damage(kind, path):
+    if kind == "deleted":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["deleted", "cut", "flipped"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # futures that orbax drops when one fails
+def test_damage_to_any_file_is_refused_or_does_not_matter(saved, tmp_path, kind):
+    """A flipped byte of an array is not noticed: the array files have no checksum."""
+    folder, config, state = saved
+    if config.model.positions == "rope":
+        pytest.skip("one model's files are enough")
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    wanted = abstract(config, mesh_of(1, 1, 1))
+    refused = 0
+    for name in names:
+        if kind == "flipped" and name.match("ocdbt.process_0/d/*"):
+            continue
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        damage(kind, copy / name)
+        try:
+            with Checkpoints(copy) as checkpoints:
+                checkpoints.run(checkpoints.choose(-1))
+                equal(checkpoints.restore(2, wanted), state)
+        except Refused as refusal:
+            refused += 1
+            assert f"The checkpoint of step 2 in {copy} can't be read" in str(refusal)
+            assert "begin anew in another --workdir." in str(refusal) and "\n" not in str(refusal)
+        shutil.rmtree(copy)
+    assert refused >= 5

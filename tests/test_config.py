@@ -1,0 +1,219 @@
+import ast
+import dataclasses
+import json
+import pathlib
+import re
+
+import jax
+import pytest
+
+import gptjax
+from gptjax import config as configs
+from gptjax import workdir
+from gptjax.config import FREE_KEYS, Config, default, differences, flatten, load, override, parse
+from gptjax.errors import Refused
+from gptjax.models.size import num_parameters
+from training import mesh_of
+
+ROOT = pathlib.Path(gptjax.__file__).parent
+CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+
+
+def write(folder, body, head="from gptjax.config import default\n\n\ndef get_config():\n    config = default()\n"):
+    path = folder / "mine.py"
+    path.write_text(head + "".join(f"    {line}\n" for line in (*body.splitlines(), "return config")))
+    return str(path)
+
+
+def test_defaults_are_locked():
+    config = default()
+    for section in (config, config.model, config.data):
+        with pytest.raises((AttributeError, KeyError)):
+            section.depth = 3
+    assert parse(config) == parse({})
+
+
+@pytest.mark.parametrize("body, words", [
+    ("config.num_stps = 3", 'unknown key "num_stps". Did you mean "num_steps"?'),
+    ("config.model.num_layer = 3", 'unknown key "num_layer". Did you mean "model.num_layers"?'),
+    ("config.num_layers = 3", 'unknown key "num_layers". Did you mean "model.num_layers"?'),
+    ("config['batchsize'] = 3", 'unknown key "batchsize". Did you mean "batch_size"?'),
+    ("config.modle.num_layers = 3", 'unknown key "modle". Did you mean "model"?'),
+    ("config.optimizer.zzz = 3", 'unknown key "zzz".'),
+    ("config.num_steps = 1.5", "num_steps=1.5 is not of type int."),
+    ("config.model.biases = 1", "biases=1 is not of type bool."),
+    ("config.optimizer.name = 3", "name=3 is not of type str."),
+    ("config.optimizer.beta1 = 'high'", "beta1=high is not of type float."),
+    ("config.model = 3", "model=3 is not of type ConfigDict."),
+    ("config.seed = True", "seed=True is not of type int."),
+    ("config.data.path = None", "data.path=None is not of type str."),
+    ("config.unlock(); config.model.depth = 3", 'unknown key "model.depth".'),
+    ("config = None", "returns a NoneType: return gptjax.config.default()"),
+    ("import os; os.nothing", "AttributeError: module 'os' has no attribute 'nothing'."),
+    ("1 / 0", "ZeroDivisionError: division by zero."),
+    ("raise RuntimeError('no')", "RuntimeError: no."),
+    ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'."),
+    ("config.num_steps = (", "SyntaxError: "),
+])  # fmt: skip
+def test_bad_file(tmp_path, body, words):
+    with pytest.raises(Refused) as refusal:
+        load(write(tmp_path, body), {})
+    assert words in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+def test_file_without_get_config(tmp_path):
+    path = write(tmp_path, "", head="def config():\n    config = 3\n")
+    with pytest.raises(Refused, match=r"mine.py has no get_config\(\): define one"):
+        load(path, {})
+
+
+def test_missing_file_names_a_near_one(tmp_path):
+    write(tmp_path, "")
+    with pytest.raises(Refused, match='mien.py does not exist. Did you mean "mine.py"?'):
+        load(str(tmp_path / "mien.py"), {})
+    with pytest.raises(Refused, match="nowhere/mine.py does not exist"):
+        load(str(tmp_path / "nowhere" / "mine.py"), {})
+    with pytest.raises(Refused, match="does not exist"):
+        load(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("key, text, value", [
+    ("num_steps", "7", 7),
+    ("mesh.fsdp", "-1", -1),
+    ("optimizer.peak_learning_rate", "1e-4", 1e-4),
+    ("optimizer.peak_learning_rate", "1", 1.0),
+    ("model.biases", "false", False),
+    ("model.biases", "False", False),
+    ("model.qk_norm", "true", True),
+    ("data.path", "true", "true"),
+    ("data.path", "7", "7"),
+    ("data.path", "", ""),
+])  # fmt: skip
+def test_override(key, text, value):
+    config = default()
+    override(config, key, text)
+    found = flatten(config)[key]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("key, text, words", [
+    ("num_stps", "3", '--config.num_stps is unknown. Did you mean "num_steps"?'),
+    ("num_layers", "3", 'unknown. Did you mean "model.num_layers"?'),
+    ("modle.num_layers", "3", 'unknown. Did you mean "model.num_layers"?'),
+    ("model.remats", "full", 'unknown. Did you mean "model.remat"?'),
+    ("model", "3", "--config.model is unknown. It is a section: set model."),
+    ("", "3", "--config. is unknown."),
+    ("num_steps", "3.0", "--config.num_steps=3.0 is not of type int: its default is 1000."),
+    ("num_steps", "many", "--config.num_steps=many is not of type int"),
+    ("num_steps", "true", "--config.num_steps=true is not of type int"),
+    ("num_steps", "", "--config.num_steps= is not of type int"),
+    ("num_steps", "{[]: 1}", "is not of type int"),
+    ("optimizer.beta1", "true", "--config.optimizer.beta1=true is not of type float"),
+    ("optimizer.beta1", "nan", "--config.optimizer.beta1=nan is not of type float"),
+    ("model.biases", "1", "--config.model.biases=1 is not of type bool: its default is True."),
+    ("model.biases", "yes", "--config.model.biases=yes is not of type bool"),
+])  # fmt: skip
+def test_bad_override(key, text, words):
+    with pytest.raises(Refused) as refusal:
+        override(default(), key, text)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(num_steps=0), "num_steps=0 must be at least 1"),
+    (dict(batch_size=0), "batch_size=0 must be at least 1"),
+    (dict(seq_len=-4), "seq_len=-4 must be at least 1"),
+    (dict(grad_accum_steps=0), "grad_accum_steps=0 must be at least 1"),
+    (dict(log_every=0), "log_every=0 must be at least 1"),
+    (dict(eval_every=0), "eval_every=0 must be at least 1"),
+    (dict(checkpoint_every=0), "checkpoint_every=0 must be at least 1"),
+    (dict(seed=2**63), f"seed={2**63} has more than 63 bits"),
+    (dict(seed=-1), "seed=-1 must not be negative"),
+    (dict(eval_batches=-1), "eval_batches=-1 must not be negative"),
+    (dict(num_samples=-1), "num_samples=-1 must not be negative"),
+    (dict(batch_size=10, grad_accum_steps=4), "batch_size=10 is not divisible by grad_accum_steps=4"),
+    (dict(seq_len=10, loss=dict(num_chunks=4)), "seq_len=10 is not divisible by loss.num_chunks=4"),
+    (dict(loss=dict(z_loss=-1.0)), "loss.z_loss=-1.0 must not be negative"),
+    (dict(checkpoint=dict(keep=0)), "checkpoint.keep=0 must be at least 1"),
+    (dict(checkpoint=dict(keep_every=-1)), "checkpoint.keep_every=-1 must not be negative"),
+    (dict(num_steps=50), "optimizer.warmup_steps=100 is more than num_steps=50"),
+    (dict(model=dict(norm="none")), 'model.norm="none" is unknown'),
+    (dict(modl={}), 'unknown key "modl". Did you mean "model"?'),
+])  # fmt: skip
+def test_refused_across_sections(changes, words):
+    with pytest.raises(Refused) as refusal:
+        parse(changes)
+    assert words in str(refusal.value)
+
+
+def test_batch_must_divide_over_the_mesh():
+    config = parse(dict(batch_size=24, grad_accum_steps=4))
+    configs.check_batch(config, mesh_of(2, 1, 4))
+    with pytest.raises(Refused, match=r"6 sequences \(batch_size=24 / grad_accum_steps=4\).* 4 devices.* multiple of 16"):
+        configs.check_batch(config, mesh_of(2, 2, 2))
+
+
+def test_every_field_is_read_somewhere():
+    """A field that is only defined, set or documented changes nothing for whoever sets it."""
+    read = set()
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    for section in [Config] + [field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]:
+        for field in dataclasses.fields(section):
+            by_name = section.__name__ == "MeshConfig"  # read as getattr(config, axis) for each of AXES
+            assert field.name in read or by_name, f"{section.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file(path):
+    """It parses, its model has shapes, and it has the parameters that its name gives."""
+    config = load(str(path), {})
+    vocab_size = 257 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = workdir.abstract_model(config, vocab_size)
+    count = sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert count == num_parameters(config.model, vocab_size, config.seq_len)
+    if named := re.search(r"_(\d+)([mb])", path.stem):
+        count = num_parameters(config.model, 50257, config.seq_len) if path.stem.startswith("gpt2") else count
+        millions = int(named[1]) * {"m": 1, "b": 1000}[named[2]]
+        assert count / 1e6 == pytest.approx(millions, rel=0.02 if millions < 1000 else 0.25)
+    assert path.stem in path.read_text().partition('"""\n\n')[0], "its docstring has its command"
+
+
+def test_differences_name_what_changes_the_run():
+    there = dataclasses.asdict(parse({}))
+    changed = parse(dict(seed=1, model=dict(embed_dim=192), data=dict(path="x"), tokenizer=dict(vocab_size=512)))
+    assert differences(there, changed) == [
+        "data.path ( there, x here)",
+        "model.embed_dim (384 there, 192 here)",
+        "model.head_dim (64 there, 32 here)",
+        "model.mlp_dim (1536 there, 768 here)",
+        "seed (0 there, 1 here)",
+        "tokenizer.vocab_size (4096 there, 512 here)",
+    ]
+    free = dict(num_steps=7, log_every=3, mesh=dict(data=2), model=dict(dropout=0.1, remat="full"),
+                optimizer=dict(peak_learning_rate=0.1, warmup_steps=2), data=dict(store="elsewhere"))  # fmt: skip
+    assert differences(there, parse(free)) == []
+
+
+def test_differences_of_an_average_and_of_other_versions():
+    there = dataclasses.asdict(parse({}))
+    averaged = parse(dict(optimizer=dict(ema_decay=0.9)))
+    assert differences(there, averaged) == ["optimizer.ema_decay (off there, on here)"]
+    assert differences(dataclasses.asdict(averaged), parse(dict(optimizer=dict(ema_decay=0.99)))) == []
+    there["model"]["width"] = there["model"].pop("embed_dim")
+    assert differences(there, parse({})) == ["model.embed_dim (not set there, 384 here)", "model.width (384 there, not set here)"]
+    assert "seed (not set there, 0 here)" in differences({}, parse({}))
+
+
+def test_free_keys_exist():
+    keys = flatten(default())
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    assert set(FREE_KEYS) <= keys.keys() | sections
+
+
+def test_json_round_trip():
+    config = parse(dict(model=dict(num_heads=4, dropout=0.1, qk_norm=True), optimizer=dict(name="muon"), mesh=dict(tensor=2)))
+    assert parse(json.loads(configs.to_json(config))) == config

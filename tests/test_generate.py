@@ -1,0 +1,196 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax.errors import Refused
+from gptjax.generate import Sampling, generate, sample, samples
+from gptjax.models.transformer import Transformer
+from gptjax.tokenizer import ByteTokenizer
+from training import GPT2, LLAMA, mesh_of
+
+SEQ_LEN = 48
+TOKENIZER = ByteTokenizer("")
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[10, 20, 30], [], list(range(100, 120)), [7]]
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        yield
+
+
+def make(config):
+    """A model whose predictions differ from position to position, and whose padding of the vocabulary would win."""
+    config = dataclasses.replace(config, dropout=0.0).resolved()
+    model = jax.jit(lambda: Transformer(config, 257, SEQ_LEN, nnx.Rngs(1)))()
+    for weight in (model.blocks.output, model.blocks.down):
+        change(weight, 10 * np.asarray(weight[...]))
+    for table in {id(table): table for table in (model.embedding, unembedding(model))}.values():
+        values = (5 if model.head is None else 20) * np.asarray(table[...])
+        values[257:] = 50 * np.sign(values[257:])
+        change(table, values)
+    return model
+
+
+def unembedding(model):
+    return model.embedding if model.head is None else model.head
+
+
+def change(weight, values):
+    weight[...] = jax.device_put(values, weight[...].sharding)
+
+
+@pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def model(request):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        return make(LLAMA)
+
+
+def ask(model, prompts, sampling=GREEDY, max_tokens=12, seed=0):
+    return generate(model, prompts, TOKENIZER, seq_len=SEQ_LEN, max_tokens=max_tokens, sampling=sampling, seed=seed)
+
+
+@jax.jit
+def last_logits(model, tokens_BT, length):
+    """Of a full forward pass over one row padded on the right."""
+    positions = jnp.arange(tokens_BT.shape[1])[None]
+    row = lambda array: jax.sharding.reshard(array, jax.P(("data", "fsdp"), None))
+    x_BTD = model(row(tokens_BT), row(positions), row(jnp.ones_like(tokens_BT)), None)
+    x_D = jax.sharding.reshard(x_BTD, jax.P())[0, length - 1]
+    return jax.sharding.reshard(model.unembedding(), jax.P())[:257] @ x_D
+
+
+def greedy_by_full_passes(model, prompt, max_tokens):
+    ids = [TOKENIZER.end_of_text, *prompt]
+    for _ in range(max_tokens):
+        padded = np.zeros((1, SEQ_LEN), np.int32)
+        padded[0, : len(ids)] = ids
+        token = int(last_logits(model, padded, len(ids)).argmax())
+        if token == TOKENIZER.end_of_text:
+            break
+        ids.append(token)
+    return ids[1 + len(prompt) :]
+
+
+def test_greedy_with_the_cache_is_that_of_full_passes(model):
+    """Prompts of different lengths in one batch, each as if it were alone."""
+    made = ask(model, PROMPTS)
+    expected = [greedy_by_full_passes(model, prompt, 12) for prompt in PROMPTS]
+    assert made == expected
+    assert len({tuple(ids) for ids in made}) == len(PROMPTS) and sum(len(set(ids)) > 4 for ids in made) >= 2
+
+
+def test_the_context_can_be_filled(model):
+    prompt = list(range(30))
+    assert ask(model, [prompt], max_tokens=SEQ_LEN - 30) == [greedy_by_full_passes(model, prompt, SEQ_LEN - 30)]
+    with pytest.raises(Refused, match="30 tokens and --max_tokens=19 .* context of 48 holds: ask for at most 18"):
+        ask(model, [prompt], max_tokens=19)
+
+
+def test_any_mesh_gives_the_same_text(llama):
+    """Four prompts on as many shards of the batch, and one prompt on them."""
+    drawn = Sampling(top_k=20, top_p=0.9)
+    four = ask(llama, PROMPTS, drawn)
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        put = lambda leaf: jax.device_put(np.asarray(leaf), jax.NamedSharding(mesh, leaf.sharding.spec))
+        moved = jax.tree.map(put, llama)
+        assert ask(moved, PROMPTS, drawn) == four
+        assert ask(moved, PROMPTS[:1], drawn) == four[:1]
+
+
+def test_seeds_and_rows(llama):
+    drawn = Sampling(temperature=1.5)
+    three = ask(llama, [[1, 2]] * 3, drawn)
+    assert ask(llama, [[1, 2]] * 3, drawn) == three
+    assert ask(llama, [[1, 2]], drawn) == three[:1]
+    assert len({tuple(ids) for ids in three}) == 3
+    assert ask(llama, [[1, 2]], drawn, seed=1) != three[:1]
+
+
+def test_one_candidate_is_greedy(llama):
+    assert ask(llama, PROMPTS, Sampling(top_k=1)) == ask(llama, PROMPTS)
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(llama):
+    hot = ask(llama, [[1]] * 16, Sampling(temperature=1e4), max_tokens=40)
+    ids = {id for row in hot for id in row}
+    assert max(ids) < 257 and len(ids) > 150
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_stops_at_the_end_of_the_text(config):
+    """The end is made likely where another token was; a row stops there, without it, and the others go on."""
+    model = make(config)
+    values = np.array(unembedding(model)[...])
+    values[TOKENIZER.end_of_text] = 1.2 * values[ask(model, PROMPTS)[2][3]]
+    change(unembedding(model), values)
+    made = ask(model, PROMPTS)
+    assert made == [greedy_by_full_passes(model, prompt, 12) for prompt in PROMPTS]
+    assert len({len(ids) for ids in made}) > 1 and not any(TOKENIZER.end_of_text in ids for ids in made)
+
+
+def test_soft_cap_applies_to_what_is_drawn():
+    """Capped at ±0.01 all tokens are about as likely; uncapped a few hold everything."""
+    capped, free = (make(dataclasses.replace(GPT2, logits_softcap=cap)) for cap in (0.01, 0.0))
+    drawn = [len({id for row in ask(model, [[1]] * 16, Sampling(0.1), max_tokens=20) for id in row}) for model in (capped, free)]
+    assert drawn[0] > 150 > 2 * drawn[1]
+
+
+LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03]))[[3, 0, 4, 1, 2]].astype(np.float32)
+DRAWS = 20_000
+
+
+def frequencies(sampling):
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    drawn = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, 5)), keys, sampling)
+    return np.bincount(drawn, minlength=5)[[1, 3, 4, 0, 2]] / DRAWS
+
+
+@pytest.mark.parametrize("sampling, expected", [
+    (Sampling(), [0.5, 0.25, 0.15, 0.07, 0.03]),
+    (Sampling(temperature=0.5), np.square([0.5, 0.25, 0.15, 0.07, 0.03]) / 0.3408),
+    (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
+    (Sampling(top_k=99), [0.5, 0.25, 0.15, 0.07, 0.03]),
+    (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0, 0]),
+    (Sampling(top_p=0.8), [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0]),
+    (Sampling(top_p=0.4), [1, 0, 0, 0, 0]),
+    (Sampling(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0, 0]),  # of the three, the first two hold 0.83
+    (Sampling(temperature=0), [1, 0, 0, 0, 0]),
+])  # fmt: skip
+def test_the_right_ones_are_drawn_as_often_as_they_should_be(sampling, expected):
+    found = frequencies(sampling)
+    np.testing.assert_allclose(found, expected, atol=0.015)
+    assert ((found > 0) == (np.asarray(expected) > 0)).all()
+
+
+def test_samples(llama):
+    assert len(samples(llama, TOKENIZER, SEQ_LEN, 2, 0)) == 2
+    assert samples(llama, TOKENIZER, SEQ_LEN, 0, 0) == []
+
+
+def test_refused(llama):
+    with pytest.raises(Refused, match="The prompt has 48 tokens, and the context of 48 takes at most 47"):
+        ask(llama, [[1] * 48])
+    for sampling, words in (
+        (Sampling(temperature=-1.0), "--temperature=-1.0"),
+        (Sampling(temperature=float("nan")), "--temperature=nan"),
+        (Sampling(top_k=-2), "--top_k=-2"),
+        (Sampling(top_p=0.0), "--top_p=0.0"),
+        (Sampling(top_p=1.1), "--top_p=1.1"),
+    ):
+        with pytest.raises(Refused, match=words):
+            ask(llama, [[1]], sampling)
+    with pytest.raises(Refused, match="--max_tokens=0 must be at least 1"):
+        ask(llama, [[1]], max_tokens=0)

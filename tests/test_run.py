@@ -1,0 +1,207 @@
+"""Whole runs: the loop in this process, and processes that are killed."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from etils import epath
+
+import gptjax
+from conftest import CACHE
+from gptjax import train, workdir
+from gptjax.checkpoint import Checkpoints
+from gptjax.data.prepare import DataConfig
+from gptjax.errors import Refused
+from gptjax.models.transformer import ModelConfig
+from gptjax.sharding import MeshConfig
+from training import mesh_of, tiny
+
+STEPS, EVERY = 6, 2
+STEP_ROW = {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu"}
+EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy"}
+
+
+def small(corpus, **changes):
+    values = dict(num_steps=STEPS, log_every=2, eval_every=3, eval_batches=2, checkpoint_every=EVERY, num_samples=2,
+                  data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1), mesh=MeshConfig(2, 2, 2))  # fmt: skip
+    return tiny(**(dict(model=ModelConfig(num_layers=2, num_heads=4, embed_dim=32)) | values | changes))
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """(workdir, what was printed) of a whole run."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    with open(folder.with_name("printed"), "w+") as printed, contextlib.redirect_stdout(printed):
+        train.train(small(corpus), epath.Path(folder))
+        printed.seek(0)
+        return folder, printed.read()
+
+
+def test_what_a_workdir_holds(finished):
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "tokenizer", "tensorboard", "samples.txt", "store"
+    }  # fmt: skip
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    assert json.loads((folder / "config.json").read_text())["model"]["mlp_dim"] == 128
+    assert list((folder / "tokenizer").iterdir()) and list((folder / "tensorboard").iterdir())
+
+
+def test_rows_have_the_keys_of_the_contract(finished):
+    folder, _ = finished
+    steps = [row for row in rows(folder) if "loss" in row]
+    evaluations = [row for row in rows(folder) if "eval_loss" in row]
+    assert [row["step"] for row in steps] == [2, 4, 6] and all(row.keys() == STEP_ROW for row in steps)
+    assert [row["step"] for row in evaluations] == [3, 6] and all(row.keys() == EVAL_ROW for row in evaluations)
+    for row in steps:
+        assert row["tokens_seen"] == row["step"] * 8 * 32 and row["mfu"] is None
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
+        assert row["learning_rate"] > 0 and row["grad_norm"] > 0
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_what_is_printed(finished):
+    folder, printed = finished
+    assert "M parameters on 8 × cpu, mesh data 2, fsdp 2, tensor 2" in printed
+    assert "training 6/6 · loss " in printed and "MFU unknown" in printed
+    assert "held-out text, bits a byte: this model " in printed and "gzip -9" in printed and "xz -9" in printed
+    assert printed.count(" sample\n") == 2
+    assert (folder / "samples.txt").read_text().strip() and (folder / "samples.txt").read_text().strip() in printed.replace(f"{'—' * 30} sample\n", "\n")
+
+
+def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, capsys):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    train.train(small(corpus), epath.Path(folder))
+    assert "is complete at step 6 of num_steps=6" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+    train.train(small(corpus, num_steps=STEPS + 2), epath.Path(folder))
+    assert "going on from the checkpoint of step 6" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text().startswith(before)
+    assert [row["step"] for row in rows(folder)] == [2, 3, 4, 6, 6, 8, 8]
+    assert json.loads((folder / "config.json").read_text())["num_steps"] == STEPS + 2
+
+
+def test_another_seed_is_refused(finished, corpus):
+    folder, _ = finished
+    with pytest.raises(Refused, match=r"seed \(0 there, 1 here\)"):
+        train.train(small(corpus, seed=1), epath.Path(folder))
+
+
+def test_a_checkpoint_of_another_config_is_refused(finished, corpus, tmp_path):
+    """config.json says what this run is, and the checkpoint what it is of: a copied one is noticed."""
+    folder, _ = finished
+    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
+    other = small(corpus, seed=1)
+    workdir.prepare(other, epath.Path(tmp_path))
+    with pytest.raises(Refused, match=r"checkpoints belongs to a run of another config: seed \(0 there, 1 here\)"):
+        train.train(other, epath.Path(tmp_path))
+
+
+def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
+    config = small(corpus)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.99))
+    folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    store = workdir.prepare(config, folder)
+    with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
+        state = jax.jit(lambda: train.init_state(config, 257))()
+        state.ema.norm.gain[...] += 1
+        checkpoints.save(7, state, {"config": dataclasses.asdict(config), "tokenizer_hash": store.tokenizer.hash})
+    run = workdir.load(folder, -1)
+    assert (run.step, run.config) == (7, config)
+    assert (run.model.norm.gain[...] == 2).all() and (state.model.norm.gain[...] == 1).all()
+
+
+@pytest.mark.parametrize("changes, shape", [
+    ({}, (2, 2, 2)),
+    (dict(mesh=MeshConfig(4, 4, 2)), (1, 8, 1)),
+    (dict(mesh=MeshConfig(3, 1, 1), model=ModelConfig(num_layers=1, num_heads=2, head_dim=8, embed_dim=36)), (8, 1, 1)),
+])  # fmt: skip
+def test_a_run_from_other_devices_finds_a_mesh_here(corpus, changes, shape):
+    """Its own on as many; else cut over all of these; else, as 36 does not divide by 8, whole on each."""
+    assert tuple(workdir.mesh_that_fits(small(corpus, **changes), 257).shape.values()) == shape
+
+
+def test_another_tokenizer_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"kind": "byte"}')
+    with pytest.raises(Refused, match=r"tokenizer has hash \w{12}, but step 8 was trained with \w{12}: put that tokenizer back"):
+        workdir.load(epath.Path(folder), -1)
+
+
+# Processes
+
+LONG = 60
+
+
+def command(corpus, folder, *more):
+    config = pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py"
+    return [sys.executable, "-m", "gptjax", "train", f"--config={config}", f"--workdir={folder}", "--config.data.source=text",
+            f"--config.data.path={corpus}", "--config.seq_len=32", f"--config.num_steps={LONG}", "--config.checkpoint_every=10",
+            "--config.eval_every=30", "--config.eval_batches=1", "--config.num_samples=1", "--config.model.dropout=0.1", *more]  # fmt: skip
+
+
+def environment(devices):
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PLATFORMS": "cpu",
+                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}  # fmt: skip
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
+
+
+def killed(argv, folder, devices, past):
+    """Starts a run and kills it, without warning, once it has logged a step beyond `past`."""
+    log = folder.with_name(folder.name + ".log").open("w")
+    process = subprocess.Popen(argv, env=environment(devices), stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and f'{{"step": {past + 1}, ' in metrics.read_text():
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, pathlib.Path(log.name).read_text()
+    assert max(losses(folder)) < LONG
+    return list((folder / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    """The losses of a run on one device that nothing happens to."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = subprocess.run(command(corpus, folder), env=environment(1), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(losses(folder)) == list(range(1, LONG + 1))
+    return losses(folder)
+
+
+def test_killed_and_started_again_bit_for_bit(uninterrupted, corpus, tmp_path):
+    folder = tmp_path / "run"
+    assert killed(command(corpus, folder), folder, 1, past=23)
+    done = subprocess.run(command(corpus, folder), env=environment(1), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "going on from the checkpoint of step " in done.stdout
+    assert losses(folder) == uninterrupted
+    assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [30, LONG]
+
+
+def test_killed_on_eight_devices_and_started_again_on_two(uninterrupted, corpus, tmp_path):
+    folder = tmp_path / "run"
+    assert killed(command(corpus, folder), folder, 8, past=23)
+    done = subprocess.run(command(corpus, folder), env=environment(2), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "going on from the checkpoint of step " in done.stdout
+    assert "on 2 × cpu" in done.stdout
+    assert losses(folder) == pytest.approx(uninterrupted, rel=1e-5)
