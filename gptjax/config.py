@@ -85,7 +85,8 @@ def load(path: str, overrides: dict[str, str]) -> Config:
     except Exception as error:  # whatever a user's file raises is a fault of the file
         raise Refused(f"{path}: {_fault(error)}") from error
     if "get_config" not in module:
-        raise Refused(f"{path} has no get_config(): define one that returns gptjax.config.default() with its own values.")
+        raise Refused(f"{path} has no get_config(): define one that returns gptjax.config.default() with its own "
+                      "values.")
     if not isinstance(config, ConfigDict):
         raise Refused(f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
                       "its own values.")
@@ -109,7 +110,8 @@ def _fault(error: Exception) -> str:
 def _nearest_key(key: str) -> str:
     """A hint at the key, in whatever section, or the section that `key` is probably meant to be."""
     keys = flatten(default())
-    by_name = {key.rpartition(".")[2]: key for key in keys} | {key.partition(".")[0]: key.partition(".")[0] for key in keys}
+    sections = {key.partition(".")[0] for key in keys}
+    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections))
     close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
     return f' Did you mean "{by_name[close[0]]}"?' if close else ""
 

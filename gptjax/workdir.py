@@ -145,7 +145,7 @@ def load(folder: epath.Path, step: int) -> Run:
 
 
 def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:
-    """The mesh of the run; on other devices than it was trained on, the model cut over all of them, or whole on each."""
+    """The mesh of the run; on other devices than it was trained on, the model cut over all of them, or else whole."""
     for axes in (config.mesh, MeshConfig()):
         try:
             mesh = sharding.make_mesh(axes, jax.devices())

@@ -41,7 +41,9 @@ def test_blocks_are_the_whole(length, heads, kv_heads):
     @jax.jit
     def both(q, k, v):
         blocked = jax.value_and_grad(lambda *qkv: (blocked_attention(*qkv, segments) * direction).sum(), (0, 1, 2))
-        masked = jax.value_and_grad(lambda *qkv: (masked_attention(*qkv, mask_of(segments)) * direction).sum(), (0, 1, 2))
+        masked = jax.value_and_grad(
+            lambda *qkv: (masked_attention(*qkv, mask_of(segments)) * direction).sum(), (0, 1, 2)
+        )
         return blocked(q, k, v), masked(q, k, v)
 
     (value, gradients), (expected, expected_gradients) = both(q, k, v)

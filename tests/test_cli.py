@@ -55,9 +55,19 @@ def refused(gptjax_main):
 
 def training(corpus, workdir, *more):
     """The command line of a run of four steps."""
-    return ["train", f"--config={DEBUG}", f"--workdir={workdir}", "--config.data.source=text",
-            f"--config.data.path={corpus}", "--config.num_steps=4", "--config.checkpoint_every=2",
-            "--config.optimizer.warmup_steps=2", "--config.num_samples=1", "--config.seq_len=32", *more]  # fmt: skip
+    return [
+        "train",
+        f"--config={DEBUG}",
+        f"--workdir={workdir}",
+        "--config.data.source=text",
+        f"--config.data.path={corpus}",
+        "--config.num_steps=4",
+        "--config.checkpoint_every=2",
+        "--config.optimizer.warmup_steps=2",
+        "--config.num_samples=1",
+        "--config.seq_len=32",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +184,12 @@ def test_a_store_that_was_there_stays(refused, gptjax_main, corpus, finished, tm
 
 def test_unknown_key_in_the_file(refused, corpus, tmp_path):
     config = tmp_path / "mine.py"
-    config.write_text("from gptjax.config import default\n\ndef get_config():\n    config = default()\n    config.batchsize = 4\n    return config\n")
+    config.write_text(
+        "from gptjax.config import default\n\ndef get_config():\n    config = default()\n    config.batchsize = 4\n    return config\n"
+    )
     assert 'mine.py: unknown key "batchsize". Did you mean "batch_size"?' in refused(
-        tmp_path, "train", f"--config={config}", f"--workdir={tmp_path}/new")  # fmt: skip
+        tmp_path, "train", f"--config={config}", f"--workdir={tmp_path}/new"
+    )
 
 
 @pytest.mark.parametrize("content, words", [

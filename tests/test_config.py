@@ -149,7 +149,9 @@ def test_refused_across_sections(changes, words):
 def test_batch_must_divide_over_the_mesh():
     config = parse(dict(batch_size=24, grad_accum_steps=4))
     configs.check_batch(config, mesh_of(2, 1, 4))
-    with pytest.raises(Refused, match=r"6 sequences \(batch_size=24 / grad_accum_steps=4\).* 4 devices.* multiple of 16"):
+    with pytest.raises(
+        Refused, match=r"6 sequences \(batch_size=24 / grad_accum_steps=4\).* 4 devices.* multiple of 16"
+    ):
         configs.check_batch(config, mesh_of(2, 2, 2))
 
 
@@ -160,7 +162,9 @@ def test_every_field_is_read_somewhere():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
-    for section in [Config] + [field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]:
+    for section in [Config] + [
+        field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
+    ]:
         for field in dataclasses.fields(section):
             by_name = section.__name__ == "MeshConfig"  # read as getattr(config, axis) for each of AXES
             assert field.name in read or by_name, f"{section.__name__}.{field.name}"
@@ -193,8 +197,14 @@ def test_differences_name_what_changes_the_run():
         "seed (0 there, 1 here)",
         "tokenizer.vocab_size (4096 there, 512 here)",
     ]
-    free = dict(num_steps=7, log_every=3, mesh=dict(data=2), model=dict(dropout=0.1, remat="full"),
-                optimizer=dict(peak_learning_rate=0.1, warmup_steps=2), data=dict(store="elsewhere"))  # fmt: skip
+    free = dict(
+        num_steps=7,
+        log_every=3,
+        mesh=dict(data=2),
+        model=dict(dropout=0.1, remat="full"),
+        optimizer=dict(peak_learning_rate=0.1, warmup_steps=2),
+        data=dict(store="elsewhere"),
+    )
     assert differences(there, parse(free)) == []
 
 
@@ -204,7 +214,10 @@ def test_differences_of_an_average_and_of_other_versions():
     assert differences(there, averaged) == ["optimizer.ema_decay (off there, on here)"]
     assert differences(dataclasses.asdict(averaged), parse(dict(optimizer=dict(ema_decay=0.99)))) == []
     there["model"]["width"] = there["model"].pop("embed_dim")
-    assert differences(there, parse({})) == ["model.embed_dim (not set there, 384 here)", "model.width (384 there, not set here)"]
+    assert differences(there, parse({})) == [
+        "model.embed_dim (not set there, 384 here)",
+        "model.width (384 there, not set here)",
+    ]
     assert "seed (not set there, 0 here)" in differences({}, parse({}))
 
 
@@ -215,5 +228,7 @@ def test_free_keys_exist():
 
 
 def test_json_round_trip():
-    config = parse(dict(model=dict(num_heads=4, dropout=0.1, qk_norm=True), optimizer=dict(name="muon"), mesh=dict(tensor=2)))
+    config = parse(
+        dict(model=dict(num_heads=4, dropout=0.1, qk_norm=True), optimizer=dict(name="muon"), mesh=dict(tensor=2))
+    )
     assert parse(json.loads(configs.to_json(config))) == config

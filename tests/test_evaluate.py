@@ -19,7 +19,9 @@ def on_mesh(config, store, shape, batch_size=16, max_batches=0, loss=LossConfig(
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config.resolved(), 257, SEQ_LEN, nnx.Rngs(0)))()
-        return evaluate(model, store=store, mesh=mesh, seq_len=SEQ_LEN, batch_size=batch_size, max_batches=max_batches, loss=loss)
+        return evaluate(
+            model, store=store, mesh=mesh, seq_len=SEQ_LEN, batch_size=batch_size, max_batches=max_batches, loss=loss
+        )
 
 
 @pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -33,7 +35,9 @@ def expected(request, store):
         model = jax.jit(lambda: Transformer(config, 257, SEQ_LEN, nnx.Rngs(0)))()
         put = lambda array: jax.device_put(array, jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None)))
         forward = jax.jit(lambda model, *fields: (model(*fields, None), model.unembedding()))
-        x, table = jax.device_get(forward(model, *(put(field) for field in (batch.inputs, batch.positions, batch.segments))))
+        x, table = jax.device_get(
+            forward(model, *(put(field) for field in (batch.inputs, batch.positions, batch.segments)))
+        )
     logits = np.asarray(x, np.float64) @ np.asarray(table, np.float64)[:257].T
     if config.logits_softcap:
         logits = config.logits_softcap * np.tanh(logits / config.logits_softcap)

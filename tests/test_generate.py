@@ -144,7 +144,10 @@ def test_stops_at_the_end_of_the_text(config):
 def test_soft_cap_applies_to_what_is_drawn():
     """Capped at ±0.01 all tokens are about as likely; uncapped a few hold everything."""
     capped, free = (make(dataclasses.replace(GPT2, logits_softcap=cap)) for cap in (0.01, 0.0))
-    drawn = [len({id for row in ask(model, [[1]] * 16, Sampling(0.1), max_tokens=20) for id in row}) for model in (capped, free)]
+    drawn = [
+        len({id for row in ask(model, [[1]] * 16, Sampling(0.1), max_tokens=20) for id in row})
+        for model in (capped, free)
+    ]
     assert drawn[0] > 150 > 2 * drawn[1]
 
 

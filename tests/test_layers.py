@@ -74,11 +74,19 @@ def test_imports_are_at_the_top(name):
 
 
 def test_orbax_is_imported_by_checkpoint_only():
-    users = {name for name, file in FILES.items() for target, _ in imported(ast.parse(file.read_text())) if target.startswith("orbax")}
+    users = {
+        name
+        for name, file in FILES.items()
+        for target, _ in imported(ast.parse(file.read_text()))
+        if target.startswith("orbax")
+    }
     assert users == {"checkpoint"}
 
 
 def test_the_command_line_imports_nothing_heavy():
-    tops = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            for node in ast.parse(FILES["cli"].read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))}  # fmt: skip
+    tops = {
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.parse(FILES["cli"].read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
     assert tops <= {"argparse", "json", "sys", "gptjax", "gptjax.errors"}

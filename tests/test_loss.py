@@ -69,8 +69,12 @@ def test_sums_and_gradients_are_those_of_log_softmax(inputs, shape, softcap, z_l
 def test_value_alone_is_the_same_as_with_the_gradient(inputs):
     mesh, config = mesh_of(1, 1, 1), LossConfig(z_loss=1e-2, num_chunks=2)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(array, jax.NamedSharding(mesh, spec)) for array, spec in
-                  zip(inputs, (jax.P(("data", "fsdp")), jax.P("tensor"), jax.P(("data", "fsdp")), jax.P(("data", "fsdp"))))]  # fmt: skip
+        placed = [
+            jax.device_put(array, jax.NamedSharding(mesh, spec))
+            for array, spec in zip(
+                inputs, (jax.P(("data", "fsdp")), jax.P("tensor"), jax.P(("data", "fsdp")), jax.P(("data", "fsdp")))
+            )
+        ]
         alone = jax.jit(lambda *a: next_token_sums(*a, vocab_size=VOCAB, softcap=5.0, config=config))(*placed)
     np.testing.assert_allclose(alone, on_mesh((1, 1, 1), inputs, 5.0, config)[0], rtol=1e-6)
 
@@ -91,13 +95,20 @@ def test_logits_of_the_whole_batch_are_never_held():
 
     def temporaries(chunks):
         def objective(x, w, targets, weights):
-            return next_token_sums(x, w, targets, weights, vocab_size=V, softcap=0.0, config=LossConfig(num_chunks=chunks)).objective
+            return next_token_sums(
+                x, w, targets, weights, vocab_size=V, softcap=0.0, config=LossConfig(num_chunks=chunks)
+            ).objective
 
-        shape = lambda spec, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec))
+        shape = lambda spec, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(
+            sizes, dtype, sharding=jax.NamedSharding(mesh, spec)
+        )
         rows = jax.P(("data", "fsdp"))
         with jax.set_mesh(mesh):
             lowered = jax.jit(jax.grad(objective, (0, 1))).lower(
-                shape(rows, B, T, D), shape(jax.P("tensor"), V, D), shape(rows, B, T, dtype=jnp.int32), shape(rows, B, T)
+                shape(rows, B, T, D),
+                shape(jax.P("tensor"), V, D),
+                shape(rows, B, T, dtype=jnp.int32),
+                shape(rows, B, T),
             )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -3,6 +3,7 @@ import functools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +18,18 @@ from training import mesh_of
 
 B, T, VOCAB = 2, 12, 40
 GPT2 = ModelConfig(num_layers=2, num_heads=4, embed_dim=32).resolved()
-LLAMA = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, norm="rmsnorm", positions="rope", activation="swiglu",
-                    biases=False, tied_embeddings=False, qk_norm=True).resolved()  # fmt: skip
+LLAMA = ModelConfig(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=32,
+    norm="rmsnorm",
+    positions="rope",
+    activation="swiglu",
+    biases=False,
+    tied_embeddings=False,
+    qk_norm=True,
+).resolved()
 STYLES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
@@ -28,22 +39,30 @@ def mesh():
         yield
 
 
-@functools.partial(jax.jit, static_argnames="config")
+# Small programs, run once: what XLA would take to make them fast is most of the time.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(quick, static_argnames="config")
 def make(config):
     """A model whose gains and biases are not the ones and zeros that they start as."""
     model = Transformer(config, VOCAB, T, nnx.Rngs(0))
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+    return jax.tree.unflatten(
+        tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+    )
 
 
-@jax.jit
 def forward(model, tokens, positions=None, segments=None, dropout_key=None):
     """Hidden states; without positions and segments each row is one document."""
     if positions is None:
         positions, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
     rows = jax.P(("data", "fsdp"), None)
     return model(*(jax.sharding.reshard(array, rows) for array in (tokens, positions, segments)), dropout_key)
+
+
+hidden_states = quick(forward)
 
 
 def influence(model, tokens, *positions_and_segments):
@@ -53,7 +72,7 @@ def influence(model, tokens, *positions_and_segments):
     """
     assert len(np.unique(tokens)) == tokens.size
 
-    @jax.jit
+    @quick
     def gradient(table, output):
         def hidden(table):
             changed = jax.tree.map(lambda leaf: leaf, model)
@@ -94,10 +113,10 @@ def test_a_packed_document_is_as_it_is_alone(config):
     tokens = jax.random.randint(jax.random.key(3), (1, T), 0, VOCAB)
     segments = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths), total_repeat_length=T)[None]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-    packed = forward(model, tokens, positions, segments)
+    packed = hidden_states(model, tokens, positions, segments)
     for document in range(3):
         alone = tokens[:, segments[0] == document + 1]
-        np.testing.assert_allclose(packed[:, segments[0] == document + 1], forward(model, alone), atol=1e-5)
+        np.testing.assert_allclose(packed[:, segments[0] == document + 1], hidden_states(model, alone), atol=1e-5)
 
 
 def numpy_forward(model, tokens, positions):
@@ -160,27 +179,31 @@ def numpy_forward(model, tokens, positions):
 def test_forward_is_that_of_the_papers(config):
     model = make(config)
     tokens = jax.random.randint(jax.random.key(4), (1, T), 0, VOCAB)
-    x_BTD = forward(model, tokens)
+    x_BTD = hidden_states(model, tokens)
     np.testing.assert_allclose(x_BTD[0], numpy_forward(model, np.asarray(tokens[0]), np.arange(T)), atol=2e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
     model = make(dataclasses.replace(LLAMA, dtype="bfloat16"))
     tokens = jnp.arange(B * T).reshape(B, T)
-    x_BTD = forward(model, tokens)
+    x_BTD = hidden_states(model, tokens)
     assert x_BTD.dtype == model.unembedding().dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
-    full = forward(make(LLAMA), tokens)
+    full = hidden_states(make(LLAMA), tokens)
     np.testing.assert_allclose(x_BTD.astype(jnp.float32), full, atol=0.15)
 
 
 ODD = {
     "grouped, qk_norm": ModelConfig(num_layers=3, num_heads=6, num_kv_heads=2, embed_dim=48, qk_norm=True),
-    "untied, layernorm without biases": ModelConfig(num_layers=1, num_heads=2, embed_dim=24, biases=False, tied_embeddings=False),
+    "untied, layernorm without biases": ModelConfig(
+        num_layers=1, num_heads=2, embed_dim=24, biases=False, tied_embeddings=False
+    ),
     "rope, biases, rmsnorm": ModelConfig(num_layers=2, num_heads=2, embed_dim=24, positions="rope", norm="rmsnorm"),
-    "swiglu, biases, heads wider than the model": ModelConfig(num_layers=2, num_heads=3, head_dim=10, embed_dim=16, activation="swiglu"),
+    "swiglu, biases, heads wider than the model": ModelConfig(
+        num_layers=2, num_heads=3, head_dim=10, embed_dim=16, activation="swiglu"
+    ),
     "relu2, own mlp": ModelConfig(num_layers=2, num_heads=2, embed_dim=16, mlp_dim=20, activation="relu2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, *ODD.values()], ids=["gpt2", "llama", *ODD])
@@ -197,7 +220,9 @@ def test_published_parameter_counts():
     llama = dict(norm="rmsnorm", positions="rope", activation="swiglu", biases=False, tied_embeddings=False)
     llama2_7b = ModelConfig(num_layers=32, num_heads=32, embed_dim=4096, mlp_dim=11008, **llama).resolved()
     assert num_parameters(llama2_7b, 32000, 4096) == 6_738_415_616
-    tinyllama = ModelConfig(num_layers=22, num_heads=32, num_kv_heads=4, embed_dim=2048, mlp_dim=5632, **llama).resolved()
+    tinyllama = ModelConfig(
+        num_layers=22, num_heads=32, num_kv_heads=4, embed_dim=2048, mlp_dim=5632, **llama
+    ).resolved()
     assert num_parameters(tinyllama, 32000, 2048) == 1_100_048_384
 
 
@@ -209,7 +234,7 @@ def products(jaxpr, times=1):
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
             yield times * 2 * depth * eqn.outvars[0].aval.size, bool(batch)
         inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from products(sub, inner)
 
 
@@ -221,8 +246,15 @@ def test_flops_are_those_of_the_programs_products(config, monkeypatch):
 
     def loss(model, tokens):
         rows = jax.sharding.reshard(tokens, jax.P(("data", "fsdp"), None))
-        return next_token_sums(forward(model, tokens), model.unembedding(), rows, rows.astype(float), vocab_size=VOCAB,
-                               softcap=0.0, config=LossConfig()).objective  # fmt: skip
+        return next_token_sums(
+            forward(model, tokens),
+            model.unembedding(),
+            rows,
+            rows.astype(float),
+            vocab_size=VOCAB,
+            softcap=0.0,
+            config=LossConfig(),
+        ).objective
 
     counted = list(products(jax.make_jaxpr(jax.grad(loss))(model, jnp.ones((B, T), jnp.int32)).jaxpr))
     weights = sum(flops for flops, batched in counted if not batched)
@@ -254,10 +286,10 @@ def test_dropout_is_the_same_on_any_mesh_and_differs_by_key_and_site():
 def test_dropout_acts_in_every_layer_and_only_with_a_key():
     config = dataclasses.replace(GPT2, dropout=0.5)
     model, tokens = make(config), jnp.arange(B * T).reshape(B, T)
-    keyed = [forward(model, tokens, dropout_key=jax.random.key(i)) for i in (0, 0, 1)]
+    keyed = [hidden_states(model, tokens, dropout_key=jax.random.key(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(keyed[0], keyed[1])
     assert not np.allclose(keyed[0], keyed[2])
-    np.testing.assert_array_equal(forward(model, tokens), forward(make(GPT2), tokens))
+    np.testing.assert_array_equal(hidden_states(model, tokens), hidden_states(make(GPT2), tokens))
 
     masks = []
     original = transformer.dropout
@@ -269,7 +301,7 @@ def test_dropout_acts_in_every_layer_and_only_with_a_key():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "dropout", spy)
-        jax.jit(lambda: forward.__wrapped__(model, tokens, dropout_key=jax.random.key(0)))()
+        quick(lambda: forward(model, tokens, dropout_key=jax.random.key(0)))()
         jax.effects_barrier()
     assert len(masks) == 1 + 2 * config.num_layers
     assert len({mask.tobytes() for mask in masks}) == len(masks)
@@ -291,7 +323,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 def test_unrolling_the_layers_changes_nothing(config):
     tokens = jnp.arange(B * T).reshape(B, T)
     one, all_layers = (make(dataclasses.replace(config, scan_unroll=n)) for n in (1, 2))
-    np.testing.assert_allclose(forward(one, tokens), forward(all_layers, tokens), atol=1e-6)
+    np.testing.assert_allclose(hidden_states(one, tokens), hidden_states(all_layers, tokens), atol=1e-6)
 
 
 def test_residual_scale_falls_with_depth():

@@ -77,7 +77,10 @@ def first_update(model, gradient, **changes):
 
 def by_name(tree):
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
 def random_like(model):

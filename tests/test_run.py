@@ -31,8 +31,16 @@ EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy"}
 
 
 def small(corpus, **changes):
-    values = dict(num_steps=STEPS, log_every=2, eval_every=3, eval_batches=2, checkpoint_every=EVERY, num_samples=2,
-                  data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1), mesh=MeshConfig(2, 2, 2))  # fmt: skip
+    values = dict(
+        num_steps=STEPS,
+        log_every=2,
+        eval_every=3,
+        eval_batches=2,
+        checkpoint_every=EVERY,
+        num_samples=2,
+        data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1),
+        mesh=MeshConfig(2, 2, 2),
+    )
     return tiny(**(dict(model=ModelConfig(num_layers=2, num_heads=4, embed_dim=32)) | values | changes))
 
 
@@ -53,8 +61,14 @@ def finished(corpus, tmp_path_factory):
 def test_what_a_workdir_holds(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "tokenizer", "tensorboard", "samples.txt", "store"
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tokenizer",
+        "tensorboard",
+        "samples.txt",
+        "store",
+    }
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     assert json.loads((folder / "config.json").read_text())["model"]["mlp_dim"] == 128
     assert list((folder / "tokenizer").iterdir()) and list((folder / "tensorboard").iterdir())
@@ -79,7 +93,9 @@ def test_what_is_printed(finished):
     assert "training 6/6 · loss " in printed and "MFU unknown" in printed
     assert "held-out text, bits a byte: this model " in printed and "gzip -9" in printed and "xz -9" in printed
     assert printed.count(" sample\n") == 2
-    assert (folder / "samples.txt").read_text().strip() and (folder / "samples.txt").read_text().strip() in printed.replace(f"{'—' * 30} sample\n", "\n")
+    assert (folder / "samples.txt").read_text().strip() and (
+        folder / "samples.txt"
+    ).read_text().strip() in printed.replace(f"{'—' * 30} sample\n", "\n")
 
 
 def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, capsys):
@@ -138,7 +154,9 @@ def test_a_run_from_other_devices_finds_a_mesh_here(corpus, changes, shape):
 def test_another_tokenizer_is_refused(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     (folder / "tokenizer" / "tokenizer.json").write_text('{"kind": "byte"}')
-    with pytest.raises(Refused, match=r"tokenizer has hash \w{12}, but step 8 was trained with \w{12}: put that tokenizer back"):
+    with pytest.raises(
+        Refused, match=r"tokenizer has hash \w{12}, but step 8 was trained with \w{12}: put that tokenizer back"
+    ):
         workdir.load(epath.Path(folder), -1)
 
 
@@ -149,18 +167,39 @@ LONG = 60
 
 def command(corpus, folder, *more):
     config = pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py"
-    return [sys.executable, "-m", "gptjax", "train", f"--config={config}", f"--workdir={folder}", "--config.data.source=text",
-            f"--config.data.path={corpus}", "--config.seq_len=32", f"--config.num_steps={LONG}", "--config.checkpoint_every=10",
-            "--config.eval_every=30", "--config.eval_batches=1", "--config.num_samples=1", "--config.model.dropout=0.1", *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "gptjax",
+        "train",
+        f"--config={config}",
+        f"--workdir={folder}",
+        "--config.data.source=text",
+        f"--config.data.path={corpus}",
+        "--config.seq_len=32",
+        f"--config.num_steps={LONG}",
+        "--config.checkpoint_every=10",
+        "--config.eval_every=30",
+        "--config.eval_batches=1",
+        "--config.num_samples=1",
+        "--config.model.dropout=0.1",
+        *more,
+    ]
 
 
 def environment(devices):
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PLATFORMS": "cpu",
-                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}  # fmt: skip
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
 
 
 def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
+    found = [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
+    assert len(dict(found)) == len(found), "a step has two rows"
+    return dict(found)
 
 
 def killed(argv, folder, devices, past):

@@ -1,0 +1,50 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+from gptjax.metrics import Log, open_rows, peak_flops
+
+
+def test_rows_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 7)]
+    path.write_text("".join(lines) + '{"step": 7, "lo')
+    open_rows(path, 4).close()
+    assert path.read_text() == "".join(lines[:4])
+    with open_rows(path, 4) as rows:
+        rows.write(lines[4])
+    assert path.read_text() == "".join(lines[:5])
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_peak_is_known_or_none():
+    cards = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 8
+    assert peak_flops(cards, "bfloat16") == 8 * 989e12
+    assert peak_flops(cards, "float32") is None
+    assert peak_flops([SimpleNamespace(device_kind="cpu")], "bfloat16") is None
+
+
+def test_rows_come_one_step_late_and_pauses_do_not_count(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("gptjax.metrics.time.perf_counter", lambda: clock[0])
+    shown = []
+    bar = SimpleNamespace(update=lambda step, text: shown.append((step, text)), print=shown.append)
+    log = Log(epath.Path(tmp_path), bar, 0, log_every=2, tokens_per_step=100, flops_per_token=6, peak=1000.0)
+    for step in range(1, 5):
+        clock[0] += 3.0
+        log.push(step, {"loss": float(step)})
+        assert len(shown) == (step - 1) // 2
+        if step == 2:
+            with log.paused():
+                clock[0] += 1000.0
+            assert len(shown) == 1
+            shown.clear(), shown.append("waited for")
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["tokens_seen"]) for row in rows] == [(2, 2.0, 200), (4, 4.0, 400)]
+    assert [row["step_seconds"] for row in rows] == [3.0, 3.0]
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([100 / 3] * 2)
+    assert [row["mfu"] for row in rows] == pytest.approx([0.2] * 2)
+    assert shown[-1][0] == 4 and "MFU 20.0%" in shown[-1][1]
