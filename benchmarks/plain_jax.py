@@ -81,8 +81,7 @@ def plain(layers, heads, width, length, batch, vocab):
 
     mask = jax.tree.map(lambda p: p.ndim > 1, params)
     schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, 10, STEPS, 1e-4)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0),
-                            optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=mask))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=mask))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, data):
@@ -116,7 +115,9 @@ def main():
     random = np.random.default_rng(0)
     tokens = random.integers(0, vocab, (batch, length + 1), dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    data = Batch(tokens[:, :-1], tokens[:, 1:], positions, np.ones_like(positions), np.ones((batch, length), np.float32))
+    data = Batch(
+        tokens[:, :-1], tokens[:, 1:], positions, np.ones_like(positions), np.ones((batch, length), np.float32)
+    )
 
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES)
     plain_state, plain_step = plain(*SHAPES[args.shape])
@@ -140,8 +141,10 @@ def main():
     for name, seconds in times.items():
         print(f"{name}: {tokens / statistics.median(seconds):,.0f} tokens/s (median of {args.rounds} rounds)")
     ratios = [p / s for p, s in zip(times["plain"], times["spine"])]
-    print(f"speed of the spine over plain JAX on {args.shape}: {statistics.median(ratios):.3f} "
-          f"(quartiles {', '.join(f'{q:.3f}' for q in statistics.quantiles(ratios, n=4))})")
+    print(
+        f"speed of the spine over plain JAX on {args.shape}: {statistics.median(ratios):.3f} "
+        f"(quartiles {', '.join(f'{q:.3f}' for q in statistics.quantiles(ratios, n=4))})"
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ class CheckpointConfig:
 def named_leaves(tree) -> dict:
     """A tree's leaves by path: {"model.blocks.query": leaf, …}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
+    }
 
 
 def placed(shapes, mesh: jax.sharding.Mesh):
@@ -140,8 +142,10 @@ class Checkpoints:
         earlier = [other for other in self.steps() if other < step]
         remedy = (f"remove {self.folder}/step_{step:08} to go on from step {earlier[-1]}" if earlier else
                   "there is no earlier one, so begin anew in another --workdir")  # fmt: skip
-        return Refused(f"The checkpoint of step {step} in {self.folder} can't be read ({type(error).__name__}: {reason})"
-                       f": {remedy}.")
+        return Refused(
+            f"The checkpoint of step {step} in {self.folder} can't be read ({type(error).__name__}: {reason})"
+            f": {remedy}."
+        )
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk. Raises what a save in the background raised."""

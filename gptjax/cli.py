@@ -31,9 +31,15 @@ def evaluate(args: argparse.Namespace) -> None:
     run = workdir.load(folder, args.step)
     store = Store.open(workdir.store_folder(run.config, folder))
     with jax.set_mesh(run.mesh):
-        result = evaluate(run.model, store=store, mesh=run.mesh, seq_len=run.config.seq_len,
-                          batch_size=run.config.micro_batch_size, max_batches=run.config.eval_batches,
-                          loss=run.config.loss)
+        result = evaluate(
+            run.model,
+            store=store,
+            mesh=run.mesh,
+            seq_len=run.config.seq_len,
+            batch_size=run.config.micro_batch_size,
+            max_batches=run.config.eval_batches,
+            loss=run.config.loss,
+        )
     row = {"step": run.step, "loss": result.loss, "perplexity": result.perplexity}
     row |= {"bits_per_byte": result.bits_per_byte, "accuracy": result.accuracy, "tokens": result.tokens}
     print(json.dumps(row))
@@ -51,9 +57,15 @@ def generate(args: argparse.Namespace) -> None:
     run = workdir.load(epath.Path(args.workdir), args.step)
     prompt = run.tokenizer.encode(args.prompt).tolist()
     with jax.set_mesh(run.mesh):
-        made = generate(run.model, [prompt] * args.num_samples, run.tokenizer, seq_len=run.config.seq_len,
-                        max_tokens=args.max_tokens, sampling=Sampling(args.temperature, args.top_k, args.top_p),
-                        seed=args.seed)
+        made = generate(
+            run.model,
+            [prompt] * args.num_samples,
+            run.tokenizer,
+            seq_len=run.config.seq_len,
+            max_tokens=args.max_tokens,
+            sampling=Sampling(args.temperature, args.top_k, args.top_p),
+            seed=args.seed,
+        )
     for number, ids in enumerate(made, 1):
         if args.num_samples > 1:
             print(f"{'—' * 30} sample {number}")
@@ -68,20 +80,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    top = Parser(prog="gptjax", description="Pretrain GPT-style language models with JAX.",
-                                  epilog=__doc__.partition("\n\n")[2], allow_abbrev=False)
+    top = Parser(
+        prog="gptjax",
+        description="Pretrain GPT-style language models with JAX.",
+        epilog=__doc__.partition("\n\n")[2],
+        allow_abbrev=False,
+    )
     top.add_argument("--version", action="version", version=f"gptjax {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name, function, text):
-        made = verbs.add_parser(name, help=text, description=text, allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
         made.set_defaults(function=function)
         return made
 
     one = verb("train", train, "train a model, or go on where its run stopped")
-    one.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key, "
-                     "as in --config.num_steps=500 or --config.model.num_layers=4")
+    one.add_argument(
+        "--config",
+        required=True,
+        help="Python file with get_config(); --config.KEY=VALUE changes a key, "
+        "as in --config.num_steps=500 or --config.model.num_layers=4",
+    )
     one.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
 
     one = verb("eval", evaluate, "evaluate a checkpoint on the held-out text; prints one JSON object")
@@ -104,14 +129,17 @@ def parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags of the verb, and its `--config.KEY=VALUE` overrides. Raises: Refused, for one that is neither."""
     args, rest = parser().parse_known_args(argv)
+    if not args.workdir:
+        raise Refused("--workdir is empty: give a folder.")
     args.overrides = {}
     flags = ["--" + name for name in vars(args) if name not in ("verb", "function", "overrides")]
     rest = iter(rest)
     for word in rest:
         flag, equals, value = word.partition("=")
         if not (flag.startswith("--config.") and "--config" in flags):
-            raise Refused(f"{flag} is no flag of gptjax {args.verb}: see gptjax {args.verb} --help."
-                          f"{nearest(flag, flags)}")
+            raise Refused(
+                f"{flag} is no flag of gptjax {args.verb}: see gptjax {args.verb} --help.{nearest(flag, flags)}"
+            )
         if not equals:
             value = next(rest, None)
             if value is None:

@@ -85,11 +85,14 @@ def load(path: str, overrides: dict[str, str]) -> Config:
     except Exception as error:  # whatever a user's file raises is a fault of the file
         raise Refused(f"{path}: {_fault(error)}") from error
     if "get_config" not in module:
-        raise Refused(f"{path} has no get_config(): define one that returns gptjax.config.default() with its own "
-                      "values.")
+        raise Refused(
+            f"{path} has no get_config(): define one that returns gptjax.config.default() with its own values."
+        )
     if not isinstance(config, ConfigDict):
-        raise Refused(f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
-                      "its own values.")
+        raise Refused(
+            f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
+            "its own values."
+        )
     for key, text in overrides.items():
         override(config, key, text)
     return parse(config)
@@ -179,8 +182,15 @@ def _build(kind, values, prefix):
 def resolve(config: Config) -> Config:
     """Checks values across sections and works out what is derived. Raises: Refused."""
     config = dataclasses.replace(config, model=config.model.resolved())
-    for key in ("num_steps", "batch_size", "seq_len", "grad_accum_steps", "log_every", "eval_every",
-                "checkpoint_every"):
+    for key in (
+        "num_steps",
+        "batch_size",
+        "seq_len",
+        "grad_accum_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+    ):
         if getattr(config, key) < 1:
             raise Refused(f"{key}={getattr(config, key)} must be at least 1.")
     for key in ("seed", "eval_batches", "num_samples"):
@@ -195,11 +205,14 @@ def resolve(config: Config) -> Config:
         if value < 0:
             raise Refused(f"{key}={value} must not be negative.")
     if config.loss.num_chunks < 1 or config.seq_len % config.loss.num_chunks:
-        raise Refused(f"seq_len={config.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose "
-                      "a divisor.")
+        raise Refused(
+            f"seq_len={config.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose a divisor."
+        )
     if config.batch_size % config.grad_accum_steps:
-        raise Refused(f"batch_size={config.batch_size} is not divisible by grad_accum_steps="
-                      f"{config.grad_accum_steps}: change one of them.")
+        raise Refused(
+            f"batch_size={config.batch_size} is not divisible by grad_accum_steps="
+            f"{config.grad_accum_steps}: change one of them."
+        )
     optimizer.check(config.optimizer, config.num_steps)
     return config
 
@@ -208,9 +221,11 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     """The batch divides over the mesh. Raises: Refused."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.micro_batch_size % shards:
-        raise Refused(f"A micro-batch of {config.micro_batch_size} sequences (batch_size={config.batch_size} / "
-                      f"grad_accum_steps={config.grad_accum_steps}) does not divide over the {shards} devices of "
-                      f"mesh.data × mesh.fsdp: make batch_size a multiple of {shards * config.grad_accum_steps}.")
+        raise Refused(
+            f"A micro-batch of {config.micro_batch_size} sequences (batch_size={config.batch_size} / "
+            f"grad_accum_steps={config.grad_accum_steps}) does not divide over the {shards} devices of "
+            f"mesh.data × mesh.fsdp: make batch_size a multiple of {shards * config.grad_accum_steps}."
+        )
 
 
 def to_json(config: Config) -> str:
@@ -223,6 +238,7 @@ def differences(old: dict, new: Config) -> list[str]:
     Args:
       old: the resolved config that the run was started with, as a dict.
     """
+
     def bound(key: str) -> bool:
         return not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 

@@ -5,7 +5,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax import sharding
@@ -32,14 +31,29 @@ def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *
     """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
     batch = jax.tree.map(lambda array: array[0], batch)
     x_BTD = model(batch.inputs, batch.positions, batch.segments, None)
-    sums = next_token_sums(x_BTD, model.unembedding(), batch.targets, batch.weights, vocab_size=vocab_size,
-                           softcap=model.config.logits_softcap, config=loss)
+    sums = next_token_sums(
+        x_BTD,
+        model.unembedding(),
+        batch.targets,
+        batch.weights,
+        vocab_size=vocab_size,
+        softcap=model.config.logits_softcap,
+        config=loss,
+    )
     size_BT = token_bytes.at[batch.targets].get(out_sharding=sharding.spec("act_batch", "act_seq"))
     return sums.nll, sums.correct, batch.weights.sum(), (batch.weights * size_BT).sum()
 
 
-def evaluate(model: Transformer, *, store, mesh: jax.sharding.Mesh, seq_len: int, batch_size: int, max_batches: int,
-             loss: LossConfig) -> Evaluation:
+def evaluate(
+    model: Transformer,
+    *,
+    store,
+    mesh: jax.sharding.Mesh,
+    seq_len: int,
+    batch_size: int,
+    max_batches: int,
+    loss: LossConfig,
+) -> Evaluation:
     """Of a model on a store's held-out windows, in order.
 
     Args:

@@ -34,8 +34,16 @@ class Sampling:
             raise Refused(f"--top_p={self.top_p} must be more than 0 and at most 1, which turns it off.")
 
 
-def generate(model: Transformer, prompts: list[list[int]], tokenizer, *, seq_len: int, max_tokens: int,
-             sampling: Sampling, seed: int) -> list[list[int]]:
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    tokenizer,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[list[int]]:
     """Continues prompts of token ids, each as a document of its own, until it ends or has `max_tokens` more.
 
     Row i of the same prompts and seed gets the same tokens however many rows there are.
@@ -51,11 +59,15 @@ def generate(model: Transformer, prompts: list[list[int]], tokenizer, *, seq_len
     if max_tokens < 1:
         raise Refused(f"--max_tokens={max_tokens} must be at least 1.")
     if longest > seq_len:
-        raise Refused(f"The prompt has {longest - 1} tokens, and the context of {seq_len} takes at most {seq_len - 1}: "
-                      "shorten it.")
+        raise Refused(
+            f"The prompt has {longest - 1} tokens, and the context of {seq_len} takes at most {seq_len - 1}: "
+            "shorten it."
+        )
     if longest + max_tokens > seq_len + 1:
-        raise Refused(f"The prompt has {longest - 1} tokens and --max_tokens={max_tokens} asks for more than the context "
-                      f"of {seq_len} holds: ask for at most {seq_len + 1 - longest}.")
+        raise Refused(
+            f"The prompt has {longest - 1} tokens and --max_tokens={max_tokens} asks for more than the context "
+            f"of {seq_len} holds: ask for at most {seq_len + 1 - longest}."
+        )
     shards = jax.sharding.get_abstract_mesh().shape
     rows = -(-len(prompts) // (shards["data"] * shards["fsdp"])) * shards["data"] * shards["fsdp"]
     width = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, seq_len)
@@ -75,8 +87,17 @@ def generate(model: Transformer, prompts: list[list[int]], tokenizer, *, seq_len
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "sampling", "vocab_size", "end_of_text"))
-def decode(model: Transformer, prompt_BT, start_B, key, *, max_tokens: int, sampling: Sampling, vocab_size: int,
-           end_of_text: int):
+def decode(
+    model: Transformer,
+    prompt_BT,
+    start_B,
+    key,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    vocab_size: int,
+    end_of_text: int,
+):
     """Prefill, then one token at a time.
 
     Args:
@@ -90,10 +111,7 @@ def decode(model: Transformer, prompt_BT, start_B, key, *, max_tokens: int, samp
     everywhere = PartitionSpec()
 
     def draw(x_BTD, index):
-        logits_BV = jnp.einsum("BD,VD->BV", x_BTD[:, -1], model.unembedding(), preferred_element_type=jnp.float32)
-        logits_BV = reshard(logits_BV, everywhere)[:, :vocab_size]
-        softcap = model.config.logits_softcap
-        logits_BV = softcap * jnp.tanh(logits_BV / softcap) if softcap else logits_BV
+        logits_BV = reshard(model.logits(x_BTD[:, -1]), everywhere)[:, :vocab_size]
         return sample(logits_BV, jax.vmap(lambda k: jax.random.fold_in(k, index))(row_keys), sampling)
 
     def going_on(carry):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.errors import Refused
+from gptjax.models.layers import soft_capped
 from gptjax.sharding import BATCH_AXES, spec
 
 
@@ -28,7 +29,9 @@ class Sums(NamedTuple):
     correct: jax.Array  # targets that were the most likely token
 
 
-def next_token_sums(x_BTD, w_VD, targets_BT, weights_BT, *, vocab_size: int, softcap: float, config: LossConfig) -> Sums:
+def next_token_sums(
+    x_BTD, w_VD, targets_BT, weights_BT, *, vocab_size: int, softcap: float, config: LossConfig
+) -> Sums:
     """Sums of the cross entropy of softmax(x · wᵀ) over all tokens.
 
     The objective's gradient is worked out along with its value, chunk by chunk, so the backward pass neither holds
@@ -39,8 +42,9 @@ def next_token_sums(x_BTD, w_VD, targets_BT, weights_BT, *, vocab_size: int, sof
         take no part. targets_BT: int32. weights_BT: float32, 0 where there is nothing to predict.
     """
     if x_BTD.shape[1] % config.num_chunks:
-        raise Refused(f"seq_len={x_BTD.shape[1]} is not divisible by loss.num_chunks={config.num_chunks}: "
-                      "choose a divisor.")
+        raise Refused(
+            f"seq_len={x_BTD.shape[1]} is not divisible by loss.num_chunks={config.num_chunks}: choose a divisor."
+        )
     rows = spec("act_batch", "act_seq")
 
     def local(x_BTD, w_VD, targets_BT, weights_BT):
@@ -86,7 +90,7 @@ def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config
         nll, z, correct, dw_VD = carry
         x_BtD, targets_Bt, weights_Bt = chunk
         raw_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, w_VD, preferred_element_type=jnp.float32)
-        capped_BtV = softcap * jnp.tanh(raw_BtV / softcap) if softcap else raw_BtV
+        capped_BtV = soft_capped(raw_BtV, softcap)
         logits_BtV = jnp.where(ids_V < vocab_size, capped_BtV, -jnp.inf)
         is_target_BtV = ids_V == targets_Bt[..., None]
         peak_Bt = jax.lax.pmax(logits_BtV.max(-1), "tensor")

@@ -35,15 +35,29 @@ def peak_flops(devices, dtype: str) -> float | None:
 class Log:
     """One row a logged step, written one step late, so that the device always has the next step to do."""
 
-    def __init__(self, workdir: epath.Path, bar, start: int, log_every: int, tokens_per_step: int,
-                 flops_per_token: int, peak: float | None):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        bar,
+        start: int,
+        log_every: int,
+        tokens_per_step: int,
+        flops_per_token: int,
+        peak: float | None,
+    ):
         self._bar, self._log_every = bar, log_every
         self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
         self._main = jax.process_index() == 0
+        path = workdir / "metrics.jsonl"
+        rows = rows_until(path, start)
+        self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if self._main:
-            self._rows = open_rows(workdir / "metrics.jsonl", start)
+            beside = workdir / "metrics.jsonl.partial"
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            beside.replace(path)
+            self._rows = path.open("a")
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def push(self, step: int, metrics: dict) -> None:
@@ -75,7 +89,7 @@ class Log:
         self._began, self._steps = now, 0
         speed = self._tokens_per_step / seconds
         mfu = speed * self._flops_per_token / self._peak if self._peak else None
-        row = {"step": step} | {name: float(value) for name, value in metrics.items()}
+        row = {"step": step} | {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
         row |= {"tokens_seen": step * self._tokens_per_step, "tokens_per_second": speed, "step_seconds": seconds}
         self._write(row | {"mfu": mfu})
         shown = "unknown" if mfu is None else f"{mfu:.1%}"
@@ -84,10 +98,18 @@ class Log:
     def evaluation(self, step: int, result) -> None:
         """Writes the row of an `evaluate.Evaluation`."""
         if self._main:
-            self._write({"step": step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte,
-                         "eval_accuracy": result.accuracy})
-            self._bar.print(f"step {step}: held-out loss {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} "
-                            f"bits a byte, accuracy {result.accuracy:.1%}")
+            self._write(
+                {
+                    "step": step,
+                    "eval_loss": result.loss,
+                    "eval_bits_per_byte": result.bits_per_byte,
+                    "eval_accuracy": result.accuracy,
+                }
+            )
+            self._bar.print(
+                f"step {step}: held-out loss {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} "
+                f"bits a byte, accuracy {result.accuracy:.1%}"
+            )
 
     def _write(self, row: dict) -> None:
         self._rows.write(json.dumps(row) + "\n")
@@ -103,21 +125,15 @@ class Log:
             self._board.close()
 
 
-def open_rows(path: epath.Path, start: int):
-    """metrics.jsonl, without the rows past step `start`: a run that goes on from there writes them again.
+def rows_until(path: epath.Path, start: int) -> list[dict]:
+    """The rows of metrics.jsonl up to step `start`: a run that goes on from there writes the later ones again.
 
     A last line that a kill cut short is dropped with them.
     """
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= start:
-                kept.append(line + "\n")
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(kept))
-    beside.replace(path)
-    return path.open("a")
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [row for row in rows if row["step"] <= start]

@@ -67,8 +67,10 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     if open_axes and num_devices % taken == 0:
         sizes[open_axes[0]] = num_devices // taken
     elif open_axes or taken != num_devices:
-        raise Refused(f"{shown} asks for {'a multiple of ' if open_axes else ''}{taken} devices, but there are "
-                      f"{num_devices}: change a size, or set one to -1 to take what is left.")
+        raise Refused(
+            f"{shown} asks for {'a multiple of ' if open_axes else ''}{taken} devices, but there are "
+            f"{num_devices}: change a size, or set one to -1 to take what is left."
+        )
     return tuple(sizes.values())
 
 
@@ -89,7 +91,7 @@ def gather(weight: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     compute dtype's bytes; its transpose reduce-scatters the gradient. The name keeps rematerialization from holding
     the gathered copies of all layers at once. A scan over layers has taken the leading axis off.
     """
-    names = weight.axes[-weight.ndim:]
+    names = weight.axes[-weight.ndim :]
     used = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec(*names)))
     return checkpoint_name(jax.sharding.reshard(weight[...].astype(dtype), used), GATHERED)
 
@@ -104,12 +106,15 @@ def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> Non
     Raises:
       Refused: naming the key, the size and the mesh axis.
     """
-    for weight in jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
-        for name, size in zip(weight.axes, weight.shape):
-            axis = LOGICAL_AXES[name]
-            if axis is not None and size % mesh.shape[axis]:
-                raise Refused(f"{keys.get(name, name)}={size} is not divisible by mesh.{axis}={mesh.shape[axis]}: "
-                              "change one of them.")
+    params = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    sizes = {name: size for param in params for name, size in zip(param.axes, param.shape)}
+    for name in sorted(sizes, key=lambda name: list(keys).index(name) if name in keys else -1):
+        axis = LOGICAL_AXES[name]
+        if axis is not None and sizes[name] % mesh.shape[axis]:
+            raise Refused(
+                f"{keys.get(name, name)}={sizes[name]} is not divisible by mesh.{axis}={mesh.shape[axis]}: "
+                "change one of them."
+            )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

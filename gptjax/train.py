@@ -52,8 +52,15 @@ def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_
 
     def objective(model, micro, index):
         x_BTD = model(micro.inputs, micro.positions, micro.segments, jax.random.fold_in(dropout_key, index))
-        sums = next_token_sums(x_BTD, model.unembedding(), micro.targets, micro.weights, vocab_size=vocab_size,
-                               softcap=config.model.logits_softcap, config=config.loss)
+        sums = next_token_sums(
+            x_BTD,
+            model.unembedding(),
+            micro.targets,
+            micro.weights,
+            vocab_size=vocab_size,
+            softcap=config.model.logits_softcap,
+            config=config.loss,
+        )
         # Over the tokens of the whole update, so that micro-batches add up to it whatever their padding.
         return sums.objective / tokens, sums.nll / tokens
 
@@ -68,11 +75,8 @@ def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_
 
     updates, opt_state = optimize(gradient, state, config)
     model = optax.apply_updates(state.model, updates)
-    step_metrics = {
-        "loss": loss,
-        "learning_rate": learning_rate(config.optimizer, config.num_steps)(state.step),
-        "grad_norm": optax.tree.norm(gradient),
-    }
+    rate = learning_rate(config.optimizer, config.num_steps)(state.step)
+    step_metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(state.step + 1, model, opt_state, moved_average(state, model, config)), step_metrics
 
 
@@ -104,18 +108,27 @@ def train(config: Config, folder: epath.Path) -> None:
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     workdir.check(config, folder, mesh)
-    store = workdir.prepare(config, folder)
+    store = workdir.prepare(config, folder, mesh)
     vocab_size = store.tokenizer.vocab_size
     run = {"config": dataclasses.asdict(config), "tokenizer_hash": store.tokenizer.hash}
-    measure = functools.partial(evaluate, store=store, mesh=mesh, seq_len=config.seq_len,
-                                batch_size=config.micro_batch_size,
-                                max_batches=config.eval_batches, loss=config.loss)
+    measure = functools.partial(
+        evaluate,
+        store=store,
+        mesh=mesh,
+        seq_len=config.seq_len,
+        batch_size=config.micro_batch_size,
+        max_batches=config.eval_batches,
+        loss=config.loss,
+    )
 
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         start = (checkpoints.steps() or [0])[-1]
         if start >= config.num_steps and (folder / "samples.txt").exists():
-            print(f"The run in {folder} is complete at step {start} of num_steps={config.num_steps}. To go on, raise "
-                  f"it: --config.num_steps={2 * start}", flush=True)
+            print(
+                f"The run in {folder} is complete at step {start} of num_steps={config.num_steps}. To go on, raise "
+                f"it: --config.num_steps={2 * start}",
+                flush=True,
+            )
             return
         init = functools.partial(init_state, config, vocab_size)
         if start:
@@ -124,40 +137,53 @@ def train(config: Config, folder: epath.Path) -> None:
             print(f"going on from the checkpoint of step {start}", flush=True)
         else:
             state = jax.jit(init)()
+        workdir.write_config(config, folder)
         parameters = num_parameters(config.model, vocab_size, config.seq_len)
-        print(f"{parameters / 1e6:.2f}M parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh "
-              f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}", flush=True)
+        print(
+            f"{parameters / 1e6:.2f}M parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}, mesh "
+            f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
+            flush=True,
+        )
         began = time.perf_counter()
         step_fn = compile_step(config, vocab_size, state, mesh)
         print(f"compiled the train step in {time.perf_counter() - began:.1f} s", flush=True)
 
-        batches, evaluation = train_batches(config, store, mesh, start), None
+        batches = train_batches(config, store, mesh, start)
         with terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar:
-            log = metrics.Log(folder, bar, start, config.log_every, config.batch_size * config.seq_len,
-                              flops_per_token(config.model, vocab_size, config.seq_len),
-                              metrics.peak_flops(mesh.devices.ravel(), config.model.dtype))
+            log = metrics.Log(
+                folder,
+                bar,
+                start,
+                config.log_every,
+                config.batch_size * config.seq_len,
+                flops_per_token(config.model, vocab_size, config.seq_len),
+                metrics.peak_flops(mesh.devices.ravel(), config.model.dtype),
+            )
+            # What is due after a step comes before the next one, so that a run killed in between makes up for it.
             for step in range(start, config.num_steps):
+                if step and step % config.eval_every == 0 and step not in log.evaluated:
+                    with log.paused():
+                        log.evaluation(step, measure(weights(state)))
                 with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device at each step
                     state, step_metrics = step_fn(state, next(batches))
                 log.push(step + 1, step_metrics)
-                last = step + 1 == config.num_steps
-                if last or (step + 1) % config.checkpoint_every == 0:
+                if step + 1 == config.num_steps or (step + 1) % config.checkpoint_every == 0:
                     with log.paused():
-                        checkpoints.save(step + 1, state, run)  # first, so that no evaluation can cost a save
-                if last or (step + 1) % config.eval_every == 0:
-                    with log.paused():
-                        evaluation = measure(weights(state))
-                        log.evaluation(step + 1, evaluation)
+                        checkpoints.save(step + 1, state, run)
+            evaluation = measure(weights(state))
+            if config.num_steps not in log.evaluated:
+                log.evaluation(config.num_steps, evaluation)
             log.close()
         checkpoints.wait()
-        report(config, folder, store, weights(state), evaluation or measure(weights(state)))
+        report(config, folder, store, weights(state), evaluation)
 
 
 def train_batches(config: Config, store, mesh: jax.sharding.Mesh, start: int):
     """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh."""
     rows = sharding.local_rows(mesh, config.batch_size, config.grad_accum_steps)
-    batches = stream.train_batches(store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
-                                   rows=rows)
+    batches = stream.train_batches(
+        store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, rows=rows
+    )
     for batch in stream.iterate(batches, start, config.num_steps):
         yield sharding.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
 
@@ -171,7 +197,9 @@ def report(config: Config, folder: epath.Path, store, model: Transformer, evalua
     """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
     compressed = store.manifest["compressed_heldout_bytes"]
     gzip, xz = (8 * store.manifest[name] / compressed for name in ("gzip_bytes", "xz_bytes"))
-    print(f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f}")
+    print(
+        f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f}"
+    )
     texts = generate.samples(model, store.tokenizer, config.seq_len, config.num_samples, config.seed)
     if jax.process_index() == 0:
         (folder / "samples.txt").write_text("\n\n".join(texts) + "\n")

@@ -43,8 +43,10 @@ def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
     if (folder / "config.json").exists():
         check_same_run(config, read_config(folder), folder)
     elif (folder / "checkpoints").exists():
-        raise Refused(f"{folder} has checkpoints but no config.json, so nothing says what run they are of: put it back, "
-                      "or give an empty --workdir.")
+        raise Refused(
+            f"{folder} has checkpoints but no config.json, so nothing says what run they are of: put it back, "
+            "or give an empty --workdir."
+        )
 
 
 def check_writable(folder: epath.Path) -> None:
@@ -60,12 +62,14 @@ def check_writable(folder: epath.Path) -> None:
 
 
 def read_config(folder: epath.Path) -> dict:
-    """The resolved config that the run in a workdir was started with. Raises: Refused."""
+    """The resolved config that the run in a workdir last went on with. Raises: Refused."""
     path = folder / "config.json"
     if not path.exists():
         known = folder.parent.glob("*") if folder.parent.exists() else ()
-        raise Refused(f"{path} does not exist: {folder} is not the workdir of a run."
-                      f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}")
+        raise Refused(
+            f"{path} does not exist: {folder} is not the workdir of a run."
+            f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}"
+        )
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -76,8 +80,10 @@ def check_same_run(config: Config, saved: dict, where: epath.Path) -> None:
     """Raises: Refused, naming the keys by which `config` and the `saved` one are different runs."""
     differing = configs.differences(saved, config)
     if differing:
-        raise Refused(f"{where} belongs to a run of another config: {', '.join(differing)}. Use the old values, or "
-                      "another --workdir.")
+        raise Refused(
+            f"{where} belongs to a run of another config: {', '.join(differing)}. Use the old values, or "
+            "another --workdir."
+        )
 
 
 def store_folder(config: Config, folder: epath.Path) -> epath.Path:
@@ -85,8 +91,8 @@ def store_folder(config: Config, folder: epath.Path) -> epath.Path:
     return epath.Path(config.data.store) if config.data.store else folder / "store"
 
 
-def prepare(config: Config, folder: epath.Path) -> Store:
-    """Claims the workdir for a config and returns its token store, made if need be.
+def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Store:
+    """The token store of a run and, in its workdir, the tokenizer; made if need be.
 
     Raises: Refused, for a corpus that can't be used; nothing that was made for it stays.
     """
@@ -109,10 +115,15 @@ def prepare(config: Config, folder: epath.Path) -> Store:
         copied.mkdir()
         for file in (store.folder / "tokenizer").iterdir():
             (copied / file.name).write_bytes(file.read_bytes())
+    check_divides(config, store.tokenizer.vocab_size, mesh)
+    return store
+
+
+def write_config(config: Config, folder: epath.Path) -> None:
+    """Says what the run in a workdir is; once it is sure that it goes on with this config."""
     beside = folder / "config.json.partial"
     beside.write_text(configs.to_json(config))
     beside.replace(folder / "config.json")
-    return store
 
 
 class Run(NamedTuple):
@@ -134,8 +145,10 @@ def load(folder: epath.Path, step: int) -> Run:
         config = configs.parse(saved["config"])
         its_tokenizer = tokenizer.load(folder / "tokenizer")
         if its_tokenizer.hash != saved["tokenizer_hash"]:
-            raise Refused(f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
-                          f"{saved['tokenizer_hash'][:12]}: put that tokenizer back.")
+            raise Refused(
+                f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
+                f"{saved['tokenizer_hash'][:12]}: put that tokenizer back."
+            )
         mesh = mesh_that_fits(config, its_tokenizer.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
         with jax.set_mesh(mesh):

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import mesh_of
 
 from gptjax.models.attention import attention, blocked_attention, cached_attention, masked_attention
-from training import mesh_of
 
 B, H = 2, 8
 

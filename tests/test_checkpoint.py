@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import GPT2, LLAMA, mesh_of, tiny
 
 from gptjax import train
 from gptjax.checkpoint import CheckpointConfig, Checkpoints, named_leaves, placed
 from gptjax.errors import Refused
-from training import GPT2, LLAMA, mesh_of, tiny
 
 RUN = {"config": {"seed": 3}, "tokenizer_hash": "abc"}
 

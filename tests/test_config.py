@@ -6,6 +6,7 @@ import re
 
 import jax
 import pytest
+from training import mesh_of
 
 import gptjax
 from gptjax import config as configs
@@ -13,7 +14,6 @@ from gptjax import workdir
 from gptjax.config import FREE_KEYS, Config, default, differences, flatten, load, override, parse
 from gptjax.errors import Refused
 from gptjax.models.size import num_parameters
-from training import mesh_of
 
 ROOT = pathlib.Path(gptjax.__file__).parent
 CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))

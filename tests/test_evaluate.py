@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from training import GPT2, LLAMA, mesh_of
 
 from gptjax.data import stream
 from gptjax.evaluate import evaluate
 from gptjax.loss import LossConfig
 from gptjax.models.transformer import Transformer
-from training import GPT2, LLAMA, mesh_of
 
 SEQ_LEN = 32
 

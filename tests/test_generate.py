@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from training import GPT2, LLAMA, mesh_of
 
 from gptjax.errors import Refused
 from gptjax.generate import Sampling, generate, sample, samples
 from gptjax.models.transformer import Transformer
 from gptjax.tokenizer import ByteTokenizer
-from training import GPT2, LLAMA, mesh_of
 
 SEQ_LEN = 48
 TOKENIZER = ByteTokenizer("")

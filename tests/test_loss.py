@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import mesh_of
 
 from gptjax.errors import Refused
 from gptjax.loss import LossConfig, next_token_sums
-from training import mesh_of
 
 B, T, D, V, VOCAB = 8, 8, 16, 128, 100
 

@@ -4,19 +4,19 @@ from types import SimpleNamespace
 import pytest
 from etils import epath
 
-from gptjax.metrics import Log, open_rows, peak_flops
+from gptjax.metrics import Log, peak_flops
 
 
 def test_rows_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
-    path = epath.Path(tmp_path / "metrics.jsonl")
+    path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 7)]
+    lines[2:2] = [json.dumps({"step": 2, "eval_loss": 0.5}) + "\n"]
     path.write_text("".join(lines) + '{"step": 7, "lo')
-    open_rows(path, 4).close()
-    assert path.read_text() == "".join(lines[:4])
-    with open_rows(path, 4) as rows:
-        rows.write(lines[4])
+    log = Log(epath.Path(tmp_path), None, 4, log_every=1, tokens_per_step=1, flops_per_token=1, peak=None)
+    log.close()
     assert path.read_text() == "".join(lines[:5])
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert log.evaluated == {2}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
 def test_a_peak_is_known_or_none():
@@ -34,7 +34,7 @@ def test_rows_come_one_step_late_and_pauses_do_not_count(tmp_path, monkeypatch):
     log = Log(epath.Path(tmp_path), bar, 0, log_every=2, tokens_per_step=100, flops_per_token=6, peak=1000.0)
     for step in range(1, 5):
         clock[0] += 3.0
-        log.push(step, {"loss": float(step)})
+        log.push(step, {"loss": float(step), "learning_rate": 1.0, "grad_norm": 1.0})
         assert len(shown) == (step - 1) // 2
         if step == 2:
             with log.paused():

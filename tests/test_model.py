@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from training import mesh_of
 
 from gptjax.errors import Refused
 from gptjax.loss import LossConfig, next_token_sums
-from gptjax.models import attention, transformer
+from gptjax.models import layers, attention, transformer
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.models.transformer import ModelConfig, Transformer, padded_vocab
-from training import mesh_of
 
 B, T, VOCAB = 2, 12, 40
 GPT2 = ModelConfig(num_layers=2, num_heads=4, embed_dim=32).resolved()
@@ -264,10 +264,10 @@ def test_flops_are_those_of_the_programs_products(config, monkeypatch):
 
 
 def test_dropout_zeroes_its_rate_and_keeps_the_mean():
-    dropped = transformer.dropout(jnp.ones((100, 100, 10)), 0.3, jax.random.key(0), 0)
+    dropped = layers.dropout(jnp.ones((100, 100, 10)), 0.3, jax.random.key(0), 0)
     assert set(np.unique(dropped)) == {0, np.float32(1 / 0.7)}
     assert abs(float((dropped == 0).mean()) - 0.3) < 0.01
-    assert transformer.dropout(jnp.ones(3), 0.3, None, 0).sum() == 3
+    assert layers.dropout(jnp.ones(3), 0.3, None, 0).sum() == 3
 
 
 def test_dropout_is_the_same_on_any_mesh_and_differs_by_key_and_site():
@@ -275,7 +275,7 @@ def test_dropout_is_the_same_on_any_mesh_and_differs_by_key_and_site():
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
             x = jax.device_put(jnp.ones((8, 16, 32)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
-            return np.asarray(jax.jit(lambda x: transformer.dropout(x, 0.5, jax.random.key(key), site))(x))
+            return np.asarray(jax.jit(lambda x: layers.dropout(x, 0.5, jax.random.key(key), site))(x))
 
     np.testing.assert_array_equal(mask((1, 1, 1)), mask((2, 2, 2)))
     np.testing.assert_array_equal(mask((1, 1, 1)), mask((8, 1, 1)))
@@ -292,7 +292,7 @@ def test_dropout_acts_in_every_layer_and_only_with_a_key():
     np.testing.assert_array_equal(hidden_states(model, tokens), hidden_states(make(GPT2), tokens))
 
     masks = []
-    original = transformer.dropout
+    original = layers.dropout
 
     def spy(x, rate, key, site):
         y = original(x, rate, key, site)
@@ -311,7 +311,7 @@ def test_rotated_products_depend_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 4, 8))
 
     def product(m, n):
-        turned = [transformer.rotate(x, transformer.rope(jnp.full((1, 1), at), LLAMA)) for x, at in ((q, m), (k, n))]
+        turned = [layers.rotate(x, layers.rope(jnp.full((1, 1), at), 8, 10_000.0)) for x, at in ((q, m), (k, n))]
         return (turned[0] * turned[1]).sum(-1)
 
     np.testing.assert_allclose(product(7, 3), product(104, 100), atol=1e-4)

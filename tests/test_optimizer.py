@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from training import GPT2, LLAMA, mesh_of
 
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
 from gptjax.optimizer import SCHEDULES, OptimizerConfig, check, decays, learning_rate, make_optimizer
-from training import GPT2, LLAMA, mesh_of
 
 PEAK, WARMUP, STEPS = 0.01, 10, 110
 

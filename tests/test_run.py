@@ -13,17 +13,17 @@ import time
 
 import jax
 import pytest
+from conftest import CACHE
 from etils import epath
+from training import mesh_of, tiny
 
 import gptjax
-from conftest import CACHE
 from gptjax import train, workdir
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.prepare import DataConfig
 from gptjax.errors import Refused
 from gptjax.models.transformer import ModelConfig
 from gptjax.sharding import MeshConfig
-from training import mesh_of, tiny
 
 STEPS, EVERY = 6, 2
 STEP_ROW = {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu"}
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_config_is_refused(finished, corpus, tmp_path):
     folder, _ = finished
     (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
     other = small(corpus, seed=1)
-    workdir.prepare(other, epath.Path(tmp_path))
+    workdir.write_config(other, epath.Path(tmp_path))
     with pytest.raises(Refused, match=r"checkpoints belongs to a run of another config: seed \(0 there, 1 here\)"):
         train.train(other, epath.Path(tmp_path))
 
@@ -131,7 +131,7 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
     config = small(corpus)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.99))
     folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
-    store = workdir.prepare(config, folder)
+    store = workdir.prepare(config, folder, mesh_of(2, 2, 2))
     with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: train.init_state(config, 257))()
         state.ema.norm.gain[...] += 1

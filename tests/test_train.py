@@ -3,11 +3,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from training import GPT2, LLAMA, mesh_of, run, tiny
 
 from gptjax import train
 from gptjax.checkpoint import placed
 from gptjax.optimizer import OPTIMIZERS, OptimizerConfig
-from training import GPT2, LLAMA, mesh_of, run, tiny
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 

@@ -9,13 +9,29 @@ from gptjax.optimizer import OptimizerConfig
 from gptjax.tokenizer import TokenizerConfig
 
 GPT2 = ModelConfig(num_layers=2, num_heads=8, embed_dim=64, dropout=0.1)
-LLAMA = ModelConfig(num_layers=2, num_heads=8, num_kv_heads=4, embed_dim=64, mlp_dim=128, norm="rmsnorm", positions="rope",
-                    activation="swiglu", biases=False, tied_embeddings=False, qk_norm=True, logits_softcap=15.0)
+LLAMA = ModelConfig(
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    embed_dim=64,
+    mlp_dim=128,
+    norm="rmsnorm",
+    positions="rope",
+    activation="swiglu",
+    biases=False,
+    tied_embeddings=False,
+    qk_norm=True,
+    logits_softcap=15.0,
+)
 
 
 def tiny(model: ModelConfig = GPT2, **changes) -> Config:
     values = dict(
-        num_steps=20, batch_size=8, seq_len=32, model=model, tokenizer=TokenizerConfig(kind="byte"),
+        num_steps=20,
+        batch_size=8,
+        seq_len=32,
+        model=model,
+        tokenizer=TokenizerConfig(kind="byte"),
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4),
     )
     return resolve(Config(**(values | changes)))

@@ -26,9 +26,9 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     kv_spec = spec("act_batch", "act_seq", "act_kv_heads", "act_head_dim")
     platform = jax.sharding.get_abstract_mesh().abstract_device.platform
     local = cudnn_attention if platform in ("gpu", "cuda") and q_BTNH.dtype != jnp.float32 else blocked_attention
-    return jax.shard_map(
-        local, in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")), out_specs=q_spec
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")), out_specs=q_spec)(
+        q_BTNH, k_BTKH, v_BTKH, segments_BT
+    )
 
 
 def cached_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
@@ -36,7 +36,8 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     q_spec = spec("act_batch", "act_seq", "act_heads", "act_head_dim")
     kv_spec = spec("act_batch", "act_seq", "act_kv_heads", "act_head_dim")
     return jax.shard_map(
-        masked_attention, in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq", "act_seq")),
+        masked_attention,
+        in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq", "act_seq")),
         out_specs=q_spec,
     )(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 

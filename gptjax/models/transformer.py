@@ -16,6 +16,7 @@ from flax import nnx
 
 from gptjax.errors import Refused
 from gptjax.models.attention import attention, cached_attention
+from gptjax.models.layers import Norm, bias, dropout, rope, rotate, soft_capped, weight
 from gptjax.sharding import GATHERED, gather, spec
 
 ACTIVATIONS = {
@@ -70,11 +71,18 @@ class ModelConfig:
         for key in ("num_layers", "num_heads", "embed_dim", "scan_unroll"):
             if getattr(self, key) < 1:
                 raise Refused(f"model.{key}={getattr(self, key)} must be at least 1.")
+        for key in ("num_kv_heads", "head_dim", "mlp_dim", "logits_softcap"):
+            if getattr(self, key) < 0:
+                raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
+        if self.rope_theta <= 0:
+            raise Refused(f"model.rope_theta={self.rope_theta} must be more than 0: 10000 is usual.")
         if not 0 <= self.dropout < 1:
             raise Refused(f"model.dropout={self.dropout} must be at least 0 and below 1.")
         if not self.head_dim and self.embed_dim % self.num_heads:
-            raise Refused(f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}: "
-                          "change one of them, or give model.head_dim.")
+            raise Refused(
+                f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}: "
+                "change one of them, or give model.head_dim."
+            )
         swiglu_dim = -(-self.embed_dim * 8 // 3 // 64) * 64
         config = dataclasses.replace(
             self,
@@ -83,14 +91,17 @@ class ModelConfig:
             mlp_dim=self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim),
         )
         if config.num_heads % config.num_kv_heads:
-            raise Refused(f"model.num_heads={config.num_heads} is not divisible by model.num_kv_heads="
-                          f"{config.num_kv_heads}: every key/value head serves the same number of query heads.")
+            raise Refused(
+                f"model.num_heads={config.num_heads} is not divisible by model.num_kv_heads="
+                f"{config.num_kv_heads}: every key/value head serves the same number of query heads."
+            )
         if config.positions == "rope" and config.head_dim % 2:
             raise Refused(f"model.head_dim={config.head_dim} is odd, but rope turns pairs: make it even.")
         return config
 
 
-# The config key to blame when a weight's dimension does not divide over the mesh.
+# The config key to blame when a weight's dimension does not divide over the mesh; the first that does not is named, and
+# num_kv_heads may only follow num_heads.
 AXIS_KEYS = {
     "embed": "model.embed_dim",
     "heads": "model.num_heads",
@@ -105,41 +116,6 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-# One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero.
-
-
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str, std: float) -> nnx.Param:
-    names = tuple(axes.split())
-    draw = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec(*names))
-    return nnx.Param(draw, axes=names, decay=True)
-
-
-def gain(shape: tuple[int, ...], axes: str) -> nnx.Param:
-    names = tuple(axes.split())
-    return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec(*names)), axes=names, decay=False)
-
-
-def bias(shape: tuple[int, ...], axes: str) -> nnx.Param:
-    names = tuple(axes.split())
-    return nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=spec(*names)), axes=names, decay=False)
-
-
-class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
-
-    def __init__(self, c: ModelConfig, shape: tuple[int, ...], axes: str, kind: str):
-        self.kind = kind
-        self.gain = gain(shape, axes)
-        self.bias = bias(shape, axes) if kind == "layernorm" and c.biases else None
-
-    def __call__(self, x):
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * self.gain[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
-
-
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, Xiong et al. 2020)."""
 
@@ -148,14 +124,14 @@ class Block(nnx.Module):
         w = functools.partial(weight, rngs)
         residual = (2 * L) ** -0.5  # 2L terms add up in the residual stream (GPT-2, 2019, section 2.3)
         self.config = c
-        self.norm_attention = Norm(c, (L, D), "layers norm", c.norm)
+        self.norm_attention = Norm(c.norm, (L, D), "layers norm", c.biases)
         self.query = w((L, D, N, H), "layers embed heads head_dim", D**-0.5)
         self.key = w((L, D, K, H), "layers embed kv_heads head_dim", D**-0.5)
         self.value = w((L, D, K, H), "layers embed kv_heads head_dim", D**-0.5)
         self.output = w((L, N, H, D), "layers heads head_dim embed", residual * (N * H) ** -0.5)
-        self.query_norm = Norm(c, (L, H), "layers norm", "rmsnorm") if c.qk_norm else None
-        self.key_norm = Norm(c, (L, H), "layers norm", "rmsnorm") if c.qk_norm else None
-        self.norm_mlp = Norm(c, (L, D), "layers norm", c.norm)
+        self.query_norm = Norm("rmsnorm", (L, H), "layers norm", False) if c.qk_norm else None
+        self.key_norm = Norm("rmsnorm", (L, H), "layers norm", False) if c.qk_norm else None
+        self.norm_mlp = Norm(c.norm, (L, D), "layers norm", c.biases)
         self.gate = w((L, D, F), "layers embed mlp", D**-0.5) if c.activation == "swiglu" else None
         self.up = w((L, D, F), "layers embed mlp", D**-0.5)
         self.down = w((L, F, D), "layers mlp embed", residual * F**-0.5)
@@ -226,7 +202,7 @@ class Transformer(nnx.Module):
         learned = c.positions == "learned"
         self.positions = weight(rngs, (seq_len, D), "positions embed", EMBEDDING_STD / 2) if learned else None
         self.blocks = Block(c, rngs)
-        self.norm = Norm(c, (D,), "norm", c.norm)
+        self.norm = Norm(c.norm, (D,), "norm", c.biases)
         self.head = None if c.tied_embeddings else weight(rngs, (V, D), "vocab embed", EMBEDDING_STD)
 
     def unembedding(self) -> jax.Array:
@@ -251,7 +227,7 @@ class Transformer(nnx.Module):
         """
         c = self.config
         key = dropout_key if c.dropout else None
-        rotation = rope(positions_BT, c) if c.positions == "rope" else None
+        rotation = rope(positions_BT, c.head_dim, c.rope_theta) if c.positions == "rope" else None
         x_BTD = dropout(self.embed(tokens_BT, positions_BT), c.dropout, key, c.num_layers)
 
         def layer(x_BTD, block_and_index):
@@ -275,12 +251,15 @@ class Transformer(nnx.Module):
         return Cache(zeros, zeros, start_B, jnp.zeros((), jnp.int32))
 
     def decode(self, tokens_BT, cache: Cache):
-        """The same for T more tokens after those in the cache. Returns: hidden states [B, T, D], the cache with them."""
+        """The same for T more tokens after those in the cache.
+
+        Returns: hidden states [B, T, D], and the cache with the T tokens in it.
+        """
         c = self.config
         T, S = tokens_BT.shape[1], cache.keys_LBSKH.shape[2]
         slots_T = cache.length + jnp.arange(T)
         positions_BT = jnp.maximum(slots_T - cache.start_B[:, None], 0)
-        rotation = rope(positions_BT, c) if c.positions == "rope" else None
+        rotation = rope(positions_BT, c.head_dim, c.rope_theta) if c.positions == "rope" else None
         slots_S = jnp.arange(S)
         mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= cache.start_B[:, None, None])
 
@@ -298,31 +277,9 @@ class Transformer(nnx.Module):
 
         carry = (self.embed(tokens_BT, positions_BT), cache.keys_LBSKH, cache.values_LBSKH)
         (x_BTD, keys, values), _ = jax.lax.scan(layer, carry, (self.blocks, jnp.arange(c.num_layers)))
-        return self.norm(x_BTD), dataclasses.replace(cache, keys_LBSKH=keys, values_LBSKH=values, length=cache.length + T)
+        return self.norm(x_BTD), Cache(keys, values, cache.start_B, cache.length + T)
 
-
-def rope(positions_BT, c: ModelConfig):
-    """Rotary embedding (Su et al. 2021, section 3.4.2): cosines and sines, float32 [B, T, 1, H / 2]."""
-    frequencies = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH, rotation):
-    """Turns the pairs (i, i + H / 2), Llama's order as published with its weights."""
-    cos, sin = rotation
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x_BTNH.dtype)
-
-
-def dropout(x, rate: float, key, site: int):
-    """Zeroes a `rate` of x and scales the rest up (Srivastava et al. 2014); `site` tells places with one key apart.
-
-    The mask is drawn for the global array, so it is the same on any mesh.
-    """
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(
-        jax.random.fold_in(key, site), 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding.spec
-    )
-    return jnp.where(keep, x / (1 - rate), 0)
+    def logits(self, x_BD):
+        """Scores of the next token from last hidden states: float32 [B, V], padding included."""
+        logits_BV = jnp.einsum("BD,VD->BV", x_BD, self.unembedding(), preferred_element_type=jnp.float32)
+        return soft_capped(logits_BV, self.config.logits_softcap)
