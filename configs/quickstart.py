@@ -14,12 +14,12 @@ from gptjax.config import default
 
 def get_config():
     config = default()
-    config.num_steps = 1250
+    config.num_steps = 1000
     config.batch_size = 8
     config.seq_len = 256
     config.log_every = 25
-    config.eval_every = 250
-    config.checkpoint_every = 250
+    config.eval_every = 200
+    config.checkpoint_every = 200
     config.model.num_layers = 4
     config.model.num_heads = 2
     config.model.embed_dim = 128

@@ -17,7 +17,7 @@ class LossConfig:
     """How the loss is computed."""
 
     z_loss: float = 0.0  # weight of log²(partition function) (PaLM, Chowdhery et al. 2022, section 5); 1e-4 is usual
-    num_chunks: int = 1  # pieces of the sequence; the logits of one piece are in memory at a time
+    num_chunks: int = 8  # pieces of the sequence; the logits of one piece are in memory at a time
 
 
 class Sums(NamedTuple):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from gptjax.sharding import spec
 
-# Fewer, larger matrix products win over skipping more of the upper triangle: see benchmarks/NOTES.md, Attention.
-QUERY_BLOCKS = 2
+# Smaller blocks skip more of the upper triangle and stay in the cache; below 64 rows, and with more than 8 programs to
+# compile, that no longer pays (benchmarks/NOTES.md, Attention).
+MIN_BLOCK, MAX_BLOCKS = 64, 8
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
@@ -53,11 +54,10 @@ def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     """Plain XLA, in blocks of queries that each meet only the keys up to their own last position."""
     length = q_BTNH.shape[1]
-    blocks = QUERY_BLOCKS if length % QUERY_BLOCKS == 0 else 1
-    size = length // blocks
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     outputs = []
     for start in range(0, length, size):
-        end = start + size
+        end = min(start + size, length)
         position_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         mask_BTS = position_TS & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
         outputs.append(masked_attention(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
