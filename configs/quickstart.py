@@ -14,7 +14,7 @@ from gptjax.config import default
 
 def get_config():
     config = default()
-    config.num_steps = 1000
+    config.num_steps = 1200
     config.batch_size = 8
     config.seq_len = 256
     config.log_every = 25
@@ -25,6 +25,7 @@ def get_config():
     config.model.embed_dim = 128
     config.model.norm = "rmsnorm"
     config.model.positions = "rope"
+    config.model.activation = "relu2"
     config.model.biases = False
     config.model.qk_norm = True
     config.model.scan_unroll = 4
