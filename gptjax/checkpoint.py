@@ -52,7 +52,8 @@ class Checkpoints:
     """The checkpoints of a workdir. A context manager: leaving it waits for the last save."""
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
-        self.folder = epath.Path(folder)
+        folder = epath.Path(folder)
+        self.folder = folder if "://" in str(folder) else folder.resolve()  # orbax takes no relative path
         self._config = config
         self._manager = None
 

@@ -111,6 +111,12 @@ def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, c
     assert json.loads((folder / "config.json").read_text())["num_steps"] == STEPS + 2
 
 
+def test_a_workdir_may_be_relative(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(small(corpus), epath.Path("runs/relative"))
+    assert Checkpoints(epath.Path("runs/relative/checkpoints")).steps() == [4, 6]
+
+
 def test_another_seed_is_refused(finished, corpus):
     folder, _ = finished
     with pytest.raises(Refused, match=r"seed \(0 there, 1 here\)"):
