@@ -50,7 +50,7 @@ def main(workdir: str, picture: str) -> None:
         color="#1f4e8c",
         weight="bold",
     )
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0.9, 4), xlim=(0, steps[-1]["step"] * 1.01))
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 3), xlim=(0, steps[-1]["step"] * 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", frameon=False, bbox_to_anchor=(1, 0.98))
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ def get_config():
     config.num_steps = 1200
     config.batch_size = 8
     config.seq_len = 256
-    config.log_every = 25
+    config.sample_prompt = "    def __init__(self"
     config.eval_every = 200
     config.checkpoint_every = 200
     config.model.num_layers = 4

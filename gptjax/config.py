@@ -40,6 +40,7 @@ class Config:
     eval_batches: int = 0  # held-out batches an evaluation reads; 0 is all
     checkpoint_every: int = 200
     num_samples: int = 2  # texts that a finished run writes
+    sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -57,7 +58,7 @@ class Config:
 # What a run may change when it goes on: neither the parameters, nor the optimizer's state, nor which tokens a step
 # sees depends on these. A section stands for all its keys.
 FREE_KEYS = (
-    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
+    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples", "sample_prompt",
     "mesh", "loss", "checkpoint", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
     "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction",
     "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",

@@ -149,9 +149,10 @@ def sample(logits_BV, keys_B, sampling: Sampling):
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def samples(model: Transformer, tokenizer, seq_len: int, count: int, seed: int) -> list[str]:
-    """Texts from nothing, for the end of a run."""
-    length = min(seq_len - 1, 200)
-    made = generate(model, [[]] * count, tokenizer, seq_len=seq_len, max_tokens=length,
-                    sampling=Sampling(temperature=0.8, top_p=0.95), seed=seed)  # fmt: skip
-    return [tokenizer.decode(ids) for ids in made]
+def samples(model: Transformer, tokenizer, prompt: str, *, seq_len: int, count: int, seed: int) -> list[str]:
+    """Texts that go on from a prompt, for the end of a run; of a prompt over half the context, its end is used."""
+    ids = tokenizer.encode(prompt).tolist()[-(seq_len // 2) :]
+    length = min(seq_len - len(ids), 200)
+    sampling = Sampling(temperature=0.7, top_p=0.95)
+    made = generate(model, [ids] * count, tokenizer, seq_len=seq_len, max_tokens=length, sampling=sampling, seed=seed)
+    return [tokenizer.decode(ids + more) for more in made]

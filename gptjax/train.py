@@ -200,7 +200,14 @@ def report(config: Config, folder: epath.Path, store, model: Transformer, evalua
     print(
         f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f}"
     )
-    texts = generate.samples(model, store.tokenizer, config.seq_len, config.num_samples, config.seed)
+    texts = generate.samples(
+        model,
+        store.tokenizer,
+        config.sample_prompt,
+        seq_len=config.seq_len,
+        count=config.num_samples,
+        seed=config.seed,
+    )
     if jax.process_index() == 0:
         (folder / "samples.txt").write_text("\n\n".join(texts) + "\n")
     for text in texts:
