@@ -3,7 +3,7 @@
     gptjax train --config=configs/gpt2_124m.py --workdir=runs/gpt2_124m \
         --config.data.source=text --config.data.path='/data/openwebtext/*.txt'
 
-Hardware: a slice of TPUs or a node of GPUs; the batch of 0.5M tokens is that of the GPT-2 reproductions. Without
+Hardware: one host, with its TPU chips or GPUs; the batch of 0.5M tokens is that of the GPT-2 reproductions. Without
 --config.data it trains on Python's standard library, which only shows that the machine works.
 Expected: 20,000 updates are 10.5B tokens. Not run here to the end: no loss or speed is claimed.
 """

@@ -1,4 +1,4 @@
-"""GPT-2 small on one GPU, to debug with the model of the real run: bfloat16 and cuDNN's flash attention.
+"""GPT-2 small on one GPU, to debug: bfloat16 and cuDNN's flash attention; 98M parameters, as the vocabulary is smaller.
 
     gptjax train --config=configs/gpt2_124m_gpu.py --workdir=runs/gpt2_124m_gpu
 

@@ -1,9 +1,10 @@
-"""A Llama of 1.2B parameters, with the shape of Llama 3.2 1B (Meta 2024): 16 layers of width 2048, 8 key/value heads.
+"""A Llama of 1.04B parameters, in the shape of Llama 3.2 1B (Meta 2024) but for its smaller vocabulary: 16 layers of
+width 2048, 8 key/value heads.
 
-    gptjax train --config=configs/llama_1b.py --workdir=gs://BUCKET/llama_1b \
-        --config.data.source=text --config.data.path='gs://BUCKET/corpus/*.txt'
+    gptjax train --config=configs/llama_1b.py --workdir=/data/llama_1b \
+        --config.data.source=text --config.data.path='/data/corpus/*.txt'
 
-Hardware: a TPU slice of 32 chips or more, or a node of 8 GPUs of 80 GB; all of them by full sharding. Its tokenizer
+Hardware: one host, with its TPU chips or 8 GPUs of 80 GB; all of them by full sharding. Its tokenizer
 has 32,768 pieces, trained on the corpus. 50,000 updates are 105B tokens.
 Expected: not run here; no loss or speed is claimed.
 """

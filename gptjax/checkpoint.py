@@ -2,7 +2,7 @@
 
 A checkpoint is named by its step, the number of completed updates, which is also the cursor of the data: the stream is
 a function of the step. It holds two items: `state`, one array a leaf, named as in the tree (`model.blocks.query`), and
-`run`, a JSON object with the resolved config, the tokenizer's hash and the versions.
+`run`, a JSON object with the resolved config, the tokenizer, the hashes of tokenizer and text, and the versions.
 """
 
 import dataclasses
@@ -51,10 +51,11 @@ def placed(shapes, mesh: jax.sharding.Mesh):
 class Checkpoints:
     """The checkpoints of a workdir. A context manager: leaving it waits for the last save."""
 
-    def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig(), owner: bool = False):
+        """`owner`: the run that writes here, which clears away what an earlier one was killed in the midst of."""
         folder = epath.Path(folder)
         self.folder = folder if "://" in str(folder) else folder.resolve()  # orbax takes no relative path
-        self._config = config
+        self._config, self._owner = config, owner
         self._manager = None
 
     def __enter__(self):
@@ -69,7 +70,7 @@ class Checkpoints:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep, keep_period=self._config.keep_every or None, step_prefix="step",
-                step_format_fixed_length=8,
+                step_format_fixed_length=8, cleanup_tmp_directories=self._owner,
             )  # fmt: skip
             handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -100,7 +101,7 @@ class Checkpoints:
         self._open().save(step, args=items)
 
     def run(self, step: int) -> dict:
-        """What was saved beside the state: `config`, `tokenizer_hash`, `step`, `versions`."""
+        """What was saved beside the state, as `train.train` and `save` put it together."""
         try:
             return self._open().restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -117,13 +118,7 @@ class Checkpoints:
             described = self._open().item_metadata(step)["state"]
             if described is None:
                 raise ValueError("state/_METADATA is missing")
-            saved = described.tree
-            missing = sorted(wanted.keys() - saved.keys())
-            if missing:
-                raise ValueError(f"it has no {missing[0]}")
-            for name, leaf in wanted.items():
-                if tuple(saved[name].shape) != leaf.shape:
-                    raise ValueError(f"{name} has shape {tuple(saved[name].shape)} there and {leaf.shape} here")
+            self._check_shapes(step, described.tree, wanted)
             restore_args = jax.tree.map(
                 lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype),
                 wanted,
@@ -134,14 +129,25 @@ class Checkpoints:
                     state=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
                 ),
             )["state"]
+        except (Refused, MemoryError, jax.errors.JaxRuntimeError):
+            raise
         except Exception as error:  # orbax and TensorStore raise many kinds for damaged files
             raise self._damaged(step, error) from error
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
 
+    def _check_shapes(self, step: int, saved: dict, wanted: dict) -> None:
+        for name, leaf in wanted.items():
+            there = f"shape {tuple(saved[name].shape)}" if name in saved else "no such array"
+            if there != f"shape {leaf.shape}":
+                raise Refused(
+                    f"The checkpoint of step {step} in {self.folder} has {there} for {name}, and this config "
+                    f"has {leaf.shape}: use the config of that run."
+                )
+
     def _damaged(self, step: int, error: Exception) -> Refused:
         reason = " ".join(str(error).partition("See full TensorStore details")[0].split())[:200]
         earlier = [other for other in self.steps() if other < step]
-        remedy = (f"remove {self.folder}/step_{step:08} to go on from step {earlier[-1]}" if earlier else
+        remedy = (f"move {self.folder}/step_{step:08} away to go on from step {earlier[-1]}" if earlier else
                   "there is no earlier one, so begin anew in another --workdir")  # fmt: skip
         return Refused(
             f"The checkpoint of step {step} in {self.folder} can't be read ({type(error).__name__}: {reason})"

@@ -29,7 +29,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     folder = epath.Path(args.workdir)
     run = workdir.load(folder, args.step)
-    store = Store.open(workdir.store_folder(run.config, folder))
+    store = Store.open(run.store)
+    if store.tokenizer.hash != run.tokenizer.hash:
+        raise Refused(
+            f"{run.store} was made by tokenizer {store.tokenizer.hash[:12]}, and step {run.step} was trained "
+            f"with {run.tokenizer.hash[:12]}: put back the store of that run."
+        )
     with jax.set_mesh(run.mesh):
         result = evaluate(
             run.model,
@@ -37,7 +42,7 @@ def evaluate(args: argparse.Namespace) -> None:
             mesh=run.mesh,
             seq_len=run.config.seq_len,
             batch_size=run.config.micro_batch_size,
-            max_batches=run.config.eval_batches,
+            max_windows=run.config.eval_batches * run.config.batch_size,
             loss=run.config.loss,
         )
     row = {"step": run.step, "loss": result.loss, "perplexity": result.perplexity}
@@ -154,4 +159,9 @@ def main() -> None:
         args.function(args)
     except Refused as refusal:
         print(f"gptjax: {refusal}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print("gptjax: A path on gs:// needs a package that is missing: pip install 'gptjax[gcs]'.", file=sys.stderr)
         sys.exit(2)

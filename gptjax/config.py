@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import re
 import runpy
 
@@ -37,7 +38,7 @@ class Config:
     grad_accum_steps: int = 1  # micro-batches that an update is summed from
     log_every: int = 10
     eval_every: int = 200
-    eval_batches: int = 0  # held-out batches an evaluation reads; 0 is all
+    eval_batches: int = 0  # an evaluation reads this × batch_size held-out sequences; 0 is all
     checkpoint_every: int = 200
     num_samples: int = 2  # texts that a finished run writes
     sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
@@ -175,6 +176,8 @@ def _build(kind, values, prefix):
             made[key] = float(value)
         elif type(value) is not expected:
             raise Refused(f"{prefix}{key}={value!r} is not of type {expected.__name__}.")
+        elif expected is float and not math.isfinite(value):
+            raise Refused(f"{prefix}{key}={value} is not a finite number.")
         else:
             made[key] = value
     return kind(**made)
@@ -197,8 +200,8 @@ def resolve(config: Config) -> Config:
     for key in ("seed", "eval_batches", "num_samples"):
         if getattr(config, key) < 0:
             raise Refused(f"{key}={getattr(config, key)} must not be negative.")
-    if config.seed >= 1 << 63:
-        raise Refused(f"seed={config.seed} has more than 63 bits: use one below {1 << 63}.")
+    if config.seed >= 1 << 32:
+        raise Refused(f"seed={config.seed} has more than the 32 bits of a JAX key: use one below {1 << 32}.")
     if config.checkpoint.keep < 1:
         raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run goes on from the newest.")
     for key in ("checkpoint.keep_every", "loss.z_loss"):

@@ -51,13 +51,13 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     seq_len: int,
     batch_size: int,
-    max_batches: int,
+    max_windows: int,
     loss: LossConfig,
 ) -> Evaluation:
     """Of a model on a store's held-out windows, in order.
 
     Args:
-      batch_size: rows at a time, rounded up to what divides over the mesh. max_batches: 0 is all of them.
+      batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many; 0 is all.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-batch_size // shards) * shards
@@ -65,9 +65,14 @@ def evaluate(
     batches = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)
     token_bytes = jax.device_put(store.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
     vocab_size = store.tokenizer.vocab_size
+    windows = max_windows or len(batches) * batch_size
     sums = []
-    for index in range(min(len(batches), max_batches or len(batches))):
-        batch = sharding.place(batches[index], rows, mesh, batch_size, 1)
+    for index in range(min(len(batches), -(-windows // batch_size))):
+        batch = batches[index]
+        # The same windows are read however many fit into a batch.
+        counted = (index * batch_size + rows < windows).astype(np.float32)
+        batch = batch._replace(weights=batch.weights * counted[:, None])
+        batch = sharding.place(batch, rows, mesh, batch_size, 1)
         sums.append(eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss))
     nll, correct, tokens, size = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return Evaluation(float(nll / tokens), float(nll / math.log(2) / size), float(correct / tokens), int(tokens))

@@ -51,8 +51,8 @@ def generate(
     Raises: Refused, when a prompt and what is asked for exceed the context.
     """
     sampling.check()
-    if abs(seed) >= 1 << 63:
-        raise Refused(f"--seed={seed} has more than 63 bits: use one below {1 << 63}.")
+    if not 0 <= seed < 1 << 32:
+        raise Refused(f"--seed={seed} does not fit the 32 bits of a JAX key: use one from 0 to {(1 << 32) - 1}.")
     if not prompts:
         return []
     longest = 1 + max(len(prompt) for prompt in prompts)

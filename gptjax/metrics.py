@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 
 import jax
@@ -70,6 +71,8 @@ class Log:
         """Around what is not training: the last step is finished first, and the time does not count as a step's."""
         self._flush()
         before = time.perf_counter()
+        if self._main:
+            self._board.flush()
         yield
         self._began += time.perf_counter() - before
 
@@ -78,7 +81,12 @@ class Log:
             return
         step, metrics = self._pending
         self._pending = None
-        jax.block_until_ready(metrics)
+        loss = float(jax.device_get(metrics["loss"]))  # waits for the step
+        if not math.isfinite(loss):  # before a save can replace a good checkpoint
+            raise FloatingPointError(
+                f"The loss of step {step} is {loss}: the checkpoints before it are kept; lower "
+                "optimizer.peak_learning_rate, or raise optimizer.warmup_steps."
+            )
         self._steps += 1
         if step % self._log_every == 0 and self._main:
             self._step(step, jax.device_get(metrics))

@@ -21,8 +21,8 @@ class OptimizerConfig:
     final_fraction: float = 0.1  # of the peak, where cosine, linear and wsd end
     weight_decay: float = 0.1
     beta1: float = 0.9  # muon: its momentum, and Adam's where Adam serves
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta2: float = 0.95  # not of adafactor, whose second moment forgets by a rule of its own
+    eps: float = 1e-8  # of adamw
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     ema_decay: float = 0.0  # of an average of the weights that evaluation and generation use; 0 is off
 
@@ -110,7 +110,7 @@ OPTIMIZERS = {
     "lion": lambda rate, c: optax.lion(rate, b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=decays),
     # Adafactor's decay is not multiplied by the rate inside optax; here it is, as for the others.
     "adafactor": lambda rate, c: optax.chain(
-        optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1 or None),
+        optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1),
         optax.add_decayed_weights(-c.weight_decay, decays),
         optax.scale_by_schedule(rate),
     ),

@@ -139,17 +139,29 @@ def train(config: TokenizerConfig, texts: Iterable[str], folder: epath.PathLike)
 
 def load(folder: epath.PathLike) -> Tokenizer:
     """The tokenizer that `train` wrote into `folder`; refused if it isn't there."""
+    return from_files(read_files(folder), str(folder))
+
+
+def read_files(folder: epath.PathLike) -> dict[str, bytes]:
+    """The files of a tokenizer's folder, which `from_files` takes."""
     folder = epath.Path(folder)
-    described, model = folder / "tokenizer.json", folder / "sentencepiece.model"
-    if not described.exists():
-        raise Refused(f"{described} does not exist: {folder} holds no tokenizer, so prepare the data there first.")
-    content = described.read_bytes()
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())} if folder.exists() else {}
+
+
+def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
+    """The tokenizer of some files, found at `where`; refused if one is missing."""
+    if "tokenizer.json" not in files:
+        raise Refused(f"{where}/tokenizer.json does not exist: there is no tokenizer, so prepare the data there first.")
+    content = files["tokenizer.json"]
     if json.loads(content)["kind"] == "byte":
         return ByteTokenizer(hashlib.sha256(content).hexdigest())
-    if not model.exists():
-        raise Refused(f"{model} does not exist though {described} asks for it: prepare the data there again.")
-    proto = model.read_bytes()
-    return _lossless(proto, hashlib.sha256(content + proto).hexdigest(), str(model))
+    if "sentencepiece.model" not in files:
+        raise Refused(
+            f"{where}/sentencepiece.model does not exist though tokenizer.json asks for it: prepare the data "
+            "there again."
+        )
+    proto = files["sentencepiece.model"]
+    return _lossless(proto, hashlib.sha256(content + proto).hexdigest(), f"{where}/sentencepiece.model")
 
 
 def _trained_model(vocab_size: int, texts: Iterable[str]) -> bytes:

@@ -95,7 +95,7 @@ def moved_average(state: TrainState, model: Transformer, config: Config):
 
 def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
     """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
-    shape = config.grad_accum_steps, config.batch_size // config.grad_accum_steps, config.seq_len
+    shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     batch = stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
     return train_step.lower(state, batch, config=config, vocab_size=vocab_size).compile()
@@ -110,18 +110,18 @@ def train(config: Config, folder: epath.Path) -> None:
     workdir.check(config, folder, mesh)
     store = workdir.prepare(config, folder, mesh)
     vocab_size = store.tokenizer.vocab_size
-    run = {"config": dataclasses.asdict(config), "tokenizer_hash": store.tokenizer.hash}
+    run = workdir.identity(config, store)
     measure = functools.partial(
         evaluate,
         store=store,
         mesh=mesh,
         seq_len=config.seq_len,
         batch_size=config.micro_batch_size,
-        max_batches=config.eval_batches,
+        max_windows=config.eval_batches * config.batch_size,
         loss=config.loss,
     )
 
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint, owner=True) as checkpoints:
         start = (checkpoints.steps() or [0])[-1]
         if start >= config.num_steps and (folder / "samples.txt").exists():
             print(
@@ -132,7 +132,9 @@ def train(config: Config, folder: epath.Path) -> None:
             return
         init = functools.partial(init_state, config, vocab_size)
         if start:
-            workdir.check_same_run(config, checkpoints.run(start)["config"], folder / "checkpoints")
+            saved = checkpoints.run(start)
+            workdir.check_same_run(config, saved["config"], checkpoints.folder)
+            workdir.check_same_data(store, saved, checkpoints.folder)
             state = checkpoints.restore(start, placed(jax.eval_shape(init), mesh))
             print(f"going on from the checkpoint of step {start}", flush=True)
         else:
@@ -170,9 +172,9 @@ def train(config: Config, folder: epath.Path) -> None:
                 if step + 1 == config.num_steps or (step + 1) % config.checkpoint_every == 0:
                     with log.paused():
                         checkpoints.save(step + 1, state, run)
-            evaluation = measure(weights(state))
-            if config.num_steps not in log.evaluated:
-                log.evaluation(config.num_steps, evaluation)
+            end, evaluation = max(start, config.num_steps), measure(weights(state))
+            if end not in log.evaluated:
+                log.evaluation(end, evaluation)
             log.close()
         checkpoints.wait()
         report(config, folder, store, weights(state), evaluation)
@@ -198,7 +200,8 @@ def report(config: Config, folder: epath.Path, store, model: Transformer, evalua
     compressed = store.manifest["compressed_heldout_bytes"]
     gzip, xz = (8 * store.manifest[name] / compressed for name in ("gzip_bytes", "xz_bytes"))
     print(
-        f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f}"
+        f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f} "
+        f"(model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes)"
     )
     texts = generate.samples(
         model,
@@ -209,6 +212,6 @@ def report(config: Config, folder: epath.Path, store, model: Transformer, evalua
         seed=config.seed,
     )
     if jax.process_index() == 0:
-        (folder / "samples.txt").write_text("\n\n".join(texts) + "\n")
+        workdir.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
     for text in texts:
         print(f"{'—' * 30} sample\n{text}", flush=True)

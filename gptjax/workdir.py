@@ -1,5 +1,7 @@
 """A workdir: what belongs to one run, and what must hold before a run goes on in it."""
 
+import base64
+import dataclasses
 import json
 import tempfile
 from typing import NamedTuple
@@ -86,9 +88,30 @@ def check_same_run(config: Config, saved: dict, where: epath.Path) -> None:
         )
 
 
-def store_folder(config: Config, folder: epath.Path) -> epath.Path:
-    """Where the token store of a run in `folder` is."""
-    return epath.Path(config.data.store) if config.data.store else folder / "store"
+def store_folder(setting: str, folder: epath.Path) -> epath.Path:
+    """Where the token store of a run in `folder` is, by its data.store."""
+    return epath.Path(setting) if setting else folder / "store"
+
+
+def identity(config: Config, store: Store) -> dict:
+    """What a checkpoint keeps beside the state: which run it is of, and what to read its tokens with."""
+    files = tokenizer.read_files(store.folder / "tokenizer")
+    return {
+        "config": dataclasses.asdict(config),
+        "tokenizer_hash": store.tokenizer.hash,
+        "text_hash": store.manifest["text_hash"],
+        "tokenizer": {name: base64.b64encode(content).decode() for name, content in files.items()},
+    }
+
+
+def check_same_data(store: Store, saved: dict, where: epath.Path) -> None:
+    """Raises: Refused, when a store does not hold the tokens that a checkpoint was trained on."""
+    for name, here in (("tokenizer_hash", store.tokenizer.hash), ("text_hash", store.manifest["text_hash"])):
+        if saved[name] != here:
+            raise Refused(
+                f"{store.folder} has {name} {here[:12]}, but {where} was trained on {saved[name][:12]}: put back the "
+                "store of that run, or begin anew in another --workdir."
+            )
 
 
 def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Store:
@@ -96,7 +119,7 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Stor
 
     Raises: Refused, for a corpus that can't be used; nothing that was made for it stays.
     """
-    where = store_folder(config, folder)
+    where = store_folder(config.data.store, folder)
     new = [path for path in (where, *where.parents, folder, *folder.parents) if not path.exists()]
     try:
         store = preparation.prepare(config.data, config.tokenizer, where)
@@ -110,20 +133,24 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Stor
                 path.rmdir()
         raise
     folder.mkdir(parents=True, exist_ok=True)
-    copied = folder / "tokenizer"
-    if not copied.exists():
-        copied.mkdir()
-        for file in (store.folder / "tokenizer").iterdir():
-            (copied / file.name).write_bytes(file.read_bytes())
     check_divides(config, store.tokenizer.vocab_size, mesh)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name, content in tokenizer.read_files(store.folder / "tokenizer").items():
+        write_whole(folder / "tokenizer" / name, content)
     return store
 
 
 def write_config(config: Config, folder: epath.Path) -> None:
     """Says what the run in a workdir is; once it is sure that it goes on with this config."""
-    beside = folder / "config.json.partial"
-    beside.write_text(configs.to_json(config))
-    beside.replace(folder / "config.json")
+    write_whole(folder / "config.json", configs.to_json(config).encode())
+    (folder / "samples.txt").unlink(missing_ok=True)  # of a run that is not complete any more
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file that is either the old one or the new one, whenever the process is killed."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    beside.replace(path)
 
 
 class Run(NamedTuple):
@@ -134,27 +161,25 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     model: Transformer
     tokenizer: tokenizer.Tokenizer
+    store: epath.Path
 
 
 def load(folder: epath.Path, step: int) -> Run:
     """The model of a checkpoint: of a step, or of the newest for -1. Raises: Refused."""
-    read_config(folder)
+    latest = read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.choose(step)
         saved = checkpoints.run(step)
         config = configs.parse(saved["config"])
-        its_tokenizer = tokenizer.load(folder / "tokenizer")
-        if its_tokenizer.hash != saved["tokenizer_hash"]:
-            raise Refused(
-                f"{folder}/tokenizer has hash {its_tokenizer.hash[:12]}, but step {step} was trained with "
-                f"{saved['tokenizer_hash'][:12]}: put that tokenizer back."
-            )
+        files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
+        its_tokenizer = tokenizer.from_files(files, f"{checkpoints.folder} (step {step})")
         mesh = mesh_that_fits(config, its_tokenizer.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
         with jax.set_mesh(mesh):
             shapes = abstract_model(config, its_tokenizer.vocab_size)
             model = checkpoints.restore(step, placed({part: shapes}, mesh))[part]
-    return Run(config, step, mesh, model, its_tokenizer)
+    where = store_folder(latest.get("data", {}).get("store", ""), folder)
+    return Run(config, step, mesh, model, its_tokenizer, where)
 
 
 def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:

@@ -278,7 +278,7 @@ def test_missing_runs_and_checkpoints(refused, finished, tmp_path, verb):
     (["--top_k=-1"], "--top_k=-1 is below 0"),
     (["--top_p=0"], "--top_p=0.0 must be more than 0"),
     (["--top_p=1.5"], "--top_p=1.5 must be more than 0 and at most 1"),
-    ([f"--seed={2**63}"], f"--seed={2**63} has more than 63 bits"),
+    ([f"--seed={2**32}"], f"--seed={2**32} does not fit the 32 bits"),
     (["--prompt=\udcff"], "U+DCFF"),
 ])  # fmt: skip
 def test_generate_refuses(refused, finished, more, words):
@@ -295,7 +295,7 @@ def test_damaged_checkpoint(refused, corpus, copied, verb):
     argv["generate"] = ["generate", f"--workdir={copied}", "--max_tokens=4"]
     message = refused(copied, *argv[verb])
     assert f"The checkpoint of step 4 in {copied}/checkpoints can't be read" in message
-    assert "step_00000004 to go on from step 2." in message
+    assert "step_00000004 away to go on from step 2." in message
 
 
 def test_eval_prints_one_json_object(gptjax_main, finished):

@@ -127,7 +127,7 @@ def test_bad_override(key, text, words):
     (dict(log_every=0), "log_every=0 must be at least 1"),
     (dict(eval_every=0), "eval_every=0 must be at least 1"),
     (dict(checkpoint_every=0), "checkpoint_every=0 must be at least 1"),
-    (dict(seed=2**63), f"seed={2**63} has more than 63 bits"),
+    (dict(seed=2**32), f"seed={2**32} has more than the 32 bits"),
     (dict(seed=-1), "seed=-1 must not be negative"),
     (dict(eval_batches=-1), "eval_batches=-1 must not be negative"),
     (dict(num_samples=-1), "num_samples=-1 must not be negative"),

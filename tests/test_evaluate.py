@@ -15,12 +15,12 @@ from gptjax.models.transformer import Transformer
 SEQ_LEN = 32
 
 
-def on_mesh(config, store, shape, batch_size=16, max_batches=0, loss=LossConfig()):
+def on_mesh(config, store, shape, batch_size=16, max_windows=0, loss=LossConfig()):
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config.resolved(), 257, SEQ_LEN, nnx.Rngs(0)))()
         return evaluate(
-            model, store=store, mesh=mesh, seq_len=SEQ_LEN, batch_size=batch_size, max_batches=max_batches, loss=loss
+            model, store=store, mesh=mesh, seq_len=SEQ_LEN, batch_size=batch_size, max_windows=max_windows, loss=loss
         )
 
 
@@ -73,7 +73,8 @@ def test_batch_size_does_not_matter(store):
     np.testing.assert_allclose(one[:3], other[:3], rtol=1e-5)
 
 
-def test_fewer_batches_are_the_first_ones(store):
-    some = on_mesh(GPT2, store, (1, 1, 1), max_batches=2)
+def test_fewer_windows_are_the_first_ones_whatever_the_batch(store):
+    some = on_mesh(GPT2, store, (1, 1, 1), max_windows=32)
+    np.testing.assert_allclose(on_mesh(GPT2, store, (2, 2, 2), batch_size=12, max_windows=32)[:3], some[:3], rtol=1e-5)
     assert some.tokens == 2 * 16 * SEQ_LEN
     assert some.loss != on_mesh(GPT2, store, (1, 1, 1)).loss

@@ -26,6 +26,13 @@ def test_a_peak_is_known_or_none():
     assert peak_flops([SimpleNamespace(device_kind="cpu")], "bfloat16") is None
 
 
+def test_a_loss_that_is_no_number_stops_the_run_before_the_next_save(tmp_path):
+    log = Log(epath.Path(tmp_path), None, 0, log_every=10, tokens_per_step=1, flops_per_token=1, peak=None)
+    log.push(1, {"loss": float("nan"), "learning_rate": 1.0, "grad_norm": 1.0})
+    with pytest.raises(FloatingPointError, match="loss of step 1 is nan"), log.paused():
+        raise AssertionError("reached the save")
+
+
 def test_rows_come_one_step_late_and_pauses_do_not_count(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("gptjax.metrics.time.perf_counter", lambda: clock[0])

@@ -12,7 +12,7 @@ from training import mesh_of
 
 from gptjax.errors import Refused
 from gptjax.loss import LossConfig, next_token_sums
-from gptjax.models import layers, attention, transformer
+from gptjax.models import layers, transformer
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.models.transformer import ModelConfig, Transformer, padded_vocab
 
@@ -239,8 +239,7 @@ def products(jaxpr, times=1):
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, *ODD.values()], ids=["gpt2", "llama", *ODD])
-def test_flops_are_those_of_the_programs_products(config, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCKS", 1)
+def test_flops_are_those_of_the_programs_products(config):
     config = config.resolved()
     model = jax.eval_shape(lambda: Transformer(config, VOCAB, T, nnx.Rngs(0)))
 
@@ -253,7 +252,7 @@ def test_flops_are_those_of_the_programs_products(config, monkeypatch):
             rows.astype(float),
             vocab_size=VOCAB,
             softcap=0.0,
-            config=LossConfig(),
+            config=LossConfig(num_chunks=4),
         ).objective
 
     counted = list(products(jax.make_jaxpr(jax.grad(loss))(model, jnp.ones((B, T), jnp.int32)).jaxpr))

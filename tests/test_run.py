@@ -141,7 +141,7 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
     with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: train.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
-        checkpoints.save(7, state, {"config": dataclasses.asdict(config), "tokenizer_hash": store.tokenizer.hash})
+        checkpoints.save(7, state, workdir.identity(config, store))
     run = workdir.load(folder, -1)
     assert (run.step, run.config) == (7, config)
     assert (run.model.norm.gain[...] == 2).all() and (state.model.norm.gain[...] == 1).all()
@@ -157,13 +157,40 @@ def test_a_run_from_other_devices_finds_a_mesh_here(corpus, changes, shape):
     assert tuple(workdir.mesh_that_fits(small(corpus, **changes), 257).shape.values()) == shape
 
 
-def test_another_tokenizer_is_refused(finished, tmp_path):
+def test_a_checkpoint_brings_its_tokenizer(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    (folder / "tokenizer" / "tokenizer.json").write_text('{"kind": "byte"}')
-    with pytest.raises(
-        Refused, match=r"tokenizer has hash \w{12}, but step 8 was trained with \w{12}: put that tokenizer back"
-    ):
-        workdir.load(epath.Path(folder), -1)
+    expected = workdir.load(epath.Path(folder), -1).tokenizer.hash
+    shutil.rmtree(folder / "tokenizer")
+    assert workdir.load(epath.Path(folder), -1).tokenizer.hash == expected
+
+
+def test_another_text_behind_the_same_settings_is_refused(finished, corpus, tmp_path):
+    """The store was lost, and what it was made from changed meanwhile by one letter."""
+    files = shutil.copytree(corpus.parent, tmp_path / "corpus")
+    config = small(files / "*.txt")
+    train.train(config, epath.Path(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "store")
+    changed = files / "03.txt"
+    changed.write_text(changed.read_text().replace("plus", "plug", 1))
+    with pytest.raises(Refused, match=r"store has text_hash \w{12}, but .*checkpoints was trained on \w{12}"):
+        train.train(small(files / "*.txt", num_steps=STEPS + 2), epath.Path(tmp_path / "run"))
+
+
+def test_samples_of_a_shorter_run_do_not_make_a_longer_one_complete(finished, corpus, tmp_path):
+    """Killed after the last save of the longer run, before its samples."""
+    folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run"))
+    workdir.write_config(small(corpus), folder)
+    assert not (folder / "samples.txt").exists()
+    train.train(small(corpus), folder)
+    assert (folder / "samples.txt").exists()
+
+
+def test_what_a_killed_save_left_is_cleared_away(finished, corpus, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    left = folder / "checkpoints" / "step_00000009.orbax-checkpoint-tmp"
+    (left / "state").mkdir(parents=True)
+    train.train(small(corpus, num_steps=STEPS + 4), epath.Path(folder))
+    assert not left.exists()
 
 
 # Processes

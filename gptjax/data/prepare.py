@@ -66,6 +66,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: epath.PathLike
         if partial.exists():  # a killed process had our number
             partial.rmtree()
         _build(data, tokenizer, partial, settings)
+        if stores.is_whole(folder):  # another run made it meanwhile
+            partial.rmtree()
+            return _reuse(folder, settings)
         if folder.exists():
             folder.rmdir()  # empty, as seen above; a rename has to make it
         partial.rename(folder)
@@ -115,12 +118,13 @@ def _build(data: DataConfig, config: TokenizerConfig, folder: epath.Path, settin
     tokenizer = tokenizers.train(config, _training_texts(data, survey), folder / "tokenizer")
     dtype = stores.token_dtype(tokenizer.vocab_size)
     writers = {split: stores.SplitWriter(folder / split, dtype) for split in stores.SPLITS}
-    compressed = _Compressed()
+    compressed, text_hash = _Compressed(), hashlib.sha256()
     began, done, num_bytes, num_tokens = time.monotonic(), 0, 0, 0
     with terminal.progress("tokenizing documents", survey.documents) as bar:
         for batch in _batches(documents(data.source, data.path)):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
                 text = document.text.encode()
+                text_hash.update(text)
                 split = "heldout" if _hash(text) < survey.cut else "train"
                 if split == "heldout":
                     compressed.add(text)
@@ -136,6 +140,7 @@ def _build(data: DataConfig, config: TokenizerConfig, folder: epath.Path, settin
             f"{survey.bytes} bytes at first, then {done} of {num_bytes}: prepare again when they are still."
         )
     manifest = {"settings": settings, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+    manifest["text_hash"] = text_hash.hexdigest()
     stores.write_manifest(folder, manifest | {"splits": splits} | compressed.sizes())
 
 

@@ -236,8 +236,10 @@ class Transformer(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, index)
             return block(x_BTD, rotation, layer_key, attend), None
 
-        # Within a scan nothing can be merged with its recomputation, so the barrier against that is not needed.
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        # Within a loop nothing can be merged with its recomputation; unrolled whole, there is no loop, and a barrier has
+        # to keep them apart.
+        apart = c.remat != "none" and c.scan_unroll >= c.num_layers
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=apart)
         layers = (self.blocks, jnp.arange(c.num_layers))
         x_BTD, _ = jax.lax.scan(layer, x_BTD, layers, unroll=c.scan_unroll)
         return self.norm(x_BTD)
