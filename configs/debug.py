@@ -2,7 +2,7 @@
 
     gptjax train --config=configs/debug.py --workdir=runs/debug
 
-Hardware: any. Time: about 15 s on 2 CPU cores. Held-out loss after 60 steps: about 2.6 nats a byte.
+Hardware: any. Time: about 15 s on 2 CPU cores. Held-out loss after 60 steps: about 3.2 nats a byte.
 """
 
 from gptjax.config import default
