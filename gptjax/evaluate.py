@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax import sharding
 from gptjax.data import stream
-from gptjax.loss import LossConfig, next_token_sums
+from gptjax.loss import LossConfig, Sums, next_token_sums
 from gptjax.models.transformer import Transformer
 
 
@@ -26,12 +26,10 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "loss"))
-def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
-    """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
-    batch = jax.tree.map(lambda array: array[0], batch)
-    x_BTD = model(batch.inputs, batch.positions, batch.segments, None)
-    sums = next_token_sums(
+def batch_sums(model: Transformer, batch: stream.Batch, dropout_key, *, vocab_size: int, loss: LossConfig) -> Sums:
+    """A model's loss on a batch of [rows, seq_len], as sums over its tokens; without dropout for a key of None."""
+    x_BTD = model(batch.inputs, batch.positions, batch.segments, dropout_key)
+    return next_token_sums(
         x_BTD,
         model.unembedding(),
         batch.targets,
@@ -40,6 +38,13 @@ def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *
         softcap=model.config.logits_softcap,
         config=loss,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size", "loss"))
+def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
+    """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
+    batch = jax.tree.map(lambda array: array[0], batch)
+    sums = batch_sums(model, batch, None, vocab_size=vocab_size, loss=loss)
     size_BT = token_bytes.at[batch.targets].get(out_sharding=sharding.spec("act_batch", "act_seq"))
     return sums.nll, sums.correct, batch.weights.sum(), (batch.weights * size_BT).sum()
 

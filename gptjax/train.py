@@ -14,8 +14,7 @@ from gptjax import generate, metrics, sharding, terminal, workdir
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import stream
-from gptjax.evaluate import evaluate
-from gptjax.loss import next_token_sums
+from gptjax.evaluate import batch_sums, evaluate
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.models.transformer import Transformer
 from gptjax.optimizer import learning_rate, make_optimizer
@@ -51,16 +50,8 @@ def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_
     tokens = batch.weights.sum()
 
     def objective(model, micro, index):
-        x_BTD = model(micro.inputs, micro.positions, micro.segments, jax.random.fold_in(dropout_key, index))
-        sums = next_token_sums(
-            x_BTD,
-            model.unembedding(),
-            micro.targets,
-            micro.weights,
-            vocab_size=vocab_size,
-            softcap=config.model.logits_softcap,
-            config=config.loss,
-        )
+        key = jax.random.fold_in(dropout_key, index)
+        sums = batch_sums(model, micro, key, vocab_size=vocab_size, loss=config.loss)
         # Over the tokens of the whole update, so that micro-batches add up to it whatever their padding.
         return sums.objective / tokens, sums.nll / tokens
 
