@@ -1,0 +1,17 @@
+"""Llama 3.1 405B (Dubey et al. 2024): 406B parameters, 126 layers of width 16384, 8 key/value heads, context 8192."""
+
+import pathlib
+import runpy
+
+
+def get_config():
+    config = runpy.run_path(pathlib.Path(__file__).with_name("llama_8b.py"))["get_config"]()
+    config.num_steps = 1_000_000
+    config.batch_size = 2048
+    config.model.num_layers = 126
+    config.model.num_heads = 128
+    config.model.embed_dim = 16_384
+    config.model.mlp_dim = 53_248
+    config.optimizer.peak_learning_rate = 8e-5
+    config.mesh.slices = 0
+    return config

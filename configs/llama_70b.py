@@ -1,0 +1,22 @@
+"""Llama 2 70B (Touvron et al. 2023): 69B parameters, 80 layers of width 8192, 8 key/value heads, context 4096."""
+
+import pathlib
+import runpy
+
+
+def get_config():
+    config = runpy.run_path(pathlib.Path(__file__).with_name("llama_1b.py"))["get_config"]()
+    config.num_steps = 500_000
+    config.batch_size = 1024
+    config.seq_len = 4096
+    config.model.num_layers = 80
+    config.model.num_heads = 64
+    config.model.embed_dim = 8192
+    config.model.mlp_dim = 28_672
+    config.model.rope_theta = 10_000.0
+    config.model.tied_embeddings = False
+    config.model.remat = "dots,mlp_gate=recompute,mlp_up=recompute"
+    config.loss.num_chunks = 8
+    config.optimizer.peak_learning_rate = 1.5e-4
+    config.tokenizer.vocab_size = 32_000
+    return config

@@ -1,0 +1,20 @@
+"""Llama 3.1 8B (Dubey et al. 2024): 8.0B parameters, 32 layers of width 4096, 8 key/value heads, context 8192."""
+
+import pathlib
+import runpy
+
+
+def get_config():
+    config = runpy.run_path(pathlib.Path(__file__).with_name("llama_1b.py"))["get_config"]()
+    config.num_steps = 240_000
+    config.batch_size = 512
+    config.seq_len = 8192
+    config.model.num_layers = 32
+    config.model.embed_dim = 4096
+    config.model.mlp_dim = 14_336
+    config.model.tied_embeddings = False
+    config.loss.num_chunks = 16
+    config.optimizer.peak_learning_rate = 3e-4
+    config.optimizer.warmup_steps = 8000
+    config.tokenizer.vocab_size = 128_256
+    return config
