@@ -1,38 +1,24 @@
-"""The spine's train step against the same model written as plain JAX functions, with no framework.
+"""gptjax's train step against the same model written as plain JAX functions, with no framework.
 
-    python -m benchmarks.plain_jax [--shape=W1|W2] [--rounds=20]
+    python -m benchmarks.plain_jax [--shape=W1|W2] [--rounds=20] [--steps=3]
 
-Same shapes, float32, AdamW, no dropout, one device. The plain model below keeps its layers as a Python list, unrolls
-them in a Python loop and lets XLA differentiate a cross entropy over whole logits. The two are timed in turn, a few
-steps each a round; what is printed is the median of the rounds' ratios.
+The plain model below keeps its layers as a Python list, unrolls them in a Python loop and lets XLA differentiate a
+cross entropy over whole logits. What is counted, and how it is timed: see peer.py.
 """
 
-import argparse
 import functools
-import statistics
-import time
+import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from gptjax import sharding, train
-from gptjax.config import Config, resolve
-from gptjax.data.stream import Batch
-from gptjax.models.transformer import ModelConfig
-from gptjax.optimizer import OptimizerConfig
-from gptjax.tokenizer import TokenizerConfig
-
-SHAPES = {  # layers, heads, width, length, batch, vocabulary
-    "W1": (6, 6, 384, 256, 8, 65),
-    "W2": (12, 12, 768, 512, 2, 50304),
-}
-STEPS = 100
+from benchmarks import ours, peer
 
 
-def plain(layers, heads, width, length, batch, vocab):
-    """(state, step) of a GPT-2 in plain JAX: pre-norm, learned positions, tanh GELU, tied embedding, biases."""
+def build(shape: peer.Shape):
+    """(parameters, step) of a GPT-2 in plain JAX: pre-norm, learned positions, tanh GELU, tied embedding, biases."""
+    layers, heads, width, length, _, vocab = shape
     padded = -(-vocab // 128) * 128
     keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 2))
     normal = lambda *shape: 0.02 * jax.random.normal(next(keys), shape)
@@ -80,71 +66,32 @@ def plain(layers, heads, width, length, batch, vocab):
         return ((jax.nn.logsumexp(logits, -1) - target) * data.weights).sum() / data.weights.sum()
 
     mask = jax.tree.map(lambda p: p.ndim > 1, params)
-    schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, 10, STEPS, 1e-4)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=mask))
+    adamw = optax.adamw(peer.RATE, b1=peer.BETA1, b2=peer.BETA2, weight_decay=peer.DECAY, mask=mask)
+    optimizer = optax.chain(optax.clip_by_global_norm(peer.CLIP), adamw)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, data):
+    def update(state, data):
         params, opt_state = state
         value, gradient = jax.value_and_grad(loss)(params, data)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), value
 
-    return (params, optimizer.init(params)), step
+    state, data = (params, optimizer.init(params)), jax.device_put(ours.batch(shape))
 
+    def step():
+        nonlocal state
+        state, value = update(state, data)
+        return value
 
-def spine(layers, heads, width, length, batch, vocab):
-    """(state, step) of the spine's own train step on the same shape."""
-    config = resolve(Config(
-        num_steps=STEPS, batch_size=batch, seq_len=length,
-        model=ModelConfig(num_layers=layers, num_heads=heads, embed_dim=width, scan_unroll=layers),
-        optimizer=OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=10),
-        tokenizer=TokenizerConfig(kind="byte"),
-    ))  # fmt: skip
-    state = jax.jit(functools.partial(train.init_state, config, vocab))()
-    return state, functools.partial(train.train_step, config=config, vocab_size=vocab)
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), step
 
 
 def main():
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--shape", choices=SHAPES, default="W1")
-    args.add_argument("--rounds", type=int, default=20)
-    args.add_argument("--steps", type=int, default=4, help="of each, a round")
-    args = args.parse_args()
-    layers, heads, width, length, batch, vocab = SHAPES[args.shape]
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, vocab, (batch, length + 1), dtype=np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    data = Batch(
-        tokens[:, :-1], tokens[:, 1:], positions, np.ones_like(positions), np.ones((batch, length), np.float32)
-    )
-
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES)
-    plain_state, plain_step = plain(*SHAPES[args.shape])
-    plain_data = jax.device_put(data)
-    with jax.set_mesh(mesh):
-        state, step = spine(*SHAPES[args.shape])
-        spine_data = sharding.place(data, np.arange(batch), mesh, batch, 1)
-        times = {"plain": [], "spine": []}
-        for round in range(args.rounds + 1):
-            for name in ("plain", "spine") if round % 2 else ("spine", "plain"):
-                began = time.perf_counter()
-                for _ in range(args.steps):
-                    if name == "plain":
-                        plain_state, out = plain_step(plain_state, plain_data)
-                    else:
-                        state, out = step(state, spine_data)
-                jax.block_until_ready(out)
-                if round:  # the first one compiles
-                    times[name].append((time.perf_counter() - began) / args.steps)
-    tokens = batch * length
-    for name, seconds in times.items():
-        print(f"{name}: {tokens / statistics.median(seconds):,.0f} tokens/s (median of {args.rounds} rounds)")
-    ratios = [p / s for p, s in zip(times["plain"], times["spine"])]
-    print(
-        f"speed of the spine over plain JAX on {args.shape}: {statistics.median(ratios):.3f} "
-        f"(quartiles {', '.join(f'{q:.3f}' for q in statistics.quantiles(ratios, n=4))})"
-    )
+    args = peer.arguments(__doc__).parse_args()
+    if args.serve:
+        peer.serve(lambda: build(peer.SHAPES[args.shape]))
+    else:
+        peer.compare(args, {"plain JAX": [sys.executable, "-m", "benchmarks.plain_jax"]}, biases=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def get_config():
     config.model.mlp_dim = 28_672
     config.model.rope_theta = 10_000.0
     config.model.tied_embeddings = False
-    config.model.remat = "dots,mlp_gate=recompute,mlp_up=recompute"
+    config.model.remat = "full,query=save,attention_out=save"
     config.loss.num_chunks = 8
     config.optimizer.peak_learning_rate = 1.5e-4
     config.tokenizer.vocab_size = 32_000

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import __version__
+from gptjax import __version__, hosts
 from gptjax.errors import Refused
 
 # Orbax warns of what is no fault, as of the save that a kill interrupted; its errors are exceptions.
@@ -78,7 +78,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that were saved whole, ascending."""
-        return sorted(self._open().all_steps()) if self.folder.exists() else []
+        # All processes open it, or none: they wait for each other as they do.
+        return sorted(self._open().all_steps()) if hosts.shared(self.folder.exists) else []
 
     def choose(self, step: int) -> int:
         """`step`, or the newest for -1. Raises: Refused, where there is none."""

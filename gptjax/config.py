@@ -16,7 +16,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import optimizer
+from gptjax import optimizer, sharding
 from gptjax.checkpoint import CheckpointConfig
 from gptjax.data.prepare import DataConfig
 from gptjax.errors import Refused, nearest
@@ -63,7 +63,7 @@ FREE_KEYS = (
     "mesh", "loss", "checkpoint", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
     "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction",
     "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
-    "data.store",
+    "optimizer.state_dtype", "optimizer.offload", "data.store",
 )  # fmt: skip
 
 
@@ -223,12 +223,17 @@ def resolve(config: Config) -> Config:
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     """The batch divides over the mesh. Raises: Refused."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     if config.micro_batch_size % shards:
         raise Refused(
             f"A micro-batch of {config.micro_batch_size} sequences (batch_size={config.batch_size} / "
             f"grad_accum_steps={config.grad_accum_steps}) does not divide over the {shards} devices of "
-            f"mesh.data × mesh.fsdp: make batch_size a multiple of {shards * config.grad_accum_steps}."
+            f"mesh.slices × mesh.data × mesh.fsdp: make batch_size a multiple of {shards * config.grad_accum_steps}."
+        )
+    if config.seq_len % mesh.shape["tensor"]:
+        raise Refused(
+            f"seq_len={config.seq_len} is not divisible by mesh.tensor={mesh.shape['tensor']}, over which it is cut "
+            "between blocks: change one of them."
         )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gptjax import sharding
+from gptjax import hosts, sharding
 from gptjax.data import stream
 from gptjax.loss import LossConfig, Sums, next_token_sums
 from gptjax.models.transformer import Transformer
@@ -31,7 +31,7 @@ def batch_sums(model: Transformer, batch: stream.Batch, dropout_key, *, vocab_si
     x_BTD = model(batch.inputs, batch.positions, batch.segments, dropout_key)
     return next_token_sums(
         x_BTD,
-        model.unembedding(),
+        model.unembedding,
         batch.targets,
         batch.weights,
         vocab_size=vocab_size,
@@ -64,11 +64,11 @@ def evaluate(
     Args:
       batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many; 0 is all.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     batch_size = -(-batch_size // shards) * shards
     rows = sharding.local_rows(mesh, batch_size, 1)
     batches = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)
-    token_bytes = jax.device_put(store.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
+    token_bytes = hosts.put(store.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
     vocab_size = store.tokenizer.vocab_size
     windows = max_windows or len(batches) * batch_size
     sums = []

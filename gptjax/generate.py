@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, reshard
 
-from gptjax import sharding
+from gptjax import hosts, sharding
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
 
@@ -68,16 +69,16 @@ def generate(
             f"The prompt has {longest - 1} tokens and --max_tokens={max_tokens} asks for more than the context "
             f"of {seq_len} holds: ask for at most {seq_len + 1 - longest}."
         )
-    shards = jax.sharding.get_abstract_mesh().shape
-    rows = -(-len(prompts) // (shards["data"] * shards["fsdp"])) * shards["data"] * shards["fsdp"]
+    mesh = jax.sharding.get_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    rows = -(-len(prompts) // shards) * shards
     width = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, seq_len)
     tokens = np.full((rows, width), tokenizer.end_of_text, np.int32)
     start = np.full(rows, width - 1, np.int32)
     for row, prompt in enumerate(prompts):
         start[row] = width - 1 - len(prompt)
         tokens[row, start[row] + 1 :] = prompt
-    mesh = jax.sharding.get_mesh()
-    put = lambda array, *names: jax.device_put(array, jax.NamedSharding(mesh, sharding.spec(*names)))
+    put = lambda array, *names: hosts.put(array, jax.NamedSharding(mesh, sharding.spec(*names)))
     made, lengths = decode(
         model, put(tokens, "act_batch", "act_seq"), put(start, "act_batch"), jax.random.key(seed),
         max_tokens=max_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text,

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from gptjax.errors import Refused
 from gptjax.models.layers import soft_capped
-from gptjax.sharding import BATCH_AXES, spec
+from gptjax.sharding import BATCH_AXES, gather, gather_sequence, index, largest, manual, summed, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Sums(NamedTuple):
 
 
 def next_token_sums(
-    x_BTD, w_VD, targets_BT, weights_BT, *, vocab_size: int, softcap: float, config: LossConfig
+    x_BTD, unembedding: nnx.Param, targets_BT, weights_BT, *, vocab_size: int, softcap: float, config: LossConfig
 ) -> Sums:
     """Sums of the cross entropy of softmax(x · wᵀ) over all tokens.
 
@@ -38,27 +39,24 @@ def next_token_sums(
     logits nor computes them again.
 
     Args:
-      x_BTD: hidden states, compute dtype. w_VD: unembedding, whole over `fsdp`; rows past `vocab_size` are padding and
-        take no part. targets_BT: int32. weights_BT: float32, 0 where there is nothing to predict.
+      x_BTD: hidden states, compute dtype, the sequence cut as `act_stream`. unembedding: [V, D] as stored; rows past
+        `vocab_size` are padding and take no part. targets_BT: int32. weights_BT: float32, 0 where there is nothing to
+        predict.
     """
     if x_BTD.shape[1] % config.num_chunks:
         raise Refused(
             f"seq_len={x_BTD.shape[1]} is not divisible by loss.num_chunks={config.num_chunks}: choose a divisor."
         )
-    rows = spec("act_batch", "act_seq")
 
-    def local(x_BTD, w_VD, targets_BT, weights_BT):
+    def local(unembedding, x_BTD, targets_BT, weights_BT):
+        x_BTD = gather_sequence(x_BTD, "act_stream")
         # The gradient of the table is summed on each device over all chunks, and over devices once, at the end.
-        w_VD = jax.lax.pcast(w_VD, BATCH_AXES, to="varying")
+        w_VD = gather(unembedding, x_BTD.dtype)
         objective, sums = chunked(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config)
-        return jax.lax.psum((objective, sums), BATCH_AXES)
+        return summed((objective, *sums), *BATCH_AXES)
 
-    objective, sums = jax.shard_map(
-        local,
-        in_specs=(spec("act_batch", "act_seq", "act_embed"), spec("vocab", "act_embed"), rows, rows),
-        out_specs=spec(),
-    )(x_BTD, w_VD, targets_BT, weights_BT)
-    return Sums(objective, *sums)
+    with jax.named_scope("loss"):
+        return Sums(*manual(local, "", "", "", "")(unembedding, x_BTD, targets_BT, weights_BT))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -84,7 +82,7 @@ chunked.defvjp(forward, backward)
 def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config, *, with_gradient):
     """Returns ((objective, (nll, z, correct)), gradients of the objective (dx, dw), or () if not asked for)."""
     chunks = config.num_chunks
-    ids_V = jax.lax.axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
+    ids_V = index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
 
     def one(carry, chunk):
         nll, z, correct, dw_VD = carry
@@ -93,10 +91,10 @@ def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config
         capped_BtV = soft_capped(raw_BtV, softcap)
         logits_BtV = jnp.where(ids_V < vocab_size, capped_BtV, -jnp.inf)
         is_target_BtV = ids_V == targets_Bt[..., None]
-        peak_Bt = jax.lax.pmax(logits_BtV.max(-1), "tensor")
+        peak_Bt = largest(logits_BtV.max(-1), "tensor")
         exp_BtV = jnp.exp(logits_BtV - peak_Bt[..., None])
-        total_Bt = jax.lax.psum(exp_BtV.sum(-1), "tensor")
-        target_Bt = jax.lax.psum(jnp.where(is_target_BtV, logits_BtV, 0).sum(-1), "tensor")
+        total_Bt = summed(exp_BtV.sum(-1), "tensor")
+        target_Bt = summed(jnp.where(is_target_BtV, logits_BtV, 0).sum(-1), "tensor")
         log_z_Bt = peak_Bt + jnp.log(total_Bt)
         nll += (weights_Bt * (log_z_Bt - target_Bt)).sum()
         z += (weights_Bt * jnp.square(log_z_Bt)).sum()
@@ -109,14 +107,14 @@ def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config
         if softcap:
             d_BtV *= 1 - jnp.square(capped_BtV / softcap)
         d_BtV = d_BtV.astype(x_BtD.dtype)
-        dx_BtD = jax.lax.psum(jnp.einsum("BtV,VD->BtD", d_BtV, w_VD), "tensor")
+        dx_BtD = jnp.einsum("BtV,VD->BtD", d_BtV, w_VD)  # over this part of the vocabulary
         dw_VD += jnp.einsum("BtV,BtD->VD", d_BtV, x_BtD, preferred_element_type=jnp.float32)
         return (nll, z, correct, dw_VD), dx_BtD
 
     def split(array):
         return jnp.moveaxis(array.reshape(array.shape[0], chunks, -1, *array.shape[2:]), 1, 0)
 
-    zero = jax.lax.pcast(jnp.zeros(()), BATCH_AXES, to="varying")
+    zero = varying(jnp.zeros(()), *BATCH_AXES)
     dw_VD = jnp.zeros_like(w_VD, jnp.float32) if with_gradient else ()
     carry, dx = jax.lax.scan(one, (zero, zero, zero, dw_VD), (split(x_BTD), split(targets_BT), split(weights_BT)))
     nll, z, correct, dw_VD = carry

@@ -1,16 +1,22 @@
 """What a run tells: throughput, utilization, and where the numbers go (terminal, metrics.jsonl, TensorBoard)."""
 
+import collections
 import contextlib
 import json
 import math
+import pathlib
+import tempfile
 import time
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from gptjax import hosts
+
 # Dense bfloat16 FLOP/s of one device as JAX counts devices, by `device_kind`. TPUs: Google Cloud's "System
-# architecture" page of each version; NVIDIA: the data sheet of each card, without sparsity.
+# architecture" page of each version (a TPU7x chip of 2307 TFLOP/s is two devices); NVIDIA: the data sheet of each card,
+# which gives twice these figures, with sparsity.
 PEAK_BF16_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -19,11 +25,18 @@ PEAK_BF16_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
 }
 
 
@@ -31,6 +44,52 @@ def peak_flops(devices, dtype: str) -> float | None:
     """FLOP/s of all the devices together; None where it is not known, and for other dtypes than bfloat16."""
     peak = PEAK_BF16_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
     return peak and peak * len(devices)
+
+
+@contextlib.contextmanager
+def compiling():
+    """Around a compilation. Yields a dict that has compile_seconds and compilation_cache at the end of the block.
+
+    The cache is JAX's persistent one: `hit`, `miss`, or `off`.
+    """
+    events, facts, began = collections.Counter(), {}, time.perf_counter()
+    count = lambda event, **_: events.update([event.rpartition("/")[2]])
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield facts
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    hit = events["cache_hits"] == events["compile_requests_use_cache"]
+    facts["compile_seconds"] = time.perf_counter() - began
+    facts["compilation_cache"] = ("hit" if hit else "miss") if jax.config.jax_compilation_cache_dir else "off"
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """What the compiler counts for a device at the peak of a program: arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    sums = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.peak_memory_in_bytes or sums + memory.temp_size_in_bytes
+
+
+def measured_bytes() -> int | None:
+    """The most that has been in use on one of this process's devices; None where the platform does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
+
+
+@contextlib.contextmanager
+def trace(folder: epath.Path):
+    """Records what process 0 and its devices do in the block, for XProf or TensorBoard, into `folder`."""
+    if not hosts.first():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as local:  # the profiler knows no gs://
+        with jax.profiler.trace(local):
+            yield
+        for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
+            target = folder / file.relative_to(local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(file).copy(target)
 
 
 class Log:
@@ -50,16 +109,20 @@ class Log:
         self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
-        self._main = jax.process_index() == 0
+        self._start, self._starting = start, None
         path = workdir / "metrics.jsonl"
-        rows = rows_until(path, start)
-        self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
-        if self._main:
+        rows = rows_until(path, start) if hosts.first() else []
+        self.evaluated = set(hosts.exchange([row["step"] for row in rows if "eval_loss" in row])[0])
+        if hosts.first():
             beside = workdir / "metrics.jsonl.partial"
             beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
             beside.replace(path)
             self._rows = path.open("a")
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def starting(self, began: float, facts: dict) -> None:
+        """Has the row of this start written once its first step is done: `facts`, and the seconds since `began`."""
+        self._starting = began, facts
 
     def push(self, step: int, metrics: dict) -> None:
         """Takes the metrics of a step just dispatched; waits for the step before it, and writes its row if due."""
@@ -71,7 +134,7 @@ class Log:
         """Around what is not training: the last step is finished first, and the time does not count as a step's."""
         self._flush()
         before = time.perf_counter()
-        if self._main:
+        if hosts.first():
             self._board.flush()
         yield
         self._began += time.perf_counter() - before
@@ -87,8 +150,14 @@ class Log:
                 f"The loss of step {step} is {loss}: the checkpoints before it are kept; lower "
                 "optimizer.peak_learning_rate, or raise optimizer.warmup_steps."
             )
+        if self._starting and hosts.first():
+            began, facts = self._starting
+            seconds = time.perf_counter() - began
+            self._write({"step": self._start} | facts | {"first_step_seconds": seconds})
+            self._bar.print(f"the first step was done {seconds:.1f} s after the start")
+        self._starting = None
         self._steps += 1
-        if step % self._log_every == 0 and self._main:
+        if step % self._log_every == 0 and hosts.first():
             self._step(step, jax.device_get(metrics))
 
     def _step(self, step: int, metrics: dict) -> None:
@@ -105,7 +174,7 @@ class Log:
 
     def evaluation(self, step: int, result) -> None:
         """Writes the row of an `evaluate.Evaluation`."""
-        if self._main:
+        if hosts.first():
             self._write(
                 {
                     "step": step,
@@ -123,12 +192,12 @@ class Log:
         self._rows.write(json.dumps(row) + "\n")
         self._rows.flush()
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         self._flush()
-        if self._main:
+        if hosts.first():
             self._rows.close()
             self._board.close()
 

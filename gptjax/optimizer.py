@@ -25,11 +25,16 @@ class OptimizerConfig:
     eps: float = 1e-8  # of adamw
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     ema_decay: float = 0.0  # of an average of the weights that evaluation and generation use; 0 is off
+    state_dtype: str = "float32"  # of the moments between updates; bfloat16 halves them and forgets what moves slowly
+    offload: bool = False  # the moments wait in host memory between updates
+
+
+STATE_DTYPES = ("float32", "bfloat16")
 
 
 def check(config: OptimizerConfig, num_steps: int) -> None:
     """Raises: Refused, for an unknown name or a number out of range."""
-    for key, words in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+    for key, words in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("state_dtype", STATE_DTYPES)):
         if getattr(config, key) not in words:
             raise Refused(f'optimizer.{key}="{getattr(config, key)}" is unknown: choose one of {", ".join(words)}.')
     for key in ("decay_fraction", "final_fraction"):
@@ -136,3 +141,30 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     """Clipping by global norm (Pascanu et al. 2013), then the named optimizer."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, OPTIMIZERS[config.name](learning_rate(config, num_steps), config))
+
+
+def stored(opt_state: optax.OptState, config: OptimizerConfig) -> optax.OptState:
+    """The optimizer's state as it waits between updates: in `state_dtype`, and in host memory if so configured.
+
+    The smallest step of bfloat16 is 1/256 of a value: a second moment with beta2 above 0.99 stands still in it.
+    """
+
+    def store(leaf):
+        if leaf.ndim == 0:
+            return leaf
+        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            leaf = leaf.astype(config.state_dtype)
+        return jax.device_put(leaf, jax.memory.Space.Host) if config.offload else leaf
+
+    return jax.tree.map(store, opt_state)
+
+
+def loaded(opt_state: optax.OptState, config: OptimizerConfig) -> optax.OptState:
+    """The stored state as an update computes with it: in float32, in the device's memory."""
+
+    def load(leaf):
+        if leaf.ndim and config.offload:
+            leaf = jax.device_put(leaf, jax.memory.Space.Device)
+        return leaf.astype("float32") if leaf.dtype == jax.numpy.bfloat16 else leaf
+
+    return jax.tree.map(load, opt_state)

@@ -1,8 +1,12 @@
-"""The mesh, the one table of logical axes, and what it means for a weight to be stored and to be used.
+"""The mesh, the one table of logical axes, and the collectives that training needs.
 
-Mesh axes name the strategy (`data`, `fsdp`, `tensor`) and are Explicit: an array's sharding is part of its type, so a
-mistake is an error in the line that makes it. Arrays name their dimensions by meaning; `LOGICAL_AXES` alone says which
-mesh axis a meaning is cut along.
+Mesh axes name the strategy (`slices`, `data`, `fsdp`, `tensor`) and are Explicit: an array's sharding is part of its
+type, so a mistake is an error in the line that makes it. Arrays name their dimensions by meaning; `LOGICAL_AXES` alone
+says which mesh axis a meaning is cut along. An axis of one device cuts nothing, and appears in no type.
+
+Where devices have to talk, the code says so: inside `manual` by `gather`, `gather_sequence`, `reduce_sequence` and
+`summed`, whose transposes are what the backward pass has to send. Left to the compiler, the gradients of some weights
+come out as an all-reduce of the whole matrix (benchmarks/NOTES.md, Collectives).
 """
 
 import dataclasses
@@ -11,33 +15,36 @@ import math
 import jax
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import Refused
 
-AXES = ("data", "fsdp", "tensor")
+# `ring` is a part of full sharding: the third side of a torus (see `ring_size`), 1 elsewhere.
+AXES = ("slices", "data", "fsdp", "ring", "tensor")
 
 # Activations carry the prefix `act_`: `embed` is cut over `fsdp` in a stored weight and whole in an activation.
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
-    "positions": None,
-    "embed": "fsdp",
+    "positions": "tensor",
+    "embed": ("fsdp", "ring"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
-    "act_batch": ("data", "fsdp"),
+    "act_batch": ("slices", "data", "fsdp", "ring"),
     "act_seq": None,
+    "act_stream": "tensor",  # the sequence of the residual stream between blocks (Korthikanti et al. 2022, section 4.2)
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
     "act_head_dim": None,
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
 }
 BATCH_AXES = LOGICAL_AXES["act_batch"]
-GATHERED = "gathered_weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +53,26 @@ class MeshConfig:
 
     data: int = 1  # replicas of the whole model
     fsdp: int = -1  # weights, gradients and optimizer state cut over this many devices, gathered for use
-    tensor: int = 1  # heads, MLP and vocabulary cut over this many devices
+    tensor: int = 1  # heads, MLP, vocabulary and the sequence between blocks cut over this many devices
+    slices: int = 0  # replicas joined by the data-centre network; 0: as many as the TPU slices, 1 on other devices
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """The sizes of (data, fsdp, tensor) on `num_devices`, with the -1 filled in.
+def num_slices(devices: list[jax.Device]) -> int:
+    """TPU slices among the devices. GPUs have a slice index too, one a host: that is no reason to replicate."""
+    return len({slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def slice_index(device: jax.Device) -> int:
+    return getattr(device, "slice_index", None) or 0  # a single slice has none
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """The sizes of (slices, data, fsdp, tensor) on `num_devices`, with the -1 filled in; `slices` must not be 0.
 
     Raises:
       Refused: more than one -1, a size below 1, or a product other than the number of devices.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: getattr(config, axis) for axis in ("slices", "data", "fsdp", "tensor")}
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     for axis, size in sizes.items():
         if size < 1 and size != -1:
@@ -75,25 +92,123 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh over these devices, in the order of the hardware's links. Raises: Refused."""
-    return jax.make_mesh(mesh_shape(config, len(devices)), AXES, devices=devices)
+    """The mesh over these devices: slices outermost, and within one the order of the hardware's links.
+
+    Raises:
+      Refused: sizes that do not make up the devices, or other slices than they have.
+    """
+    found = num_slices(devices)
+    config = dataclasses.replace(config, slices=config.slices or found)
+    slices, *inside = mesh_shape(config, len(devices))
+    if found > 1 and slices != found:
+        raise Refused(f"mesh.slices={slices}, but the devices are {found} TPU slices: set it to {found}, or to 0.")
+    devices = sorted(devices, key=slice_index) if found > 1 else devices
+    order = np.stack([linked(inside, list(group)) for group in np.array(devices).reshape(slices, -1)])
+    ring = ring_size(order[0, 0, :, 0])
+    data, fsdp, tensor = inside
+    order = order.reshape(slices, data, fsdp // ring, ring, tensor)
+    return jax.sharding.Mesh(order, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def ring_size(devices: np.ndarray) -> int:
+    """Of devices that share a model, how many make up one side of the torus, if they fill all three sides of one.
+
+    For a whole three-dimensional torus XLA makes an all-gather of an all-reduce, at twice the bytes; along one side and
+    then along the other two it gathers (benchmarks/NOTES.md, Collectives).
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    places = np.array([device.coords for device in devices])
+    sides = [len(set(places[:, side])) for side in range(3)]
+    if min(sides) == 1:
+        return 1
+    ring = sides[np.argmax(places[1] != places[0])]
+    rows = places.reshape(-1, ring, 3) if len(places) % ring == 0 else places[None]
+    one_side = all((rows != rows[:, :1]).any((0, 1)).sum() == 1 for rows in [rows])
+    return ring if one_side else 1
+
+
+def linked(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """One slice's devices in this shape, its last axis on the shortest rings that there are."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis that is no product of whole physical ones
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(*names: str) -> PartitionSpec:
-    """The partition of an array whose dimensions have these logical names; an unknown name is a KeyError."""
-    return PartitionSpec(*(LOGICAL_AXES[name] for name in names))
+    """How an array whose dimensions have these names is cut on the mesh in use; an unknown name is a KeyError."""
+    return _spec(names, jax.sharding.get_abstract_mesh())
+
+
+def _spec(names, mesh) -> PartitionSpec:
+    axes = (LOGICAL_AXES[name] for name in names)
+    cut = (_cut((axis,) if isinstance(axis, str) else axis or (), mesh) for axis in axes)
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in cut))
+
+
+def _cut(axes, mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
+def manual(function, *names: str):
+    """`function` on each device's shard of its arguments, which are cut as their types say.
+
+    Args:
+      names: of each result, the logical names of its dimensions, in one string.
+    """
+    outs = tuple(spec(*result.split()) for result in names)
+    return jax.shard_map(function, out_specs=outs if len(outs) > 1 else outs[0])
 
 
 def gather(weight: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A stored weight as it is used: in the compute dtype, whole over `fsdp`, still cut over `tensor`.
+    """Inside `manual`: a stored weight as it is used, in the compute dtype, whole over `fsdp`, still cut over `tensor`.
 
     This is the all-gather of fully-sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020, section 5.3), of the
-    compute dtype's bytes; its transpose reduce-scatters the gradient. The name keeps rematerialization from holding
-    the gathered copies of all layers at once. A scan over layers has taken the leading axis off.
+    compute dtype's bytes; its transpose reduce-scatters the gradient over `fsdp` and then sums the shards over the
+    replicas. A scan over layers has taken the leading axis off.
     """
-    names = weight.axes[-weight.ndim :]
-    used = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec(*names)))
-    return checkpoint_name(jax.sharding.reshard(weight[...].astype(dtype), used), GATHERED)
+    array = varying(weight[...].astype(dtype), "slices", "data")
+    for dimension, name in enumerate(weight.axes[-array.ndim :]):
+        if name == "embed":
+            for axis in reversed(_cut(LOGICAL_AXES[name], jax.sharding.get_abstract_mesh())):
+                array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
+    return array
+
+
+def gather_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
+    """Inside `manual`: activations that are cut along `sequence`, whole; its transpose is `reduce_sequence`."""
+    (axis,) = spec(sequence)
+    return jax.lax.all_gather(x_BTD, axis, axis=1, tiled=True) if axis else x_BTD
+
+
+def reduce_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
+    """Inside `manual`: partial sums over `tensor`, added up; each device keeps its part of the sequence, or all."""
+    (axis,) = spec(sequence)
+    return jax.lax.psum_scatter(x_BTD, axis, scatter_dimension=1, tiled=True) if axis else summed(x_BTD, "tensor")
+
+
+def summed(x, *axes: str):
+    """Inside `manual`: the sum over these mesh axes, of a tree of arrays that differ along them."""
+    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def largest(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `manual`: the largest value over these mesh axes."""
+    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def varying(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `manual`: the same, taken to differ along these mesh axes, so that its gradient is summed over them."""
+    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def index(axis: str) -> jax.Array | int:
+    """Inside `manual`: where this device stands along a mesh axis."""
+    return jax.lax.axis_index(axis) if _cut((axis,), jax.sharding.get_abstract_mesh()) else 0
 
 
 def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> None:
@@ -109,17 +224,22 @@ def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> Non
     params = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     sizes = {name: size for param in params for name, size in zip(param.axes, param.shape)}
     for name in sorted(sizes, key=lambda name: list(keys).index(name) if name in keys else -1):
-        axis = LOGICAL_AXES[name]
-        if axis is not None and sizes[name] % mesh.shape[axis]:
+        axes = (LOGICAL_AXES[name],) if isinstance(LOGICAL_AXES[name], str) else LOGICAL_AXES[name] or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if sizes[name] % parts:
             raise Refused(
-                f"{keys.get(name, name)}={sizes[name]} is not divisible by mesh.{axis}={mesh.shape[axis]}: "
-                "change one of them."
+                f"{keys.get(name, name)}={sizes[name]} is not divisible by mesh.{axes[0]}={parts}: change one of them."
             )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of a batch's [micro-batch, row, position] arrays: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
+    """Of a batch's [micro-batch, row, position] arrays: rows over all axes but `tensor`."""
+    return NamedSharding(mesh, PartitionSpec(None, *_spec(("act_batch", "act_seq"), mesh)))
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation: int) -> np.ndarray:

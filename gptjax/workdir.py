@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as configs
-from gptjax import sharding, tokenizer
+from gptjax import hosts, sharding, tokenizer
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import prepare as preparation
@@ -115,15 +115,35 @@ def check_same_data(store: Store, saved: dict, where: epath.Path) -> None:
 
 
 def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Store:
-    """The token store of a run and, in its workdir, the tokenizer; made if need be.
+    """The token store of a run and, in its workdir, the tokenizer; made if need be, by process 0 while others wait.
 
     Raises: Refused, for a corpus that can't be used; nothing that was made for it stays.
     """
     where = store_folder(config.data.store, folder)
+    with hosts.together():
+        if hosts.first():
+            store = make_store(config, folder, where)
+            check_divides(config, store.tokenizer.vocab_size, mesh)
+            write_tokenizer(store, folder)
+    with hosts.together():
+        if not hosts.first():
+            for path in (where / "manifest.json", folder / "tokenizer"):
+                if not path.exists():
+                    raise Refused(
+                        f"{path}, which process 0 made, is not seen by process {jax.process_index()}: give a --workdir "
+                        "(and data.store) that all hosts share, such as one on gs://."
+                    )
+            store = Store.open(where)
+    return store
+
+
+def make_store(config: Config, folder: epath.Path, where: epath.Path) -> Store:
+    """The store in `where` for a run in `folder`. Raises: Refused."""
     new = [path for path in (where, *where.parents, folder, *folder.parents) if not path.exists()]
     try:
         store = preparation.prepare(config.data, config.tokenizer, where)
         stream.train_batches(store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, rows=[])
+        return store
     except Refused:
         # Only the corpus itself could tell; a folder that was there, or has something else in it by now, stays.
         for path in new:
@@ -132,12 +152,13 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Stor
             elif path.exists() and not any(path.iterdir()):
                 path.rmdir()
         raise
-    folder.mkdir(parents=True, exist_ok=True)
-    check_divides(config, store.tokenizer.vocab_size, mesh)
-    (folder / "tokenizer").mkdir(exist_ok=True)
+
+
+def write_tokenizer(store: Store, folder: epath.Path) -> None:
+    """A copy of the store's tokenizer into the workdir."""
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer.read_files(store.folder / "tokenizer").items():
         write_whole(folder / "tokenizer" / name, content)
-    return store
 
 
 def write_config(config: Config, folder: epath.Path) -> None:
@@ -166,7 +187,8 @@ class Run(NamedTuple):
 
 def load(folder: epath.Path, step: int) -> Run:
     """The model of a checkpoint: of a step, or of the newest for -1. Raises: Refused."""
-    latest = read_config(folder)
+    with hosts.together():
+        latest = read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.choose(step)
         saved = checkpoints.run(step)

@@ -1,9 +1,12 @@
 """Eight CPU devices in this process, compiled programs kept between runs, and one small corpus for all."""
 
+import os
 import pathlib
 
-import jax
-import pytest
+os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed, JAX would look for TPUs, here and in what the tests start
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"

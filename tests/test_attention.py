@@ -1,23 +1,29 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import mesh_of
 
-from gptjax.models.attention import attention, blocked_attention, cached_attention, masked_attention
+from gptjax.models.attention import attention, blocked_attention, cached_attention, masked_attention, splash_attention
+from gptjax.sharding import spec
 
 B, H = 2, 8
 
 
-def inputs(length, heads, kv_heads):
+def inputs(length, heads, kv_heads, head_dim=H):
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(B, length, n, H)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (rng.normal(size=(B, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
     return q, k, v, (rng.random((B, length)) < 0.2).cumsum(-1).astype(np.int32)
 
 
-def mask_of(segments_BT):
-    causal = np.tri(segments_BT.shape[1], dtype=bool)
-    return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
+def mask_of(segments_BT, window=0):
+    length = segments_BT.shape[1]
+    seen = np.tri(length, dtype=bool)
+    if window:
+        seen &= ~np.tri(length, k=-window, dtype=bool)
+    return seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
@@ -32,24 +38,34 @@ def test_masked_attention_is_softmax_attention(length, heads, kv_heads):
     np.testing.assert_allclose(jax.jit(masked_attention)(q, k, v, mask_of(segments)), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("length", [13, 16])
-def test_blocks_are_the_whole(length, heads, kv_heads):
-    q, k, v, segments = inputs(length, heads, kv_heads)
+def same_as_masked(attend, length, heads, kv_heads, window, head_dim=H):
+    """Asserts that values and gradients of `attend` are those of the reference."""
+    q, k, v, segments = inputs(length, heads, kv_heads, head_dim)
     direction = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+    reference = lambda q, k, v: masked_attention(q, k, v, mask_of(segments, window))
 
-    @jax.jit
-    def both(q, k, v):
-        blocked = jax.value_and_grad(lambda *qkv: (blocked_attention(*qkv, segments) * direction).sum(), (0, 1, 2))
-        masked = jax.value_and_grad(
-            lambda *qkv: (masked_attention(*qkv, mask_of(segments)) * direction).sum(), (0, 1, 2)
-        )
-        return blocked(q, k, v), masked(q, k, v)
+    def both(attend):
+        gradients = jax.value_and_grad(lambda *qkv: (attend(*qkv) * direction).sum(), (0, 1, 2))
+        return jax.jit(lambda q, k, v: (attend(q, k, v), gradients(q, k, v)[1]))(q, k, v)
 
-    (value, gradients), (expected, expected_gradients) = both(q, k, v)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    for gradient, reference in zip(gradients, expected_gradients):
-        np.testing.assert_allclose(gradient, reference, atol=1e-5)
+    for found, expected in zip(jax.tree.leaves(both(attend(segments))), jax.tree.leaves(both(reference))):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("length, window", [(13, 0), (16, 0), (150, 0), (150, 1), (150, 20), (150, 100), (16, 99)])
+def test_blocks_are_the_whole(length, window, heads, kv_heads):
+    blocked = lambda segments: lambda q, k, v: blocked_attention(q, k, v, segments, window)
+    same_as_masked(blocked, length, heads, kv_heads, window)
+
+
+@pytest.mark.parametrize("length, window, kv_heads, head_dim", [
+    (256, 0, 4, 64), (256, 0, 2, 128), (384, 0, 1, 64), (256, 100, 2, 64), (256, 1, 4, 64), (384, 200, 2, 128),
+])  # fmt: skip
+def test_the_tpu_kernel_is_the_whole(length, window, kv_heads, head_dim):
+    """By the kernel's own program, interpreted; that it compiles for a TPU, tests/test_tpu_aot.py shows."""
+    splash = lambda segments: lambda q, k, v: splash_attention(q, k, v, segments, window, interpret=True)
+    same_as_masked(splash, length, 4, kv_heads, window, head_dim)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 2)], ids=str)
@@ -57,11 +73,13 @@ def test_cached_attention_is_the_full_one(shape):
     """Queries 5 to 7 over the keys of all: those after them are masked, as slots not yet filled are."""
     mesh = mesh_of(*shape)
     q, k, v, segments = inputs(8, 4, 2)
-    rows = jax.P(("data", "fsdp"))
     with jax.set_mesh(mesh):
+        rows = spec("act_batch")
         put = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
-        heads = jax.P(("data", "fsdp"), None, "tensor")
-        full = jax.jit(attention)(*(put(array, heads) for array in (q, k, v)), put(segments, rows))
+        heads = spec("act_batch", "act_seq", "act_heads")
+        full = jax.jit(attention, static_argnames="window")(
+            *(put(array, heads) for array in (q, k, v)), put(segments, rows), window=0
+        )
         late = jax.jit(cached_attention)(
             put(q[:, 5:], heads), put(k, heads), put(v, heads), put(mask_of(segments)[:, 5:], rows)
         )
@@ -70,7 +88,7 @@ def test_cached_attention_is_the_full_one(shape):
 
 def test_bfloat16_comes_out_as_it_went_in():
     q, k, v, segments = inputs(8, 4, 2)
-    attend = jax.jit(blocked_attention)
+    attend = jax.jit(functools.partial(blocked_attention, window=0))
     half = attend(*(array.astype(jnp.bfloat16) for array in (q, k, v)), segments)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), attend(q, k, v, segments), atol=0.05)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import gptjax
@@ -97,13 +98,39 @@ def test_help_lists_the_verbs_and_the_exit_codes(gptjax_main):
 
 
 @pytest.mark.parametrize("verb, flags", [
-    ("train", ["--config", "--workdir"]),
+    ("train", ["--config", "--workdir", "--profile_steps", "--coordinator", "--num_processes", "--process_id"]),
     ("eval", ["--workdir", "--step"]),
     ("generate", ["--workdir", "--step", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p", "--seed", "--num_samples"]),
 ])  # fmt: skip
 def test_help_of_a_verb(gptjax_main, verb, flags):
     code, out, _ = gptjax_main(verb, "--help")
     assert code == 0 and all(flag + " " in out for flag in flags)
+
+
+@pytest.mark.parametrize("steps", ["3", "2:2", "3:1", "-1:2", "a:b", "1:5", ":3"])
+def test_a_range_to_profile_that_is_none(refused, corpus, tmp_path, steps):
+    error = refused(tmp_path, *training(corpus, tmp_path / "run", f"--profile_steps={steps}"))
+    assert f"--profile_steps={steps} is no A:B with A below B and B at most num_steps=4: write" in error
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "generate"])
+def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
+    config = [f"--config={DEBUG}"] * (verb == "train")
+    error = refused(tmp_path, verb, *config, f"--workdir={tmp_path / 'run'}", "--coordinator=localhost:8476")
+    assert "--coordinator=localhost:8476 without --num_processes and --process_id: give --coordinator=" in error
+
+
+def test_compiled_programs_stay_in_the_workdir_or_where_jax_was_told(tmp_path):
+    told = jax.config.jax_compilation_cache_dir
+    args = cli.parse(["eval", f"--workdir={tmp_path}"])
+    cli.join(args, {})
+    assert told and jax.config.jax_compilation_cache_dir == told
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        cli.join(args, {})
+        assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)
 
 
 def test_module_is_the_command():

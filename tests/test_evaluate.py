@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from training import GPT2, LLAMA, mesh_of
 
+from gptjax import sharding
 from gptjax.data import stream
 from gptjax.evaluate import evaluate
 from gptjax.loss import LossConfig
@@ -33,8 +34,8 @@ def expected(request, store):
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config, 257, SEQ_LEN, nnx.Rngs(0)))()
-        put = lambda array: jax.device_put(array, jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None)))
-        forward = jax.jit(lambda model, *fields: (model(*fields, None), model.unembedding()))
+        put = lambda array: jax.device_put(array, jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq")))
+        forward = jax.jit(lambda model, *fields: (model(*fields, None), model.unembedding[...]))
         x, table = jax.device_get(
             forward(model, *(put(field) for field in (batch.inputs, batch.positions, batch.segments)))
         )

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from training import GPT2, LLAMA, mesh_of
 
+from gptjax import sharding
 from gptjax.errors import Refused
 from gptjax.generate import Sampling, generate, sample, samples
 from gptjax.models.transformer import Transformer
@@ -65,10 +66,10 @@ def ask(model, prompts, sampling=GREEDY, max_tokens=12, seed=0):
 def last_logits(model, tokens_BT, length):
     """Of a full forward pass over one row padded on the right."""
     positions = jnp.arange(tokens_BT.shape[1])[None]
-    row = lambda array: jax.sharding.reshard(array, jax.P(("data", "fsdp"), None))
+    row = lambda array: jax.sharding.reshard(array, sharding.spec("act_batch", "act_seq"))
     x_BTD = model(row(tokens_BT), row(positions), row(jnp.ones_like(tokens_BT)), None)
     x_D = jax.sharding.reshard(x_BTD, jax.P())[0, length - 1]
-    return jax.sharding.reshard(model.unembedding(), jax.P())[:257] @ x_D
+    return jax.sharding.reshard(model.unembedding[...], jax.P())[:257] @ x_D
 
 
 def greedy_by_full_passes(model, prompt, max_tokens):

@@ -10,13 +10,13 @@ import gptjax
 ROOT = pathlib.Path(gptjax.__file__).parent
 ROWS = (
     {"cli"},
-    {"train"},
+    {"train", "plan", "search", "bench", "report", "aot", "theory"},
     {"workdir", "generate"},
     {"config"},
     {"evaluate", "checkpoint"},
     {"models", "loss"},
-    {"optimizer", "data", "metrics"},
-    {"sharding", "tokenizer", "terminal"},
+    {"optimizer", "data", "metrics", "topology", "compiled", "collectives", "flops", "hlo"},
+    {"sharding", "tokenizer", "terminal", "hosts"},
     {"errors"},
 )
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}

@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from training import mesh_of
 
 from gptjax.errors import Refused
 from gptjax.loss import LossConfig, next_token_sums
+from gptjax.sharding import spec
 
 B, T, D, V, VOCAB = 8, 8, 16, 128, 100
 
@@ -33,22 +35,30 @@ def reference(x, w, targets, weights, softcap, z_loss):
     return nll + z_loss * z, (nll, z, correct)
 
 
+def loss_sums(x, w, targets, weights, **settings):
+    return next_token_sums(x, nnx.Param(w, axes=("vocab", "embed")), targets, weights, **settings)
+
+
+def specs():
+    """Of x, w, targets and weights on the mesh in use, as the model has them."""
+    rows = spec("act_batch", "act_seq")
+    return spec("act_batch", "act_stream", "act_embed"), spec("vocab", "embed"), rows, rows
+
+
 def on_mesh(shape, inputs, softcap, config):
     """The sums and the gradients wrt hidden states and table."""
     mesh = mesh_of(*shape)
-    rows = jax.P(("data", "fsdp"))
-    specs = rows, jax.P("tensor"), rows, rows
 
     @jax.jit
     def run(x, w, targets, weights):
         def objective(x, w):
-            sums = next_token_sums(x, w, targets, weights, vocab_size=VOCAB, softcap=softcap, config=config)
+            sums = loss_sums(x, w, targets, weights, vocab_size=VOCAB, softcap=softcap, config=config)
             return sums.objective, sums
 
         return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, w)
 
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(array, jax.NamedSharding(mesh, spec)) for array, spec in zip(inputs, specs)]
+        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs())]
         (_, sums), gradients = jax.device_get(run(*placed))
     return sums, gradients
 
@@ -69,13 +79,8 @@ def test_sums_and_gradients_are_those_of_log_softmax(inputs, shape, softcap, z_l
 def test_value_alone_is_the_same_as_with_the_gradient(inputs):
     mesh, config = mesh_of(1, 1, 1), LossConfig(z_loss=1e-2, num_chunks=2)
     with jax.set_mesh(mesh):
-        placed = [
-            jax.device_put(array, jax.NamedSharding(mesh, spec))
-            for array, spec in zip(
-                inputs, (jax.P(("data", "fsdp")), jax.P("tensor"), jax.P(("data", "fsdp")), jax.P(("data", "fsdp")))
-            )
-        ]
-        alone = jax.jit(lambda *a: next_token_sums(*a, vocab_size=VOCAB, softcap=5.0, config=config))(*placed)
+        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs())]
+        alone = jax.jit(lambda *a: loss_sums(*a, vocab_size=VOCAB, softcap=5.0, config=config))(*placed)
     np.testing.assert_allclose(alone, on_mesh((1, 1, 1), inputs, 5.0, config)[0], rtol=1e-6)
 
 
@@ -95,21 +100,18 @@ def test_logits_of_the_whole_batch_are_never_held():
 
     def temporaries(chunks):
         def objective(x, w, targets, weights):
-            return next_token_sums(
+            return loss_sums(
                 x, w, targets, weights, vocab_size=V, softcap=0.0, config=LossConfig(num_chunks=chunks)
             ).objective
 
-        shape = lambda spec, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(
-            sizes, dtype, sharding=jax.NamedSharding(mesh, spec)
-        )
-        rows = jax.P(("data", "fsdp"))
         with jax.set_mesh(mesh):
-            lowered = jax.jit(jax.grad(objective, (0, 1))).lower(
-                shape(rows, B, T, D),
-                shape(jax.P("tensor"), V, D),
-                shape(rows, B, T, dtype=jnp.int32),
-                shape(rows, B, T),
-            )
+            shapes = [
+                jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, cut))
+                for sizes, dtype, cut in zip(
+                    [(B, T, D), (V, D), (B, T), (B, T)], [jnp.float32, jnp.float32, jnp.int32, jnp.float32], specs()
+                )
+            ]
+            lowered = jax.jit(jax.grad(objective, (0, 1))).lower(*shapes)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * B * T * V

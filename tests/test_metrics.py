@@ -1,9 +1,12 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from gptjax import metrics
 from gptjax.metrics import Log, peak_flops
 
 
@@ -55,3 +58,56 @@ def test_rows_come_one_step_late_and_pauses_do_not_count(tmp_path, monkeypatch):
     assert [row["tokens_per_second"] for row in rows] == pytest.approx([100 / 3] * 2)
     assert [row["mfu"] for row in rows] == pytest.approx([0.2] * 2)
     assert shown[-1][0] == 4 and "MFU 20.0%" in shown[-1][1]
+
+
+def test_the_row_of_a_start(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("gptjax.metrics.time.perf_counter", lambda: clock[0])
+    bar = SimpleNamespace(print=lambda line: None)
+    log = Log(epath.Path(tmp_path), bar, 40, log_every=10, tokens_per_step=1, flops_per_token=1, peak=None)
+    log.starting(90.0, {"compile_seconds": 3.0, "compilation_cache": "hit"})
+    for step in (41, 42, 43):
+        clock[0] += 5.0
+        log.push(step, {"loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0})
+    log.close()
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # The first step is known to be done when the second was pushed.
+    assert row == {"step": 40, "compile_seconds": 3.0, "compilation_cache": "hit", "first_step_seconds": 20.0}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty compilation cache, which takes programs that are quick to compile too."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path / "cache"))
+    jax.config.update(names[1], 0.0)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def test_the_compilation_cache_misses_and_hits(cache):
+    program = jax.jit(lambda x: x @ x + 1)
+    seen = []
+    for _ in range(2):
+        with metrics.compiling() as facts:
+            compiled = program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
+        seen.append(facts["compilation_cache"])
+        jax.clear_caches()
+    assert seen == ["miss", "hit"] and facts["compile_seconds"] > 0
+    assert metrics.compiled_bytes(compiled) >= 2 * 16 * 16 * 4
+    jax.config.update("jax_compilation_cache_dir", None)
+    with metrics.compiling() as facts:
+        program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
+    assert facts["compilation_cache"] == "off"
+
+
+def test_the_memory_that_was_in_use(monkeypatch):
+    devices = [SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak}) for peak in (3, 7, 5)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert metrics.measured_bytes() == 7
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: None)])
+    assert metrics.measured_bytes() is None

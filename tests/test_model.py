@@ -15,6 +15,7 @@ from gptjax.loss import LossConfig, next_token_sums
 from gptjax.models import layers, transformer
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.models.transformer import ModelConfig, Transformer, padded_vocab
+from gptjax.sharding import spec
 
 B, T, VOCAB = 2, 12, 40
 GPT2 = ModelConfig(num_layers=2, num_heads=4, embed_dim=32).resolved()
@@ -58,7 +59,7 @@ def forward(model, tokens, positions=None, segments=None, dropout_key=None):
     """Hidden states; without positions and segments each row is one document."""
     if positions is None:
         positions, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
-    rows = jax.P(("data", "fsdp"), None)
+    rows = spec("act_batch", "act_seq")
     return model(*(jax.sharding.reshard(array, rows) for array in (tokens, positions, segments)), dropout_key)
 
 
@@ -187,7 +188,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
     model = make(dataclasses.replace(LLAMA, dtype="bfloat16"))
     tokens = jnp.arange(B * T).reshape(B, T)
     x_BTD = hidden_states(model, tokens)
-    assert x_BTD.dtype == model.unembedding().dtype == jnp.bfloat16
+    assert x_BTD.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     full = hidden_states(make(LLAMA), tokens)
     np.testing.assert_allclose(x_BTD.astype(jnp.float32), full, atol=0.15)
@@ -244,10 +245,10 @@ def test_flops_are_those_of_the_programs_products(config):
     model = jax.eval_shape(lambda: Transformer(config, VOCAB, T, nnx.Rngs(0)))
 
     def loss(model, tokens):
-        rows = jax.sharding.reshard(tokens, jax.P(("data", "fsdp"), None))
+        rows = jax.sharding.reshard(tokens, spec("act_batch", "act_seq"))
         return next_token_sums(
             forward(model, tokens),
-            model.unembedding(),
+            model.unembedding,
             rows,
             rows.astype(float),
             vocab_size=VOCAB,
@@ -273,7 +274,7 @@ def test_dropout_is_the_same_on_any_mesh_and_differs_by_key_and_site():
     def mask(shape, key=0, site=0):
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
-            x = jax.device_put(jnp.ones((8, 16, 32)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+            x = jax.device_put(jnp.ones((8, 16, 32)), jax.NamedSharding(mesh, spec("act_batch")))
             return np.asarray(jax.jit(lambda x: layers.dropout(x, 0.5, jax.random.key(key), site))(x))
 
     np.testing.assert_array_equal(mask((1, 1, 1)), mask((2, 2, 2)))

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ from gptjax.sharding import MeshConfig
 STEPS, EVERY = 6, 2
 STEP_ROW = {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu"}
 EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy"}
+START_ROW = {"step", "compile_seconds", "compilation_cache", "compiled_bytes", "first_step_seconds"}
 
 
 def small(corpus, **changes):
@@ -53,7 +56,7 @@ def finished(corpus, tmp_path_factory):
     """(workdir, what was printed) of a whole run."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     with open(folder.with_name("printed"), "w+") as printed, contextlib.redirect_stdout(printed):
-        train.train(small(corpus), epath.Path(folder))
+        train.train(small(corpus), epath.Path(folder), profile=range(2, 4))
         printed.seek(0)
         return folder, printed.read()
 
@@ -68,6 +71,7 @@ def test_what_a_workdir_holds(finished):
         "tensorboard",
         "samples.txt",
         "store",
+        "profile",
     }
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     assert json.loads((folder / "config.json").read_text())["model"]["mlp_dim"] == 128
@@ -78,6 +82,10 @@ def test_rows_have_the_keys_of_the_contract(finished):
     folder, _ = finished
     steps = [row for row in rows(folder) if "loss" in row]
     evaluations = [row for row in rows(folder) if "eval_loss" in row]
+    (started,) = [row for row in rows(folder) if "compile_seconds" in row]
+    assert started["step"] == 0 and started.keys() == START_ROW and started["compilation_cache"] in ("hit", "miss")
+    assert 0 < started["compile_seconds"] < started["first_step_seconds"] and started["compiled_bytes"] > 0
+    assert len(rows(folder)) == 1 + len(steps) + len(evaluations)
     assert [row["step"] for row in steps] == [2, 4, 6] and all(row.keys() == STEP_ROW for row in steps)
     assert [row["step"] for row in evaluations] == [3, 6] and all(row.keys() == EVAL_ROW for row in evaluations)
     for row in steps:
@@ -89,13 +97,23 @@ def test_rows_have_the_keys_of_the_contract(finished):
 
 def test_what_is_printed(finished):
     folder, printed = finished
-    assert "M parameters on 8 × cpu, mesh data 2, fsdp 2, tensor 2" in printed
+    assert "M parameters on 8 × cpu, mesh slices 1, data 2, fsdp 2, tensor 2" in printed
     assert "training 6/6 · loss " in printed and "MFU unknown" in printed
+    assert "compiled the train step in " in printed and "(compilation cache: " in printed and "first step" in printed
+    assert "memory of a device: " in printed and " MB as compiled · its peak unknown" in printed
     assert "held-out text, bits a byte: this model " in printed and "gzip -9" in printed and "xz -9" in printed
     assert printed.count(" sample\n") == 2
     assert (folder / "samples.txt").read_text().strip() and (
         folder / "samples.txt"
     ).read_text().strip() in printed.replace(f"{'—' * 30} sample\n", "\n")
+
+
+def test_the_profile_has_its_steps_and_the_big_parts(finished):
+    folder, _ = finished
+    trace = gzip.decompress(next((folder / "profile").rglob("*.trace.json.gz")).read_bytes()).decode()
+    assert sorted(set(re.findall(r'"name":"train","args":{"step_num":"(\d+)"', trace))) == ["3", "4"]
+    planes = next((folder / "profile").rglob("*.xplane.pb")).read_bytes()
+    assert b"forward_backward" in planes and b"optimizer" in planes
 
 
 def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, capsys):
@@ -104,10 +122,11 @@ def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, c
     train.train(small(corpus), epath.Path(folder))
     assert "is complete at step 6 of num_steps=6" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
-    train.train(small(corpus, num_steps=STEPS + 2), epath.Path(folder))
+    train.train(small(corpus, num_steps=STEPS + 2), epath.Path(folder), profile=range(2, 4))
+    assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # of steps that were done before
     assert "going on from the checkpoint of step 6" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text().startswith(before)
-    assert [row["step"] for row in rows(folder)] == [2, 3, 4, 6, 6, 8, 8]
+    assert [row["step"] for row in rows(folder)] == [0, 2, 3, 4, 6, 6, 6, 8, 8]
     assert json.loads((folder / "config.json").read_text())["num_steps"] == STEPS + 2
 
 
@@ -148,9 +167,10 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("changes, shape", [
-    ({}, (2, 2, 2)),
-    (dict(mesh=MeshConfig(4, 4, 2)), (1, 8, 1)),
-    (dict(mesh=MeshConfig(3, 1, 1), model=ModelConfig(num_layers=1, num_heads=2, head_dim=8, embed_dim=36)), (8, 1, 1)),
+    ({}, (1, 2, 2, 2)),
+    (dict(mesh=MeshConfig(4, 4, 2)), (1, 1, 8, 1)),
+    (dict(mesh=MeshConfig(3, 1, 1), model=ModelConfig(num_layers=1, num_heads=2, head_dim=8, embed_dim=36)),
+     (1, 8, 1, 1)),
 ])  # fmt: skip
 def test_a_run_from_other_devices_finds_a_mesh_here(corpus, changes, shape):
     """Its own on as many; else cut over all of these; else, as 36 does not divide by 8, whole on each."""

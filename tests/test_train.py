@@ -122,3 +122,26 @@ def test_average_of_weights_follows(store):
 
 
 GOLDEN = {"gpt2": [5.569157, 5.374941, 5.184636], "llama": [5.574926, 5.420625, 5.256514]}
+
+
+@pytest.mark.parametrize("changes", [
+    {"state_dtype": "bfloat16"}, {"offload": True}, {"offload": True, "state_dtype": "bfloat16"},
+], ids=str)  # fmt: skip
+def test_stored_moments_train_and_stay_where_they_are(single_device, store, changes):
+    settings = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, **changes)
+    state, losses = run(tiny(GPT2, optimizer=settings), store, mesh_of(1, 2, 1), 12)
+    exact = "state_dtype" not in changes
+    np.testing.assert_allclose(losses, single_device[GPT2][:12], rtol=1e-5 if exact else 5e-3)
+    assert exact or losses[-1] != single_device[GPT2][11]
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(moments) >= 2 * len(jax.tree.leaves(state.model))
+    assert {str(leaf.dtype) for leaf in moments} == {"float32" if exact else "bfloat16"}
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host" if settings.offload else "device"}
+
+
+def test_bfloat16_parameters_learn_with_float32_moments(store):
+    model = dataclasses.replace(GPT2, param_dtype="bfloat16", dropout=0.0)
+    state, losses = run(tiny(model, grad_accum_steps=2), store, mesh_of(1, 2, 1), 20)
+    assert losses[-1] < losses[0] - 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.model)} == {jax.numpy.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jax.numpy.dtype("float32")}

@@ -3,22 +3,29 @@
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from gptjax.sharding import spec
 
 # Smaller blocks skip more of the upper triangle and stay in the cache; below 64 rows, and with more than 8 programs to
 # compile, that no longer pays (benchmarks/NOTES.md, Attention).
 MIN_BLOCK, MAX_BLOCKS = 64, 8
+# Rows and columns of a tile in the TPU's kernel: a multiple of its 128 lanes, as large as its fast memory likes.
+TILES = (512, 256, 128)
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
     """Softmax attention in which position t sees positions s ≤ t of its own segment (Vaswani et al. 2017, 3.2.1).
 
     Args:
       q_BTNH: queries, unscaled; k_BTKH, v_BTKH: keys and values, with K dividing N (grouped-query attention, Ainslie
-        et al. 2023). segments_BT: int32 document numbers.
+        et al. 2023). segments_BT: int32 document numbers. window: how many positions up to its own a query sees
+        (Beltagy et al. 2020), 0 for all.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Softmax is in float32.
@@ -26,10 +33,21 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     q_spec = spec("act_batch", "act_seq", "act_heads", "act_head_dim")
     kv_spec = spec("act_batch", "act_seq", "act_kv_heads", "act_head_dim")
     platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    local = cudnn_attention if platform in ("gpu", "cuda") and q_BTNH.dtype != jnp.float32 else blocked_attention
-    return jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")), out_specs=q_spec)(
-        q_BTNH, k_BTKH, v_BTKH, segments_BT
-    )
+    local = blocked_attention
+    if platform == "tpu" and q_BTNH.shape[1] % TILES[-1] == 0:
+        local = splash_attention
+    elif platform in ("gpu", "cuda") and q_BTNH.dtype != jnp.float32:
+        local = cudnn_attention
+    # Kernels don't say over which axes their results vary. Every float that enters is cut over all of them, so that no
+    # gradient is left to be summed.
+    a_BTNH = jax.shard_map(
+        functools.partial(local, window=window),
+        in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")),
+        out_specs=q_spec,
+        check_vma=local is blocked_attention,
+    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    # Splash names its own results; to name this transposed copy too would save both.
+    return a_BTNH if local is splash_attention else checkpoint_name(a_BTNH, "context")
 
 
 def cached_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
@@ -43,24 +61,59 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     )(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret: bool = False):
+    """The Pallas flash attention of TPUs (Dao 2023), which skips tiles that the mask empties.
+
+    `interpret` runs the kernel's own program on any platform, slowly.
+    """
+    B, T, N, H = q_BTNH.shape
+    mask = splash_attention_mask.CausalMask((T, T))
+    if window:
+        mask = splash_attention_mask.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+    tile = next(size for size in TILES if T % size == 0)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+        ),
+        residual_checkpoint_name="context",  # so that remat keeps what the backward kernel needs, or does not
+        interpret=interpret,
+    )
+    q_BNTH, k_BKTH, v_BKTH = (
+        jnp.swapaxes(x, 1, 2) for x in (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype), k_BTKH, v_BTKH)
+    )
+    segments = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
+    return jnp.swapaxes(jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments), 1, 2)
+
+
+def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
     """cuDNN's fused flash attention; needs a half-precision dtype and an NVIDIA card of compute capability 8.0."""
     same_document = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_document, is_causal=True, implementation="cudnn"
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=same_document,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
     )
 
 
-def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Plain XLA, in blocks of queries that each meet only the keys up to their own last position."""
+def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
+    """Plain XLA, in blocks of queries that each meet only the keys from their window's first to their own last."""
     length = q_BTNH.shape[1]
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     outputs = []
     for start in range(0, length, size):
         end = min(start + size, length)
-        position_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        mask_BTS = position_TS & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
-        outputs.append(masked_attention(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
+        first = max(0, start - window + 1) if window else 0
+        back_TS = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None, :]
+        mask_TS = (back_TS >= 0) & (back_TS < window) if window else back_TS >= 0
+        mask_BTS = mask_TS & (segments_BT[:, start:end, None] == segments_BT[:, None, first:end])
+        outputs.append(masked_attention(q_BTNH[:, start:end], k_BTKH[:, first:end], v_BTKH[:, first:end], mask_BTS))
     return jnp.concatenate(outputs, axis=1)
 
 

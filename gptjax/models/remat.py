@@ -1,0 +1,74 @@
+"""Rematerialization: which activations of a block the backward pass finds in memory (Chen et al. 2016).
+
+`model.remat` is a base (`none`, `dots`, `full`), then exceptions by tensor, as in
+`dots,mlp_up=recompute,mlp_gate=recompute` or `full,block_input=offload,query=offload`:
+
+  none  everything stays but the gathered weights; the fastest where it fits
+  dots  the named tensors below stay, which are the results of matrix products and of attention
+  full  only the input of each block stays, and all the rest is computed again
+"""
+
+import jax
+
+from gptjax.errors import Refused, nearest
+
+# Of a block, in the order in which they are made. With all of them at hand no matrix product is done twice.
+NAMES = (
+    "block_input",
+    "query",  # as attention takes it: normalized and turned
+    "key",
+    "value",
+    "context",  # attention's output, and the log of its partition function where a kernel keeps that
+    "attention_out",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_out",
+)
+ACTIONS = ("save", "recompute", "offload")
+BASES = {
+    "none": {},
+    "dots": dict.fromkeys(NAMES[1:8], "save"),
+    "full": {},
+}
+
+
+def parse(text: str) -> tuple[str, dict[str, str]]:
+    """(base, {name: action}) of a setting. Raises: Refused."""
+    base, *exceptions = [word.strip() for word in text.split(",")]
+    if base not in BASES:
+        raise Refused(f'model.remat="{text}" begins with "{base}": begin with one of {", ".join(BASES)}.')
+    actions = dict(BASES[base])
+    for exception in exceptions:
+        name, _, action = exception.partition("=")
+        if name not in NAMES:
+            raise Refused(f'model.remat="{text}" names no activation "{name}".{nearest(name, NAMES)}')
+        if action not in ACTIONS:
+            raise Refused(f'model.remat="{text}" asks for "{action}" of {name}: choose one of {", ".join(ACTIONS)}.')
+        actions[name] = action
+    if base == "none" and exceptions:
+        raise Refused(f'model.remat="{text}": none saves everything, so give exceptions to dots or to full.')
+    return base, actions
+
+
+def check(text: str) -> None:
+    """Raises: Refused."""
+    parse(text)
+
+
+def not_gathered(primitive, *_, **__) -> bool:
+    """Saves all but what comes straight from an all-gather: the weights, of which each layer's whole copy would stay."""
+    return primitive is not jax.lax.all_gather_p
+
+
+def policy(text: str):
+    """The policy of `jax.checkpoint` for a setting."""
+    base, actions = parse(text)
+    if base == "none":
+        return not_gathered
+    names = {action: [name for name in NAMES if actions.get(name) == action] for action in ACTIONS}
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names["save"],
+        names_which_can_be_offloaded=names["offload"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

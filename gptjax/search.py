@@ -1,0 +1,137 @@
+"""`gptjax plan --search`: the mesh, rematerialization and accumulation with the lowest bound on time that fit."""
+
+import dataclasses
+import itertools
+import pathlib
+
+from gptjax import config as configs
+from gptjax.config import Config
+from gptjax.errors import Refused
+from gptjax.plan import analyses, has_compiler, judged
+from gptjax.sharding import MeshConfig
+from gptjax.topology import Topology
+
+REMAT = ("none", "dots", "full")
+REPLICAS = (1, 2, 4, 8)
+TENSOR = (1, 2, 4, 8)
+ACCUMULATION = (1, 2, 4, 8)
+MAX_COMPILES = 12
+
+
+def candidates(config: Config, topology: Topology) -> list[Config]:
+    """Configs to try: `fsdp` takes the devices that replicas and tensor parallelism leave."""
+    inside, found = topology.num_devices // topology.slices, []
+    policies = dict.fromkeys((*REMAT, config.model.remat))
+    for data, tensor, steps, remat in itertools.product(REPLICAS, TENSOR, ACCUMULATION, policies):
+        if inside % (data * tensor) == 0 and config.batch_size % steps == 0:
+            mesh = MeshConfig(data=data, fsdp=inside // (data * tensor), tensor=tensor)
+            model = dataclasses.replace(config.model, remat=remat)
+            found.append(dataclasses.replace(config, mesh=mesh, grad_accum_steps=steps, model=model))
+    return found
+
+
+def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
+    """The best candidate and its plan.
+
+    The analytic estimate of each comes first. It is less than what the compiler finds, in memory and in time, so those
+    that do not fit by it are out, and compiling the others in the order of their estimated time ends as soon as no
+    estimate is below the best bound found. The slower that more communication makes them, the later they come.
+
+    Args:
+      tell: takes a line about each step. Raises: Refused, where nothing fits.
+    """
+    tried = candidates(config, topology)
+    rows = [
+        (candidate, judged(candidate, topology, row))
+        for candidate, row in zip(tried, analyses(tried, topology, "analytic"))
+        if "refused" not in row
+    ]
+    fitting = sorted(((c, plan) for c, plan in rows if plan["fits"]), key=lambda pair: cost(pair[1], topology))
+    tell(f"{len(tried)} candidates: {len(rows)} divide, {len(fitting)} fit by the estimate")
+    if not fitting:
+        raise Refused(nothing_fits(config, topology, [plan for _, plan in rows]))
+    if not has_compiler(topology):
+        return fitting[0]
+    best, plans = None, []
+    for number, (candidate, estimate) in enumerate(fitting):
+        if number == MAX_COMPILES:
+            tell(f"stopped after {MAX_COMPILES} compiles: {len(fitting) - number} were not compiled")
+            break
+        if best is not None and cost(estimate, topology) >= cost(best[1], topology):
+            tell(f"{len(fitting) - number} others can't be faster")
+            break
+        (row,) = analyses([candidate], topology, "compiled")
+        plan = judged(candidate, topology, row)
+        plans.append(plan)
+        tell(f"{shown(candidate)}: {plan['verdict']}{time_of(plan)}")
+        if plan["fits"] and (best is None or cost(plan, topology) < cost(best[1], topology)):
+            best = candidate, plan
+    if best is None:
+        raise Refused(nothing_fits(config, topology, plans))
+    return best
+
+
+def cost(plan: dict, topology: Topology) -> float:
+    """Seconds that rank a plan: its bound, or the FLOPs at the peak where none is told, as on GPUs; then the links."""
+    figures = topology.figures
+    compute = plan["bound_step_seconds"]
+    if compute is None:
+        compute = plan["hardware_flops_per_step"] / (figures.peak_flops * topology.num_devices)
+    fast = slow = 0
+    for row in plan["collectives"]:
+        # Of an array gathered among n devices, each sends (n - 1) / n: half at least.
+        size = (
+            row["expected_bytes"] / 2
+            if row["bytes"] is None and plan["source"] == "analytic"
+            else row["link_bytes"] or 0
+        )
+        if row["between"] or row["axes"] == "slices":
+            slow += size
+        else:
+            fast += size
+    return max(compute, fast / figures.ici_bytes, slow / (figures.dcn_bytes or figures.ici_bytes))
+
+
+def nothing_fits(config: Config, topology: Topology, plans: list[dict]) -> str:
+    if not plans:
+        return (
+            f"No mesh of {topology.num_devices} devices divides batch_size={config.batch_size} and the model: make "
+            f"batch_size a multiple of {topology.num_devices}."
+        )
+    least = min(plans, key=lambda plan: plan["hbm_bytes"])
+    return f"None of {len(plans)} meshes, policies and accumulations fits {topology.name}: the smallest {least['verdict']}."
+
+
+def shown(config: Config) -> str:
+    mesh = config.mesh
+    return (
+        f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}, remat {config.model.remat}, "
+        f"grad_accum_steps {config.grad_accum_steps}"
+    )
+
+
+def time_of(plan: dict) -> str:
+    return f"; at least {plan['bound_step_seconds'] * 1e3:,.1f} ms a step" if plan["bound_step_seconds"] else ""
+
+
+def output(config_path: str, topology: Topology) -> pathlib.Path:
+    """Where the winner goes: into the working directory. Raises: Refused, where something is there already."""
+    shape = topology.name.replace(":", "_") + (f"_x{topology.slices}" if topology.slices > 1 else "")
+    path = pathlib.Path(f"{pathlib.Path(config_path).stem}_{shape}.py")
+    if path.exists():
+        raise Refused(f"{path} exists, and --search would write it: move it away.")
+    return path
+
+
+def write(best: Config, config_path: str, overrides: dict[str, str], plan: dict, path: pathlib.Path) -> None:
+    """A config file that is the one searched from, with the winner's keys."""
+    keys = configs.flatten(dataclasses.asdict(best))
+    changed = [key for key in overrides if key in keys]
+    changed += [f"mesh.{axis}" for axis in ("slices", "data", "fsdp", "tensor")] + ["model.remat", "grad_accum_steps"]
+    lines = "".join(f"    config.{key} = {keys[key]!r}\n" for key in dict.fromkeys(changed))
+    original = pathlib.Path(config_path).resolve()
+    path.write_text(
+        f'"""{original.name} for {plan["topology"]} × {plan["slices"]}, by gptjax plan --search ({plan["source"]}).\n\n'
+        f'{plan["verdict"]}.\n"""\n\nimport runpy\n\n\ndef get_config():\n'
+        f'    config = runpy.run_path({str(original)!r})["get_config"]()\n{lines}    return config\n'
+    )

@@ -1,0 +1,23 @@
+import json
+
+import pytest
+from test_cli import DEBUG, gptjax_main  # noqa: F401
+
+
+def test_bench(gptjax_main):  # noqa: F811
+    argv = ["bench", f"--config={DEBUG}", "--steps=3", "--config.mesh.tensor=2", "--config.grad_accum_steps=2"]
+    code, out, _ = gptjax_main(*argv, "--json")
+    made = json.loads(out)
+    assert code == 0 and (made["devices"], made["steps"], made["mesh"]["tensor"]) == (8, 3, 2)
+    assert made["tokens_per_second"] == pytest.approx(8 * 64 / made["step_seconds"])
+    parts = sum(made[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
+    assert parts == pytest.approx(made["step_seconds"]) and made["forward_seconds"] > 0
+    assert 4 < made["loss"] < 6  # ln 257 = 5.5, and the same batch again and again is learnt
+    assert made["mfu"] is None and made["hbm_bytes"] > 100_000
+    code, out, _ = gptjax_main(*argv)
+    assert code == 0 and "tokens/s" in out and "MFU unknown" in out
+
+
+def test_bench_of_no_steps(gptjax_main):  # noqa: F811
+    code, _, error = gptjax_main("bench", f"--config={DEBUG}", "--steps=0")
+    assert code == 2 and "--steps=0" in error
