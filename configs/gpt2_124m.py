@@ -16,6 +16,7 @@ def get_config():
     config.num_steps = 20_000
     config.batch_size = 512
     config.seq_len = 1024
+    config.grad_accum_steps = 2
     config.eval_every = 500
     config.eval_batches = 20
     config.checkpoint_every = 500

@@ -6,6 +6,7 @@ import runpy
 
 def get_config():
     config = runpy.run_path(pathlib.Path(__file__).with_name("gpt2_124m.py"))["get_config"]()
+    config.grad_accum_steps = 4
     config.model.num_layers = 24
     config.model.num_heads = 16
     config.model.embed_dim = 1024

@@ -17,6 +17,7 @@ def get_config():
     config.num_steps = 50_000
     config.batch_size = 1024
     config.seq_len = 2048
+    config.grad_accum_steps = 2
     config.eval_every = 1000
     config.eval_batches = 20
     config.checkpoint_every = 1000

@@ -12,6 +12,6 @@ def get_config():
     config.model.num_heads = 128
     config.model.embed_dim = 16_384
     config.model.mlp_dim = 53_248
+    config.model.isolate_products = True
     config.optimizer.peak_learning_rate = 8e-5
-    config.mesh.slices = 0
     return config

@@ -9,6 +9,7 @@ def get_config():
     config.num_steps = 500_000
     config.batch_size = 1024
     config.seq_len = 4096
+    config.grad_accum_steps = 1
     config.model.num_layers = 80
     config.model.num_heads = 64
     config.model.embed_dim = 8192
@@ -17,6 +18,7 @@ def get_config():
     config.model.tied_embeddings = False
     config.model.remat = "full,query=save,attention_out=save"
     config.loss.num_chunks = 8
+    config.model.isolate_products = True
     config.optimizer.peak_learning_rate = 1.5e-4
     config.tokenizer.vocab_size = 32_000
     return config

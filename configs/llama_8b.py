@@ -9,11 +9,12 @@ def get_config():
     config.num_steps = 240_000
     config.batch_size = 512
     config.seq_len = 8192
+    config.grad_accum_steps = 1
     config.model.num_layers = 32
     config.model.embed_dim = 4096
     config.model.mlp_dim = 14_336
     config.model.tied_embeddings = False
-    config.loss.num_chunks = 16
+    config.loss.num_chunks = 8
     config.optimizer.peak_learning_rate = 3e-4
     config.optimizer.warmup_steps = 8000
     config.tokenizer.vocab_size = 128_256

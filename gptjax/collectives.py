@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptjax import hlo
+import jax
+
+from gptjax import hlo, sharding
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 COMPUTE = ("fusion", "convolution", "dot", "custom-call", "while")
@@ -21,6 +23,21 @@ class Collective(NamedTuple):
     bytes: int = 0  # of the whole arrays: gathered, to be reduced, or sent
     overlapped_bytes: int = 0  # of these, while the device computes; for the others it waits
     link_bytes: int = 0  # that a device has to send, by the algorithms that send least
+
+
+def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """The communication of a step that was compiled for a mesh of this process's devices; none of a single device's.
+
+    Raises: jax.errors.JaxRuntimeError, where XLA can't write the program out (some of those for TPUs).
+    """
+    if mesh.size == 1:
+        return []
+    devices = list(mesh.devices.flat)
+    slices = sharding.num_slices(devices)
+    # On several TPU slices the program is that of one.
+    axes = [(axis, size) for axis, size in mesh.shape.items() if slices == 1 or axis != "slices"]
+    places = [sharding.slice_index(device) for device in devices]
+    return collectives(hlo.parse(step.as_text()), axes, places, slices)
 
 
 def collectives(

@@ -21,7 +21,9 @@ class Memory(NamedTuple):
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """The compiler's layout. Where it tells no peak (GPUs), or one that leaves temporaries out (CPUs), all at once."""
+    """The compiler's layout. Its own peak leaves temporaries out on CPUs, is missing on GPUs, and counts what was put
+    into the host's memory on TPUs: then it is all parts at once.
+    """
     m = compiled.memory_analysis()
     told = getattr(m, "peak_memory_in_bytes", 0)
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
@@ -31,7 +33,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         outputs=outputs,
         temporaries=m.temp_size_in_bytes,
         code=m.generated_code_size_in_bytes,
-        peak=told if told > m.temp_size_in_bytes else total,
+        peak=min(told, total) if told > m.temp_size_in_bytes else total,
         host=m.host_argument_size_in_bytes
         + m.host_output_size_in_bytes
         - m.host_alias_size_in_bytes

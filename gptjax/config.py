@@ -60,7 +60,7 @@ class Config:
 # sees depends on these. A section stands for all its keys.
 FREE_KEYS = (
     "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples", "sample_prompt",
-    "mesh", "loss", "checkpoint", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
+    "mesh", "loss", "checkpoint", "model.dropout", "model.remat", "model.scan_unroll", "model.isolate_products", "model.dtype",
     "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction",
     "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
     "optimizer.state_dtype", "optimizer.offload", "data.store",

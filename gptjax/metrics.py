@@ -64,13 +64,6 @@ def compiling():
     facts["compilation_cache"] = ("hit" if hit else "miss") if jax.config.jax_compilation_cache_dir else "off"
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the compiler counts for a device at the peak of a program: arguments, results and temporaries."""
-    memory = compiled.memory_analysis()
-    sums = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.peak_memory_in_bytes or sums + memory.temp_size_in_bytes
-
-
 def measured_bytes() -> int | None:
     """The most that has been in use on one of this process's devices; None where the platform does not say."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -110,6 +103,7 @@ class Log:
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
         self._start, self._starting = start, None
+        self.step_seconds = []  # of the logged steps
         path = workdir / "metrics.jsonl"
         rows = rows_until(path, start) if hosts.first() else []
         self.evaluated = set(hosts.exchange([row["step"] for row in rows if "eval_loss" in row])[0])
@@ -164,6 +158,7 @@ class Log:
         now = time.perf_counter()
         seconds = (now - self._began) / self._steps
         self._began, self._steps = now, 0
+        self.step_seconds.append(seconds)
         speed = self._tokens_per_step / seconds
         mfu = speed * self._flops_per_token / self._peak if self._peak else None
         row = {"step": step} | {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}

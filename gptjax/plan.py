@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,10 +18,6 @@ from gptjax.models.size import flops_per_token
 from gptjax.topology import GIB, Topology
 
 TIMEOUT = 3600  # seconds a compile may take
-HOW = {  # by Topology.is_tpu
-    True: "For the compiler's own figures: pip install libtpu",
-    False: "For the compiler's own figures: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt",
-}
 
 
 def plan(config: Config, topology: Topology) -> dict:
@@ -35,6 +32,13 @@ def has_compiler(topology: Topology) -> bool:
     """Looks for the package only: a process that imports libtpu would look for TPUs."""
     names = ("libtpu",) if topology.is_tpu else ("jax_cuda12_plugin", "jax_cuda13_plugin")
     return any(importlib.util.find_spec(name) for name in names)
+
+
+def how(topology: Topology) -> str:
+    """The way to the compiler's own figures."""
+    version = importlib.metadata.version("jax")
+    cuda = f"--no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
+    return f"For the compiler's own figures: pip install {'libtpu' if topology.is_tpu else cuda}"
 
 
 def analyses(configs: list[Config], topology: Topology, source: str) -> list[dict]:
@@ -106,7 +110,7 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
     result = {
         "fits": fits,
         "source": row["source"],
-        "how": HOW[topology.is_tpu] if row["source"] == "analytic" else None,
+        "how": how(topology) if row["source"] == "analytic" else None,
         "topology": topology.name,
         "slices": topology.slices,
         "devices": devices,

@@ -31,14 +31,14 @@ def candidates(config: Config, topology: Topology) -> list[Config]:
 
 
 def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
-    """The best candidate and its plan.
+    """The best candidate and its plan. Raises: Refused, where nothing fits.
 
     The analytic estimate of each comes first. It is less than what the compiler finds, in memory and in time, so those
     that do not fit by it are out, and compiling the others in the order of their estimated time ends as soon as no
-    estimate is below the best bound found. The slower that more communication makes them, the later they come.
+    estimate is below the best bound found, or after MAX_COMPILES.
 
     Args:
-      tell: takes a line about each step. Raises: Refused, where nothing fits.
+      tell: takes a line about each step.
     """
     tried = candidates(config, topology)
     rows = [
@@ -60,7 +60,13 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
         if best is not None and cost(estimate, topology) >= cost(best[1], topology):
             tell(f"{len(fitting) - number} others can't be faster")
             break
-        (row,) = analyses([candidate], topology, "compiled")
+        try:
+            (row,) = analyses([candidate], topology, "compiled")
+        except Refused as refusal:  # one that the compiler fails on does not end the search
+            row = {"refused": str(refusal)}
+        if "refused" in row:
+            tell(f"{shown(candidate)}: {row['refused']}")
+            continue
         plan = judged(candidate, topology, row)
         plans.append(plan)
         tell(f"{shown(candidate)}: {plan['verdict']}{time_of(plan)}")
@@ -71,25 +77,22 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
     return best
 
 
-def cost(plan: dict, topology: Topology) -> float:
-    """Seconds that rank a plan: its bound, or the FLOPs at the peak where none is told, as on GPUs; then the links."""
+def cost(plan: dict, topology: Topology) -> tuple[float, float]:
+    """Seconds that rank a plan: its bound, with FLOPs at the peak where no time is told, as on GPUs; then the compute."""
     figures = topology.figures
     compute = plan["bound_step_seconds"]
     if compute is None:
         compute = plan["hardware_flops_per_step"] / (figures.peak_flops * topology.num_devices)
     fast = slow = 0
     for row in plan["collectives"]:
-        # Of an array gathered among n devices, each sends (n - 1) / n: half at least.
-        size = (
-            row["expected_bytes"] / 2
-            if row["bytes"] is None and plan["source"] == "analytic"
-            else row["link_bytes"] or 0
-        )
+        size = row["link_bytes"] or 0
+        if plan["source"] == "analytic":  # of an array gathered among n devices each sends (n - 1) / n: half at least
+            size = row["expected_bytes"] / 2
         if row["between"] or row["axes"] == "slices":
             slow += size
         else:
             fast += size
-    return max(compute, fast / figures.ici_bytes, slow / (figures.dcn_bytes or figures.ici_bytes))
+    return max(compute, fast / figures.ici_bytes, slow / (figures.dcn_bytes or figures.ici_bytes)), compute
 
 
 def nothing_fits(config: Config, topology: Topology, plans: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import statistics
 import time
 from contextlib import ExitStack
 
@@ -11,7 +12,7 @@ import optax
 from etils import epath
 from flax import nnx
 
-from gptjax import generate, hosts, metrics, sharding, terminal, workdir
+from gptjax import collectives, compiled, generate, hosts, metrics, sharding, terminal, workdir
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import stream
@@ -162,26 +163,21 @@ def train(config: Config, folder: epath.Path, profile: range = range(0)) -> None
         )
         with metrics.compiling() as compiling:
             step_fn = compile_step(config, vocab_size, state, mesh)
-        needed = metrics.compiled_bytes(step_fn)
+        needed, sent = told_by_compiler(step_fn, mesh)
         print(
             f"compiled the train step in {compiling['compile_seconds']:.1f} s (compilation cache: "
-            f"{compiling['compilation_cache']}): {needed / 1e6:,.1f} MB a device",
+            f"{compiling['compilation_cache']}): {needed / 1e6:,.1f} MB a device"
+            + (f", which sends {sent / 1e6:,.1f} MB a step" if sent else ""),
             flush=True,
         )
 
+        tokens, flops = config.batch_size * config.seq_len, flops_per_token(config.model, vocab_size, config.seq_len)
+        peak = metrics.peak_flops(mesh.devices.ravel(), config.model.dtype)
         batches = train_batches(config, store, mesh, start)
         traced = [step for step in profile if step >= start]
         with terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar, ExitStack() as trace:
-            log = metrics.Log(
-                folder,
-                bar,
-                start,
-                config.log_every,
-                config.batch_size * config.seq_len,
-                flops_per_token(config.model, vocab_size, config.seq_len),
-                metrics.peak_flops(mesh.devices.ravel(), config.model.dtype),
-            )
-            log.starting(began, compiling | {"compiled_bytes": needed})
+            log = metrics.Log(folder, bar, start, config.log_every, tokens, flops, peak)
+            log.starting(began, compiling | {"compiled_bytes": needed, "compiled_link_bytes": sent})
             # What is due after a step comes before the next one, so that a run killed in between makes up for it.
             for step in range(start, config.num_steps):
                 if step and step % config.eval_every == 0 and step not in log.evaluated:
@@ -205,7 +201,17 @@ def train(config: Config, folder: epath.Path, profile: range = range(0)) -> None
                 log.evaluation(end, evaluation)
             log.close()
         checkpoints.wait()
-        report(config, folder, store, weights(state), evaluation, needed)
+        held_against(needed, peak and tokens * flops / peak, log.step_seconds)
+        report(config, folder, store, weights(state), evaluation)
+
+
+def told_by_compiler(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> tuple[int, int | None]:
+    """Bytes of a device's memory at the peak of a step, and bytes that it sends in one; None where XLA does not say."""
+    try:
+        sent = sum(collective.link_bytes for collective in collectives.of_step(step, mesh))
+    except jax.errors.JaxRuntimeError:
+        sent = None
+    return compiled.memory(step).peak, sent
 
 
 def profiled(text: str, num_steps: int) -> range:
@@ -236,13 +242,20 @@ def weights(state: TrainState) -> Transformer:
     return state.model if state.ema == () else state.ema
 
 
-def report(config: Config, folder: epath.Path, store, model: Transformer, evaluation, compiled_bytes: int) -> None:
-    """The end of a run: memory, bits per byte beside what gzip and xz reach on the held-out text, and samples."""
+def held_against(compiled_bytes: int, floor_seconds: float | None, step_seconds: list[float]) -> None:
+    """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
     measured = metrics.measured_bytes()
     print(
         f"memory of a device: {compiled_bytes / 1e6:,.1f} MB as compiled · "
         f"{'its peak unknown' if measured is None else f'{measured / 1e6:,.1f} MB at its peak'}"
     )
+    if step_seconds:
+        floor = "unknown peak" if floor_seconds is None else f"at least {1e3 * floor_seconds:,.1f} ms at the peak"
+        print(f"time of a step: {floor} · {1e3 * statistics.median(step_seconds):,.1f} ms, the median of those logged")
+
+
+def report(config: Config, folder: epath.Path, store, model: Transformer, evaluation) -> None:
+    """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
     compressed = store.manifest["compressed_heldout_bytes"]
     gzip, xz = (8 * store.manifest[name] / compressed for name in ("gzip_bytes", "xz_bytes"))
     print(

@@ -38,3 +38,7 @@ def store(corpus, tmp_path_factory):
     """The corpus as a token store of bytes: 257 ids."""
     data = DataConfig(source="text", path=str(corpus), heldout_fraction=0.1)
     return prepare(data, TokenizerConfig(kind="byte"), tmp_path_factory.mktemp("stores") / "store")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all_pods", action="store_true", help="compile every config for its pod (tests/test_pod_configs.py)")

@@ -94,11 +94,10 @@ def test_the_compilation_cache_misses_and_hits(cache):
     seen = []
     for _ in range(2):
         with metrics.compiling() as facts:
-            compiled = program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
+            program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
         seen.append(facts["compilation_cache"])
         jax.clear_caches()
     assert seen == ["miss", "hit"] and facts["compile_seconds"] > 0
-    assert metrics.compiled_bytes(compiled) >= 2 * 16 * 16 * 4
     jax.config.update("jax_compilation_cache_dir", None)
     with metrics.compiling() as facts:
         program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()

@@ -383,7 +383,7 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
     code, out, error = gptjax_main(*argv, "--json")
     assert code == 0 and "6 candidates: 4 divide, 4 fit" in error  # 4 heads are not cut into 8
     best, made = config.load("debug_v5e_2x4.py", {}), json.loads(out)
-    assert (best.model.remat, best.num_steps, made["fits"]) == ("none", 70, True)
+    assert (best.model.remat, best.mesh.data, best.num_steps, made["fits"]) == ("none", 1, 70, True)
     assert made["mesh"]["fsdp"] == best.mesh.fsdp and made["mesh"]["data"] == best.mesh.data
     code, _, error = gptjax_main(*argv)
     assert code == 2 and "debug_v5e_2x4.py exists" in error

@@ -30,7 +30,7 @@ from gptjax.sharding import MeshConfig
 STEPS, EVERY = 6, 2
 STEP_ROW = {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu"}
 EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy"}
-START_ROW = {"step", "compile_seconds", "compilation_cache", "compiled_bytes", "first_step_seconds"}
+START_ROW = {"step", "compile_seconds", "compilation_cache", "compiled_bytes", "compiled_link_bytes", "first_step_seconds"}
 
 
 def small(corpus, **changes):

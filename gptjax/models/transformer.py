@@ -37,9 +37,6 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
-# Matrix products stand between barriers, so that XLA fuses nothing into them or their gradients: fused, a TPU's products
-# take 5 to 70 % more cycles by the compiler's own estimate (benchmarks/NOTES.md, Products).
-alone = jax.lax.optimization_barrier
 EMBEDDING_STD = 0.02  # GPT-2 (Radford et al. 2019); Llama keeps it
 
 
@@ -64,6 +61,7 @@ class ModelConfig:
     sliding_window: int = 0  # positions that a query sees, its own included (Beltagy et al. 2020); 0 is all before it
     logits_softcap: float = 0.0  # c · tanh(logits / c) (Gemma 2, 2024); 0 is off
     remat: str = "none"  # what the backward pass finds in memory: models/remat.py
+    isolate_products: bool = False  # lets XLA fuse nothing into matrix products: see `Block.alone`
     scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
     param_dtype: str = "float32"  # of the stored weights; gradients are summed and applied in float32
@@ -178,14 +176,23 @@ class Block(nnx.Module):
 
     # What follows runs inside `manual`, on this device's rows, heads and part of the MLP.
 
+    def alone(self, x):
+        """Under `isolate_products` a barrier, so that no product or gradient of one is fused with its neighbours.
+
+        On TPU v5p at width 8192 fused products take 5 to 70 % more cycles by the compiler's own estimate; on narrow
+        models, and where memory is slow beside the matrix units, what is saved by fusing counts for more
+        (benchmarks/NOTES.md, Products).
+        """
+        return jax.lax.optimization_barrier(x) if self.config.isolate_products else x
+
     def project(self, equation: str, x, weight: nnx.Param, bias: nnx.Param | None = None):
         """A matrix product in the compute dtype, and its bias."""
-        y = alone(jnp.einsum(equation, x, gather(weight, x.dtype)))
+        y = self.alone(jnp.einsum(equation, x, gather(weight, x.dtype)))
         return y if bias is None else y + bias[...].astype(y.dtype)
 
     def heads(self, x_BTD, rotation, sequence):
         """Queries, keys and values of every position."""
-        h_BTD = alone(gather_sequence(self.norm_attention(x_BTD), sequence))
+        h_BTD = self.alone(gather_sequence(self.norm_attention(x_BTD), sequence))
         q_BTNH = self.project("BTD,DNH->BTNH", h_BTD, self.query, self.query_bias)
         k_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.key, self.key_bias)
         v_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.value, self.value_bias)
@@ -197,11 +204,11 @@ class Block(nnx.Module):
 
     def mix(self, a_BTNH, sequence):
         """What attention adds to the stream."""
-        a_BTD = reduce_sequence(self.project("BTNH,NHD->BTD", alone(a_BTNH), self.output), sequence)
+        a_BTD = reduce_sequence(self.project("BTNH,NHD->BTD", self.alone(a_BTNH), self.output), sequence)
         return a_BTD if self.output_bias is None else a_BTD + self.output_bias[...].astype(a_BTD.dtype)
 
     def widen(self, x_BTD, sequence):
-        h_BTD = alone(gather_sequence(self.norm_mlp(x_BTD), sequence))
+        h_BTD = self.alone(gather_sequence(self.norm_mlp(x_BTD), sequence))
         u_BTF = checkpoint_name(self.project("BTD,DF->BTF", h_BTD, self.up, self.up_bias), "mlp_up")
         activation = ACTIVATIONS[self.config.activation]
         if self.gate is None:
@@ -210,7 +217,7 @@ class Block(nnx.Module):
 
     def narrow(self, u_BTF, sequence):
         """What the MLP adds to the stream."""
-        m_BTD = reduce_sequence(self.project("BTF,FD->BTD", alone(u_BTF), self.down), sequence)
+        m_BTD = reduce_sequence(self.project("BTF,FD->BTD", self.alone(u_BTF), self.down), sequence)
         return m_BTD if self.down_bias is None else m_BTD + self.down_bias[...].astype(m_BTD.dtype)
 
 
