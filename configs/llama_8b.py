@@ -1,4 +1,12 @@
-"""Llama 3.1 8B (Dubey et al. 2024): 8.0B parameters, 32 layers of width 4096, 8 key/value heads, context 8192."""
+"""Llama 3.1 8B (Dubey et al. 2024): 8.0B parameters, 32 layers of width 4096, 8 key/value heads, context 8192.
+
+    gptjax train --config=configs/llama_8b.py --workdir=gs://BUCKET/llama_8b \
+        --config.data.source=text --config.data.path='gs://BUCKET/corpus/*.txt'
+
+Hardware: 256 chips of TPU v5e or v6e. 240,000 updates of 4.2M tokens are 1.0T tokens.
+Plan (compiled, not run): v5e:16x16 9.0 of 15.75 GiB a chip, MFU at most 56 %; v6e:16x16 9.5 of 31.2 GiB, at most 39 %
+by an assumed clock. No loss or speed is claimed.
+"""
 
 import pathlib
 import runpy

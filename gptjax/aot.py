@@ -51,7 +51,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     }
     result = {
         "source": source,
-        "mesh": dict(given.mesh.shape),
+        "mesh": sharding.sizes(given.mesh),
         "parameters": num_parameters(config.model, vocab_size, config.seq_len),
         "tokens_per_step": tokens,
         "flops_per_step": flops_per_token(config.model, vocab_size, config.seq_len) * tokens,

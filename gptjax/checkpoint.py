@@ -147,7 +147,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, error: Exception) -> Refused:
         reason = " ".join(str(error).partition("See full TensorStore details")[0].split())[:200]
-        earlier = [other for other in self.steps() if other < step]
+        earlier = [other for other in sorted(self._open().all_steps()) if other < step]
         remedy = (f"move {self.folder}/step_{step:08} away to go on from step {earlier[-1]}" if earlier else
                   "there is no earlier one, so begin anew in another --workdir")  # fmt: skip
         return Refused(

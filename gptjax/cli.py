@@ -32,19 +32,20 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax import workdir
+    from gptjax import hosts, workdir
     from gptjax.data.store import Store
     from gptjax.evaluate import evaluate
 
     join(args, {})
     folder = epath.Path(args.workdir)
     run = workdir.load(folder, args.step)
-    store = Store.open(run.store)
-    if store.tokenizer.hash != run.tokenizer.hash:
-        raise Refused(
-            f"{run.store} was made by tokenizer {store.tokenizer.hash[:12]}, and step {run.step} was trained "
-            f"with {run.tokenizer.hash[:12]}: put back the store of that run."
-        )
+    with hosts.together():
+        store = Store.open(run.store)
+        if store.tokenizer.hash != run.tokenizer.hash:
+            raise Refused(
+                f"{run.store} was made by tokenizer {store.tokenizer.hash[:12]}, and step {run.step} was trained "
+                f"with {run.tokenizer.hash[:12]}: put back the store of that run."
+            )
     with jax.set_mesh(run.mesh):
         result = evaluate(
             run.model,

@@ -25,10 +25,14 @@ class Collective(NamedTuple):
     link_bytes: int = 0  # that a device has to send, by the algorithms that send least
 
 
+class Unreadable(Exception):
+    """XLA can't write a program out (some of those for TPUs), or in words that are new to `hlo`."""
+
+
 def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collective]:
     """The communication of a step that was compiled for a mesh of this process's devices; none of a single device's.
 
-    Raises: jax.errors.JaxRuntimeError, where XLA can't write the program out (some of those for TPUs).
+    Raises: Unreadable.
     """
     if mesh.size == 1:
         return []
@@ -37,7 +41,10 @@ def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collecti
     # On several TPU slices the program is that of one.
     axes = [(axis, size) for axis, size in mesh.shape.items() if slices == 1 or axis != "slices"]
     places = [sharding.slice_index(device) for device in devices]
-    return collectives(hlo.parse(step.as_text()), axes, places, slices)
+    try:
+        return collectives(hlo.parse(step.as_text()), axes, places, slices)
+    except (jax.errors.JaxRuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
 def collectives(

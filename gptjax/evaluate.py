@@ -64,7 +64,7 @@ def evaluate(
     Args:
       batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many; 0 is all.
     """
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    shards = sharding.row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     rows = sharding.local_rows(mesh, batch_size, 1)
     batches = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)

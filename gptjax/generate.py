@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def generate(
             f"of {seq_len} holds: ask for at most {seq_len + 1 - longest}."
         )
     mesh = jax.sharding.get_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    shards = sharding.row_shards(mesh)
     rows = -(-len(prompts) // shards) * shards
     width = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, seq_len)
     tokens = np.full((rows, width), tokenizer.end_of_text, np.int32)

@@ -140,7 +140,9 @@ def _receive(place: Place, facts: dict, timeout: int) -> str:
                 connection = connections.enter_context(server.accept()[0])
                 connection.settimeout(10)
                 process_id, its_facts = json.loads(connection.makefile().readline())
-            except (OSError, ValueError):  # nobody came, or somebody else than one of ours
+                if not (isinstance(its_facts, dict) and 0 < process_id < place.num_processes):
+                    continue
+            except (OSError, TypeError, ValueError):  # nobody came, or somebody else than one of ours
                 continue
             open_connections.append(connection)
             if process_id in came:
@@ -158,27 +160,26 @@ def _report(place: Place, facts: dict, timeout: int) -> str:
     host, _, port = place.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
+        connection = None
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
+            with connection:
+                connection.sendall(json.dumps([place.process_id, facts]).encode() + b"\n")
+                connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
+                return json.loads(connection.makefile().readline())
+        except (OSError, ValueError) as error:  # after a preemption, an old process 0 may still be about to end
+            if time.monotonic() > deadline and connection is None:
                 return (
                     f"Process {place.process_id} of {place.num_processes} can't reach the coordinator "
                     f"{place.coordinator} in {timeout} s ({error.strerror or error}): see that process 0 runs there "
                     "and that its port is open."
                 )
+            if time.monotonic() > deadline:
+                return (
+                    f"{place.coordinator} does not answer process {place.process_id} as process 0 of this run would "
+                    f"({type(error).__name__}): see what it says, and that no other run has that port."
+                )
         time.sleep(0.2)
-    with connection:
-        try:
-            connection.sendall(json.dumps([place.process_id, facts]).encode() + b"\n")
-            connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
-            return json.loads(connection.makefile().readline())
-        except (OSError, ValueError) as error:
-            return (
-                f"{place.coordinator} does not answer process {place.process_id} as process 0 of this run would "
-                f"({type(error).__name__}): see what it says, and that no other run has that port."
-            )
 
 
 def _disagreement(came: dict[int, dict]) -> str:

@@ -59,9 +59,10 @@ def compiling():
         yield facts
     finally:
         jax.monitoring.unregister_event_listener(count)
-    hit = events["cache_hits"] == events["compile_requests_use_cache"]
+    asked, hits = events["compile_requests_use_cache"], events["cache_hits"]
     facts["compile_seconds"] = time.perf_counter() - began
-    facts["compilation_cache"] = ("hit" if hit else "miss") if jax.config.jax_compilation_cache_dir else "off"
+    used = asked and jax.config.jax_compilation_cache_dir
+    facts["compilation_cache"] = "off" if not used else "hit" if hits == asked else "miss"
 
 
 def measured_bytes() -> int | None:

@@ -16,6 +16,8 @@ REPLICAS = (1, 2, 4, 8)
 TENSOR = (1, 2, 4, 8)
 ACCUMULATION = (1, 2, 4, 8)
 MAX_COMPILES = 12
+# The estimate adds up parts that need not be there at once: by so much it may exceed what the compiler finds.
+SLACK = 1.25
 
 
 def candidates(config: Config, topology: Topology) -> list[Config]:
@@ -33,9 +35,9 @@ def candidates(config: Config, topology: Topology) -> list[Config]:
 def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
     """The best candidate and its plan. Raises: Refused, where nothing fits.
 
-    The analytic estimate of each comes first. It is less than what the compiler finds, in memory and in time, so those
-    that do not fit by it are out, and compiling the others in the order of their estimated time ends as soon as no
-    estimate is below the best bound found, or after MAX_COMPILES.
+    The analytic estimate of each comes first, and those that it finds far too large are out. Its time is less than what
+    the compiler finds, so compiling the others in that order ends as soon as no estimate is below the best bound found,
+    or after MAX_COMPILES.
 
     Args:
       tell: takes a line about each step.
@@ -46,8 +48,11 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
         for candidate, row in zip(tried, analyses(tried, topology, "analytic"))
         if "refused" not in row
     ]
-    fitting = sorted(((c, plan) for c, plan in rows if plan["fits"]), key=lambda pair: cost(pair[1], topology))
-    tell(f"{len(tried)} candidates: {len(rows)} divide, {len(fitting)} fit by the estimate")
+    limit = topology.figures.hbm_bytes * (SLACK if has_compiler(topology) else 1)
+    fitting = sorted(
+        ((c, plan) for c, plan in rows if plan["hbm_bytes"] <= limit), key=lambda pair: cost(pair[1], topology)
+    )
+    tell(f"{len(tried)} candidates: {len(rows)} divide, {len(fitting)} may fit by the estimate")
     if not fitting:
         raise Refused(nothing_fits(config, topology, [plan for _, plan in rows]))
     if not has_compiler(topology):

@@ -120,12 +120,19 @@ def ring_size(devices: np.ndarray) -> int:
         return 1
     places = np.array([device.coords for device in devices])
     sides = [len(set(places[:, side])) for side in range(3)]
-    if min(sides) == 1:
+    if min(sides) == 1 or math.prod(sides) != len(devices):
         return 1
-    ring = sides[np.argmax(places[1] != places[0])]
-    rows = places.reshape(-1, ring, 3) if len(places) % ring == 0 else places[None]
-    one_side = all((rows != rows[:, :1]).any((0, 1)).sum() == 1 for rows in [rows])
-    return ring if one_side else 1
+    side = np.argmax(places[1] != places[0])
+    rows = places.reshape(-1, sides[side], 3)
+    others = np.delete(rows, side, axis=-1)
+    return sides[side] if (others == others[:, :1]).all() else 1
+
+
+def sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """A mesh's axes as the config has them: `ring` is a part of `fsdp`."""
+    shape = dict(mesh.shape)
+    ring = shape.pop("ring")
+    return shape | {"fsdp": shape["fsdp"] * ring}
 
 
 def linked(shape: list[int], devices: list[jax.Device]) -> np.ndarray:

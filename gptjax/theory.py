@@ -59,10 +59,7 @@ def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
     workdir.check_divides(config, vocab_size(config), mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         state = train.abstract_state(config, vocab_size(config), mesh)
-    shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    batch = stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
-    return Shapes(mesh, state, batch)
+    return Shapes(mesh, state, train.abstract_batch(config, mesh))
 
 
 def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:

@@ -39,7 +39,7 @@ def init_state(config: Config, vocab_size: int) -> TrainState:
     model = Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(config.seed))
     in_float32 = jax.tree.map(lambda weight: weight.astype(jnp.float32), model)
     opt_state = stored(make_optimizer(config.optimizer, config.num_steps).init(in_float32), config.optimizer)
-    ema = jax.tree.map(jnp.copy, model) if config.optimizer.ema_decay else ()
+    ema = jax.tree.map(jnp.copy, in_float32) if config.optimizer.ema_decay else ()  # too slow a walk for bfloat16
     return TrainState(jnp.zeros((), jnp.int32), model, opt_state, ema)
 
 
@@ -61,6 +61,8 @@ def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_
 
     def accumulate(carry, micro_and_index):
         (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(state.model, *micro_and_index)
+        # Else XLA tries to sum over devices after the loop, on whole gradients, and on some TPU programs fails in it.
+        gradient = jax.lax.optimization_barrier(gradient)
         return jax.tree.map(jnp.add, carry, (nll, gradient)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model))
@@ -100,11 +102,16 @@ def abstract_state(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
     return dataclasses.replace(state, opt_state=jax.tree.map(hosted, state.opt_state))
 
 
-def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
-    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> stream.Batch:
+    """Shapes, dtypes and places of a step's batch."""
     shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    batch = stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
+    return stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
+
+
+def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
+    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
+    batch = abstract_batch(config, mesh)
     return train_step.lower(state, batch, config=config, vocab_size=vocab_size).compile()
 
 
@@ -158,7 +165,7 @@ def train(config: Config, folder: epath.Path, profile: range = range(0)) -> None
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(
             f"{parameters / 1e6:.2f}M parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}{processes}, mesh "
-            f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
+            f"{', '.join(f'{axis} {size}' for axis, size in sharding.sizes(mesh).items())}",
             flush=True,
         )
         with metrics.compiling() as compiling:
@@ -209,7 +216,7 @@ def told_by_compiler(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> tupl
     """Bytes of a device's memory at the peak of a step, and bytes that it sends in one; None where XLA does not say."""
     try:
         sent = sum(collective.link_bytes for collective in collectives.of_step(step, mesh))
-    except jax.errors.JaxRuntimeError:
+    except collectives.Unreadable:
         sent = None
     return compiled.memory(step).peak, sent
 

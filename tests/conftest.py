@@ -41,4 +41,6 @@ def store(corpus, tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all_pods", action="store_true", help="compile every config for its pod (tests/test_pod_configs.py)")
+    parser.addoption(
+        "--all_pods", action="store_true", help="compile every config for its pod (tests/test_pod_configs.py)"
+    )

@@ -63,7 +63,7 @@ def test_blocks_are_the_whole(length, window, heads, kv_heads):
     (256, 0, 4, 64), (256, 0, 2, 128), (384, 0, 1, 64), (256, 100, 2, 64), (256, 1, 4, 64), (384, 200, 2, 128),
 ])  # fmt: skip
 def test_the_tpu_kernel_is_the_whole(length, window, kv_heads, head_dim):
-    """By the kernel's own program, interpreted; that it compiles for a TPU, tests/test_tpu_aot.py shows."""
+    """By the kernel's own program, interpreted; that it compiles for a TPU, test_pod_configs.py shows."""
     splash = lambda segments: lambda q, k, v: splash_attention(q, k, v, segments, window, interpret=True)
     same_as_masked(splash, length, 4, kv_heads, window, head_dim)
 

@@ -14,7 +14,15 @@ from gptjax import plan, topology
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # GiB of a chip, and the ceiling on MFU, that the step may not get worse than; a compiler's version moves both a little.
 PODS = {
-    ("gpt2_124m", "v5e:2x4", 1): (14.0, 0.30),
+    ("gpt2_124m", "v5e:2x4", 1): (10.0, 0.36),
+    ("gpt2_355m", "v5e:2x4", 1): (13.0, 0.42),
+    ("gpt2_774m", "v5e:4x4", 1): (12.3, 0.48),
+    ("gpt2_1558m", "v5e:4x4", 1): (11.6, 0.46),
+    ("llama_1b", "v5e:4x4", 1): (11.2, 0.44),
+    ("llama_8b", "v5e:16x16", 1): (9.5, 0.55),
+    ("llama_8b", "v6e:16x16", 1): (10.0, 0.37),
+    ("llama_70b", "v5p:8x8x8", 1): (38.3, 0.68),
+    ("llama_405b", "v5p:8x8x16", 2): (61.0, 0.68),
 }
 
 

@@ -36,7 +36,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
     local = blocked_attention
     if platform == "tpu" and q_BTNH.shape[1] % TILES[-1] == 0:
         local = splash_attention
-    elif platform in ("gpu", "cuda") and q_BTNH.dtype != jnp.float32:
+    elif platform in ("gpu", "cuda") and fits_cudnn(q_BTNH):
         local = cudnn_attention
     # Kernels don't say over which axes their results vary. Every float that enters is cut over all of them, so that no
     # gradient is left to be summed.
@@ -86,6 +86,13 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret
     )
     segments = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
     return jnp.swapaxes(jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments), 1, 2)
+
+
+def fits_cudnn(q_BTNH) -> bool:
+    """Whether cuDNN's kernel takes these shapes on every card since Ampere, with a mask and a gradient."""
+    return (
+        q_BTNH.dtype != jnp.float32 and q_BTNH.shape[3] % 8 == 0 and q_BTNH.shape[3] <= 128 and q_BTNH.shape[1] % 2 == 0
+    )
 
 
 def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):

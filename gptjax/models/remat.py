@@ -50,21 +50,16 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
     return base, actions
 
 
-def check(text: str) -> None:
-    """Raises: Refused."""
-    parse(text)
-
-
-def not_gathered(primitive, *_, **__) -> bool:
-    """Saves all but what comes straight from an all-gather: the weights, of which each layer's whole copy would stay."""
-    return primitive is not jax.lax.all_gather_p
+def not_gathered_weights(primitive, *_, **params) -> bool:
+    """Saves all but gathered weights, of which each layer's whole copy would stay; `tensor` gathers activations."""
+    return primitive is not jax.lax.all_gather_p or "tensor" in params["axis_name"]
 
 
 def policy(text: str):
     """The policy of `jax.checkpoint` for a setting."""
     base, actions = parse(text)
     if base == "none":
-        return not_gathered
+        return not_gathered_weights
     names = {action: [name for name in NAMES if actions.get(name) == action] for action in ACTIONS}
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=names["save"],

@@ -64,7 +64,7 @@ class ModelConfig:
     isolate_products: bool = False  # lets XLA fuse nothing into matrix products: see `Block.alone`
     scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
-    param_dtype: str = "float32"  # of the stored weights; gradients are summed and applied in float32
+    param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, and rounded to it
 
     def resolved(self) -> "ModelConfig":
         """The same with every 0 worked out. Raises: Refused, when the sizes do not fit together."""
@@ -77,7 +77,7 @@ class ModelConfig:
         for key in ("num_kv_heads", "head_dim", "mlp_dim", "sliding_window", "logits_softcap"):
             if getattr(self, key) < 0:
                 raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
-        remat.check(self.remat)
+        remat.parse(self.remat)
         if self.rope_theta <= 0:
             raise Refused(f"model.rope_theta={self.rope_theta} must be more than 0: 10000 is usual.")
         if not 0 <= self.dropout < 1:
