@@ -8,6 +8,7 @@ import importlib.util
 import json
 import pathlib
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -381,7 +382,7 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
         monkeypatch.setattr(search, name, values)
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.num_steps=70", "--search"]
     code, out, error = gptjax_main(*argv, "--json")
-    assert code == 0 and "6 candidates: 4 divide, 4 fit" in error  # 4 heads are not cut into 8
+    assert code == 0 and "6 candidates: 4 divide, 4 may fit" in error  # 4 heads are not cut into 8
     best, made = config.load("debug_v5e_2x4.py", {}), json.loads(out)
     assert (best.model.remat, best.mesh.data, best.num_steps, made["fits"]) == ("none", 1, 70, True)
     assert made["mesh"]["fsdp"] == best.mesh.fsdp and made["mesh"]["data"] == best.mesh.data
@@ -391,7 +392,7 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
 
 def asked(*argv) -> dict:
     """The plan that the command line prints."""
-    made = subprocess.run(["gptjax", "plan", "--json", *argv], capture_output=True, text=True)
+    made = subprocess.run([sys.executable, "-m", "gptjax", "plan", "--json", *argv], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout)
 
@@ -417,7 +418,7 @@ class TestTpu:
     def test_what_does_not_fit(self):
         made = asked(
             LLAMA, "--topology=v5e:2x4", "--config.model.num_layers=2", "--config.batch_size=256",
-            "--config.model.remat=none",
+            "--config.model.remat=none", "--config.grad_accum_steps=1",
         )  # fmt: skip
         assert made["fits"] is False and made["hbm_bytes"] > made["hbm_capacity_bytes"]
         assert sum(buffer["bytes"] for buffer in made["largest_buffers"]) > made["hbm_capacity_bytes"] / 2
