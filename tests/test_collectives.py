@@ -80,12 +80,11 @@ WARNING = "Involuntary full rematerialization"
 
 
 def test_the_warning_would_be_seen(capfd, uncached):
-    """Rows of a table that is cut both ways, as the compiler gathers them by itself."""
+    """A matrix that is cut both ways and is to be cut by rows alone, over axes in another order."""
     mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     place = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
-    table = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place("c", "b"))
-    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=place(("a", "b")))
-    jax.jit(lambda table, ids: table[ids], out_shardings=place(("a", "b"))).lower(table, ids).compile()
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place("c", "b"))
+    jax.jit(lambda matrix: matrix + 1, out_shardings=place(("a", "c", "b"), None)).lower(matrix).compile()
     assert WARNING in capfd.readouterr().err
 
 
