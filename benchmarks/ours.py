@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from benchmarks import peer
-from gptjax import sharding, train
+from gptjax import sharding, update
 from gptjax.config import Config, resolve
 from gptjax.data.stream import Batch
-from gptjax.models.transformer import ModelConfig
+from gptjax.models.config import ModelConfig
 from gptjax.optimizer import OptimizerConfig
 from gptjax.sharding import MeshConfig
 
@@ -36,13 +36,13 @@ def build(shape: peer.Shape, biases: bool):
     ))  # fmt: skip
     mesh = sharding.make_mesh(MeshConfig(), jax.devices())
     jax.set_mesh(mesh)
-    state = jax.jit(functools.partial(train.init_state, config, shape.vocab))()
+    state = jax.jit(functools.partial(update.init_state, config, shape.vocab))()
     data = sharding.place(batch(shape), np.arange(shape.batch), mesh, shape.batch, 1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
     def step():
         nonlocal state
-        state, metrics = train.train_step(state, data, config=config, vocab_size=shape.vocab)
+        state, metrics = update.train_step(state, data, config=config, vocab_size=shape.vocab)
         return metrics["loss"]
 
     return parameters, step

@@ -3,8 +3,9 @@
     gptjax train --config=configs/gpt2_124m.py --workdir=runs/gpt2_124m \
         --config.data.source=text --config.data.path='/data/openwebtext/*.txt'
 
-Hardware: 8 chips of TPU v5e (or one host's GPUs); the batch of 0.5M tokens is that of the GPT-2 reproductions, and 20,000 updates are
-10.5B tokens. Without --config.data it trains on Python's standard library, which only shows that the machine works.
+Hardware: 8 chips of TPU v5e (or one host's GPUs); the batch of 0.5M tokens is that of the GPT-2 reproductions, and
+20,000 updates are 10.5B tokens. Without --config.data it trains on Python's standard library, which only shows that the
+machine works.
 Plan (compiled, not run): v5e:2x4 9.4 of 15.75 GiB a chip, MFU at most 37 %. No loss or speed is claimed.
 """
 

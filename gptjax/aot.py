@@ -15,7 +15,7 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
-from gptjax import __version__, collectives, compiled, hlo, sharding, theory, topology, train
+from gptjax import __version__, collectives, compiled, hlo, sharding, theory, tokenizer, topology, update
 from gptjax import config as configs
 from gptjax.config import Config
 from gptjax.errors import Refused
@@ -23,16 +23,19 @@ from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.topology import Topology
 
 NUM_BUFFERS = 10
-PART_OF = {"ring": "fsdp"}  # one side of a torus, along which weights are gathered first
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Path) -> dict:
     """All that is known of a config's step on a topology: `theory`'s part, and the compiler's where `source` is
-    "compiled". Bytes are those of one device.
+    "compiled". Bytes are those of one device. Of a curriculum it is the phase with the most tokens a step.
 
     Raises: Refused.
     """
+    tokenizer.check(config.tokenizer)
+    if config.lora.rank:
+        raise Refused(f"lora.rank={config.lora.rank} is not planned for: plan with 0, which needs more memory.")
+    config = config.largest
     if not topology.is_tpu:
         # JAX asks for the version of a cuDNN that neither tracing nor compiling needs.
         fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
@@ -40,7 +43,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     if source == "compiled":
         mesh = sharding.make_mesh(config.mesh, described(topology))
     given = theory.shapes(config, getattr(mesh, "abstract_mesh", mesh))
-    vocab_size = theory.vocab_size(config)
+    vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     tokens = config.batch_size * config.seq_len
     kept = theory.kept(config, given)
     state = {
@@ -101,12 +104,12 @@ def described(topology: Topology) -> list:
 
 def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict:
     """The compiler's part: memory, collectives, cycles, or how much too big it is."""
-    vocab_size = theory.vocab_size(config)
+    vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            state = train.abstract_state(config, vocab_size, mesh)
-            step = train.compile_step(config, vocab_size, state, mesh)
+            state = update.abstract_state(config, vocab_size, mesh)
+            step = update.compile_step(config, vocab_size, state, mesh)
     except jax.errors.JaxRuntimeError as error:
         sizes = compiled.out_of_memory(str(error))
         if sizes is None:
@@ -119,8 +122,7 @@ def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, fol
     # The text of the finished program fails for some TPU programs, so it is read from the dump; it alone has cycles.
     text = text_of(folder, "after_codegen") if topology.is_tpu else step.as_text()
     program = hlo.parse(text)
-    # On several slices the program is that of one.
-    axes = [(PART_OF.get(axis, axis), n) for axis, n in mesh.shape.items() if topology.slices == 1 or axis != "slices"]
+    axes = collectives.numbering(mesh, topology.slices)
     cards = topology.shape[0] if not topology.is_tpu else mesh.size
     places = [device.id // cards for device in mesh.devices.flat]
     return {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import compiled, metrics, sharding, theory, train, workdir
+from gptjax import compiled, metrics, sharding, tokenizer, update, workdir
 from gptjax import config as configs
 from gptjax.config import Config
 from gptjax.data import stream
@@ -19,16 +19,18 @@ WARMUP = 2
 
 
 def bench(config: Config, steps: int) -> dict:
-    """Measures `steps` train steps after two to warm up. Raises: Refused.
+    """Measures `steps` train steps after two to warm up, of a curriculum those of its largest phase. Raises: Refused.
 
     The breakdown is of programs of their own: the loss alone is the forward pass, the optimizer is fed zeros, and what
     they leave of the whole step is the backward pass, with what the compiler gains by having all in one.
     """
     if steps < 1:
         raise Refused(f"--steps={steps} must be at least 1.")
+    tokenizer.check(config.tokenizer)
+    config = config.largest
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     configs.check_batch(config, mesh)
-    vocab_size = theory.vocab_size(config)
+    vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     workdir.check_divides(config, vocab_size, mesh)
 
     @jax.jit
@@ -40,14 +42,14 @@ def bench(config: Config, steps: int) -> dict:
         return jax.lax.scan(add, jnp.zeros(()), batch, unroll=config.grad_accum_steps == 1)[0]
 
     @jax.jit
-    def update(gradient, state):
-        return train.optimize(gradient, state, config)
+    def optimizer(gradient, finite, state):
+        return update.optimize(gradient, finite, state, config)
 
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: train.init_state(config, vocab_size))()
+        state = jax.jit(lambda: update.init_state(config, vocab_size))()
         batch = synthetic(config, vocab_size, mesh)
         with metrics.compiling() as facts:
-            step = train.compile_step(config, vocab_size, state, mesh)
+            step = update.compile_step(config, vocab_size, state, mesh)
         times = []
         for _ in range(WARMUP + steps):
             began = time.perf_counter()
@@ -55,9 +57,9 @@ def bench(config: Config, steps: int) -> dict:
             jax.block_until_ready(step_metrics)
             times.append(time.perf_counter() - began)
         measured = metrics.measured_bytes()  # before the parts, which hold more at once
-        forward = seconds(loss, state.model, batch, steps=steps)
+        forward = seconds(loss, update.weights(state), batch, steps=steps)
         zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model)
-        optimizer = seconds(update, zeros, state, steps=steps)
+        optimizer_seconds = seconds(optimizer, zeros, jnp.array(True), state, steps=steps)
     whole = statistics.median(times[WARMUP:])
     tokens = config.batch_size * config.seq_len
     flops = flops_per_token(config.model, vocab_size, config.seq_len) * tokens
@@ -74,8 +76,8 @@ def bench(config: Config, steps: int) -> dict:
         "flops_per_step": flops,
         "mfu": flops / whole / peak if peak else None,
         "forward_seconds": forward,
-        "backward_seconds": whole - forward - optimizer,
-        "optimizer_seconds": optimizer,
+        "backward_seconds": whole - forward - optimizer_seconds,
+        "optimizer_seconds": optimizer_seconds,
         "hbm_bytes": compiled.memory(step).peak,
         "measured_peak_bytes": measured,
         "loss": float(step_metrics["loss"]),

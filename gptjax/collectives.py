@@ -1,4 +1,4 @@
-"""The communication of a compiled step, as XLA's text has it: what is moved, among which devices, and whether it hides."""
+"""The communication of a compiled step, read off XLA's text: what is moved, among which devices, whether it hides."""
 
 import math
 import re
@@ -38,13 +38,20 @@ def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collecti
         return []
     devices = list(mesh.devices.flat)
     slices = sharding.num_slices(devices)
-    # On several TPU slices the program is that of one.
-    axes = [(axis, size) for axis, size in mesh.shape.items() if slices == 1 or axis != "slices"]
     places = [sharding.slice_index(device) for device in devices]
     try:
-        return collectives(hlo.parse(step.as_text()), axes, places, slices)
+        return collectives(hlo.parse(step.as_text()), numbering(mesh, slices), places, slices)
     except (jax.errors.JaxRuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def numbering(mesh: jax.sharding.Mesh, slices: int) -> list[tuple[str, int]]:
+    """Names and sizes of the mesh axes in the order in which a program numbers its devices.
+
+    On several TPU slices a program is that of one slice; `ring` is a part of `fsdp`.
+    """
+    inside = [(axis, size) for axis, size in mesh.shape.items() if slices == 1 or axis != "slices"]
+    return [("fsdp" if axis == "ring" else axis, size) for axis, size in inside]
 
 
 def collectives(
@@ -56,8 +63,7 @@ def collectives(
     that for all-reduce (Patarasuk and Yuan 2009).
 
     Args:
-      axes: names and sizes of the mesh axes in the order in which the program numbers its devices (on several TPU slices that is
-        the numbering within a slice).
+      axes: what `numbering` says.
       places: of each such device, the number of its slice or host. slices: how many TPU slices the program spans.
     """
     found, chains = {}, set()

@@ -93,7 +93,8 @@ def origin(program: hlo.Program, value: str) -> str:
 def readable(op_name: str) -> str:
     """`jit(f)/while/body/transpose(jvp(mlp))/BTD,DF->BTF/dot_general` as `backward: mlp/BTD,DF->BTF/dot_general`."""
     way = "backward: " if "transpose(jvp" in op_name else "forward: " if "jvp(" in op_name else ""
-    noise = r"jit\(\w+\)|forward_backward|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|(transpose\()?jvp\(\)+"
+    noise = r"jit\(\w+\)|(transpose\()?jvp\(\)+|forward_backward|while|body|cond|closed_call|checkpoint|"
+    noise += "rematted_computation|shard_map"
     words = [word for word in op_name.split("/") if not re.fullmatch(noise, word)]
     words = [re.sub(r"^(transpose\()?jvp\((.*?)\)+$", r"\2", word) for word in words]
     # A kernel's path says its name several times.

@@ -4,27 +4,33 @@ Outside, in config files and on the command line, it is a locked `ConfigDict` (`
 where it is written. Inside it is a tree of frozen dataclasses (`parse()`).
 """
 
-import ast
 import dataclasses
-import difflib
 import json
 import math
-import re
-import runpy
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax import optimizer, sharding
+from gptjax import evaluate, lora, optimizer, recovery, sharding, stopping
 from gptjax.checkpoint import CheckpointConfig
+from gptjax.data import augment, clean, curriculum, packing
+from gptjax.data.augment import AugmentConfig
+from gptjax.data.clean import CleanConfig
+from gptjax.data.curriculum import CurriculumConfig, Phase
+from gptjax.data.mixture import MixtureConfig
+from gptjax.data.packing import PackingConfig
 from gptjax.data.prepare import DataConfig
-from gptjax.errors import Refused, nearest
+from gptjax.errors import Refused, nearest, shown
+from gptjax.evaluate import TasksConfig
+from gptjax.lora import LoraConfig
 from gptjax.loss import LossConfig
-from gptjax.models.transformer import ModelConfig
+from gptjax.models.config import ModelConfig
 from gptjax.optimizer import OptimizerConfig
+from gptjax.recovery import RecoveryConfig
 from gptjax.sharding import MeshConfig
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.stopping import StoppingConfig
+from gptjax.tokenizer import TokenizerConfig, special_names
+from gptjax.watchdog import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,113 +46,69 @@ class Config:
     eval_every: int = 200
     eval_batches: int = 0  # an evaluation reads this × batch_size held-out sequences; 0 is all
     checkpoint_every: int = 200
+    tracker: str = ""  # where rows go besides: wandb, or package.module:function (tracking.py)
     num_samples: int = 2  # texts that a finished run writes
     sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
+    init_from: str = ""  # a workdir whose model a new run begins with; empty: with weights that are drawn
+    init_step: int = -1  # the checkpoint there; -1 is the newest
+    lora: LoraConfig = LoraConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
+    clean: CleanConfig = CleanConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    packing: PackingConfig = PackingConfig()
+    augment: AugmentConfig = AugmentConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tasks: TasksConfig = TasksConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def micro_batch_size(self) -> int:
         """Sequences in one forward and backward pass, over all devices."""
         return self.batch_size // self.grad_accum_steps
 
+    @property
+    def phases(self) -> list[Phase]:
+        """What a new run of this config reads, in its order."""
+        return curriculum.phases(self.mixture, self.curriculum, self.seq_len, self.batch_size)
+
+    @property
+    def largest(self) -> "Config":
+        """This config with the batch of its phase with the most tokens a step."""
+        return self.at(max(self.phases, key=lambda phase: phase.batch_size * phase.seq_len))
+
+    def at(self, phase: Phase) -> "Config":
+        """This config with the batch of a phase for good."""
+        return dataclasses.replace(
+            self, seq_len=phase.seq_len, batch_size=phase.batch_size, curriculum=CurriculumConfig()
+        )
+
 
 # What a run may change when it goes on: neither the parameters, nor the optimizer's state, nor which tokens a step
 # sees depends on these. A section stands for all its keys.
 FREE_KEYS = (
-    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples", "sample_prompt",
-    "mesh", "loss", "checkpoint", "model.dropout", "model.remat", "model.scan_unroll", "model.isolate_products", "model.dtype",
-    "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction",
-    "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
-    "optimizer.state_dtype", "optimizer.offload", "data.store",
+    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
+    "tracker", "sample_prompt", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks", "stopping", "recovery", "watchdog", "model.dropout",
+    "model.remat", "model.scan_unroll", "model.isolate_products", "model.dtype", "optimizer.peak_learning_rate", "optimizer.schedule",
+    "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
+    "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
+    "optimizer.offload", "data.store",
 )  # fmt: skip
+
+
+MAX_JSON_BYTES = 1 << 20  # of a config.json
 
 
 def default() -> ConfigDict:
     """The defaults as a ConfigDict that knows its keys and their types."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def load(path: str, overrides: dict[str, str]) -> Config:
-    """The Config of a file's `get_config()`, with `KEY: TEXT` overrides from the command line.
-
-    Raises: Refused, for a file that is missing or broken, an unknown key, or a value of the wrong type.
-    """
-    if not epath.Path(path).is_file():
-        beside = epath.Path(path).parent
-        names = [p.name for p in beside.glob("*.py")] if beside.is_dir() else []
-        raise Refused(f"--config={path} does not exist.{nearest(epath.Path(path).name, names)}")
-    try:
-        module = runpy.run_path(path)
-        config = module["get_config"]() if "get_config" in module else None
-    except Exception as error:  # whatever a user's file raises is a fault of the file
-        raise Refused(f"{path}: {_fault(error)}") from error
-    if "get_config" not in module:
-        raise Refused(
-            f"{path} has no get_config(): define one that returns gptjax.config.default() with its own values."
-        )
-    if not isinstance(config, ConfigDict):
-        raise Refused(
-            f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
-            "its own values."
-        )
-    for key, text in overrides.items():
-        override(config, key, text)
-    return parse(config)
-
-
-def _fault(error: Exception) -> str:
-    """What is wrong with a config file, from an exception; ConfigDict's own lists every field of the section."""
-    text = str(error)
-    unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
-    if unknown and isinstance(error, (AttributeError, KeyError)):
-        return f'unknown key "{unknown[1]}".{_nearest_key(unknown[1])}'
-    mistyped = re.search(r"override field '(\w+)' .*\. (.*) is of original type .* type <class '.*?(\w+)'>", text)
-    if mistyped:
-        return f"{mistyped[1]}={mistyped[2]} is not of type {mistyped[3]}."
-    return f"{type(error).__name__}: {' '.join(text.split())}."
-
-
-def _nearest_key(key: str) -> str:
-    """A hint at the key, in whatever section, or the section that `key` is probably meant to be."""
-    keys = flatten(default())
-    sections = {key.partition(".")[0] for key in keys}
-    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections))
-    close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
-    return f' Did you mean "{by_name[close[0]]}"?' if close else ""
-
-
-def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets `config.KEY` from the text of a command line, as the type that the key has.
-
-    Raises: Refused.
-    """
-    keys = flatten(config)
-    if key not in keys:
-        inside = [k for k in keys if k.startswith(key + ".")]
-        hint = f" It is a section: set {inside[0]}, for example." if inside else nearest(key, keys) or _nearest_key(key)
-        raise Refused(f"--config.{key} is unknown.{hint}")
-    old = keys[key]
-    value = text
-    if not isinstance(old, str):
-        try:
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-        except (SyntaxError, TypeError, ValueError):
-            pass
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(old):
-        raise Refused(f"--config.{key}={text} is not of type {type(old).__name__}: its default is {old!r}.")
-    section, _, name = key.rpartition(".")
-    target = config
-    for part in section.split(".") if section else ():
-        target = target[part]
-    target[name] = value
 
 
 def flatten(config, prefix: str = "") -> dict[str, object]:
@@ -165,22 +127,33 @@ def parse(config) -> Config:
 
 def _build(kind, values, prefix):
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, (dict, ConfigDict)):
+        raise Refused(f"{prefix.removesuffix('.') or 'config'}={shown(values)} is no section of keys.")
     made = {}
     for key, value in values.items():
         if key not in fields:
-            raise Refused(f'unknown key "{prefix}{key}".{nearest(key, fields)}')
+            raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
         expected = fields[key].type
         if dataclasses.is_dataclass(expected):
             made[key] = _build(expected, value, f"{prefix}{key}.")
+        elif type(value) is int and value.bit_length() > 63:
+            raise Refused(f"{prefix}{key} has {value.bit_length()} bits, and a number here at most 63.")
         elif expected is float and type(value) is int:
             made[key] = float(value)
         elif type(value) is not expected:
-            raise Refused(f"{prefix}{key}={value!r} is not of type {expected.__name__}.")
+            raise Refused(f"{prefix}{key}={shown(value)} is not of type {expected.__name__}.")
+        elif expected is str and not _is_text(value):
+            raise Refused(f"{prefix}{key}={shown(value)} is no text in UTF-8, or has a NUL in it.")
         elif expected is float and not math.isfinite(value):
             raise Refused(f"{prefix}{key}={value} is not a finite number.")
         else:
             made[key] = value
     return kind(**made)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be printed, encoded, and a part of a path."""
+    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
 def resolve(config: Config) -> Config:
@@ -197,6 +170,8 @@ def resolve(config: Config) -> Config:
     ):
         if getattr(config, key) < 1:
             raise Refused(f"{key}={getattr(config, key)} must be at least 1.")
+    if config.num_steps >= 1 << 31:
+        raise Refused(f"num_steps={config.num_steps} is more than the {(1 << 31) - 1} that a step counts to.")
     for key in ("seed", "eval_batches", "num_samples"):
         if getattr(config, key) < 0:
             raise Refused(f"{key}={getattr(config, key)} must not be negative.")
@@ -204,25 +179,68 @@ def resolve(config: Config) -> Config:
         raise Refused(f"seed={config.seed} has more than the 32 bits of a JAX key: use one below {1 << 32}.")
     if config.checkpoint.keep < 1:
         raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run goes on from the newest.")
-    for key in ("checkpoint.keep_every", "loss.z_loss"):
+    for key in ("checkpoint.keep_every", "checkpoint.write_seconds", "loss.z_loss"):
         value = flatten(dataclasses.asdict(config))[key]
         if value < 0:
             raise Refused(f"{key}={value} must not be negative.")
-    if config.loss.num_chunks < 1 or config.seq_len % config.loss.num_chunks:
+    for key in ("watchdog.silent_seconds", "watchdog.step_seconds", "watchdog.phase_seconds"):
+        value = flatten(dataclasses.asdict(config))[key]
+        if value < 2:
+            raise Refused(f"{key}={value} must be at least 2: processes tell of themselves once a second.")
+    for phase in (config, *config.phases):
+        if config.loss.num_chunks < 1 or phase.seq_len % config.loss.num_chunks:
+            raise Refused(
+                f"seq_len={phase.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose a "
+                "divisor."
+            )
+        if phase.batch_size % config.grad_accum_steps:
+            raise Refused(
+                f"batch_size={phase.batch_size} is not divisible by grad_accum_steps="
+                f"{config.grad_accum_steps}: change one of them."
+            )
+    if config.mixture.stores and config.data.store:
         raise Refused(
-            f"seq_len={config.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose a divisor."
+            f"data.store={config.data.store} and mixture.stores={config.mixture.stores} are both set: leave data.store "
+            "empty, and name it in the mixture."
         )
-    if config.batch_size % config.grad_accum_steps:
+    if config.init_step < -1 or config.init_step >= 0 and not config.init_from:
         raise Refused(
-            f"batch_size={config.batch_size} is not divisible by grad_accum_steps="
-            f"{config.grad_accum_steps}: change one of them."
+            f'init_step={config.init_step} is no step of init_from="{config.init_from}": give a workdir there, and -1 '
+            "for its newest."
         )
+    if config.init_from and config.tokenizer.kind != "byte" and not config.tokenizer.path:
+        its = dataclasses.replace(config.tokenizer, path=f"{config.init_from.rstrip('/')}/tokenizer")
+        config = dataclasses.replace(config, tokenizer=its)
+    if config.data.prompt_field and config.clean.steps():
+        raise Refused(
+            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
+            "would not know where prompts end: put it off."
+        )
+    lora.check(config.lora, config.init_from)
     optimizer.check(config.optimizer, config.num_steps)
+    if config.model.mup_base_width and config.optimizer.name == "adafactor":
+        raise Refused(
+            f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: how its rate depends on "
+            "the width is not worked out; choose adamw, lion or muon."
+        )
+    evaluate.check(config.tasks)
+    stopping.check(config.stopping)
+    recovery.check(config.recovery)
+    clean.check(config.clean)
+    packing.check(config.packing)
+    augment.check(config.augment)
+    if not config.tokenizer.path and not config.mixture.stores:  # else the tokenizer may have more than are named here
+        augment.check_special(config.augment, special_names(config.tokenizer.special_tokens))
     return config
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """The batch divides over the mesh. Raises: Refused."""
+    """The batch of every phase divides over the mesh. Raises: Refused."""
+    for phase in config.phases:
+        _check_batch(config.at(phase), mesh)
+
+
+def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     shards = sharding.row_shards(mesh)
     if config.micro_batch_size % shards:
         raise Refused(
@@ -251,7 +269,8 @@ def differences(old: dict, new: Config) -> list[str]:
     def bound(key: str) -> bool:
         return not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 
-    old, new = flatten(old), flatten(dataclasses.asdict(new))
+    # What a run of an earlier version does not name had no effect on it, and that is what a default is.
+    old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
     # One average of the weights is kept or none; how fast it moves is free.
     for flat in (old, new):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"

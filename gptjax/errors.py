@@ -1,6 +1,7 @@
-"""The one exception that means "your input, not our program"."""
+"""What ends a run in order: input that can't be used, a failure that a sentence explains, and being asked to stop."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -12,7 +13,42 @@ class Refused(Exception):
     """
 
 
+class Failed(Exception):
+    """A run that can't go on, or was told not to.
+
+    The message is one sentence that says at which step and why, and what to do. The command line prints it and exits
+    with code 1. Raise it on all processes alike, with nothing half-written.
+    """
+
+
+TRY_AGAIN = 75  # exit code; EX_TEMPFAIL in sysexits.h. The launchers run the command again.
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and can go on. The message says by whom; the exit code is TRY_AGAIN."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """` Did you mean "x"?` for the closest of `words`, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+class _Short(reprlib.Repr):
+    """Cuts a value's repr short; without asking Python for all digits of a very large number, which it refuses."""
+
+    maxstring = maxother = maxlong = 80
+
+    def repr_int(self, number: int, level: int) -> str:
+        return f"a number of {number.bit_length()} bits" if number.bit_length() > 128 else repr(number)
+
+
+def shown(value) -> str:
+    """A value of any kind and size, as it may stand in a sentence."""
+    return _Short().repr(value)
+
+
+def one_line(text: str) -> str:
+    """A message as it may go to a terminal: without what would break the line, move the cursor or fill the screen."""
+    text = f"{text[:1500]} … {text[-500:]}" if len(text) > 2000 else text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,16 +1,44 @@
 """Held-out loss, bits per byte and accuracy."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gptjax import hosts, sharding
+from gptjax import heartbeat, hosts, preemption, sharding
 from gptjax.data import stream
+from gptjax.data.mixture import Corpus
+from gptjax.data.store import Store
+from gptjax.errors import Failed, Refused
 from gptjax.loss import LossConfig, Sums, next_token_sums
 from gptjax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """What of lm-eval a run is measured by, besides its held-out loss; see harness.py."""
+
+    names: str = ""  # tasks and groups, separated by commas
+    folder: str = ""  # with YAML files of more tasks; theirs is code too, so it has to be your own
+    every: int = 0  # steps; 0 is only at the end
+    limit: int = 0  # documents of each; 0 is all
+    num_fewshot: int = -1  # examples before a question; -1 is as many as the task says
+
+
+def check(config: TasksConfig) -> None:
+    """Raises: Refused, for a number out of range; the tasks themselves are found and read by `harness.load`."""
+    for key, least in (("every", 0), ("limit", 0), ("num_fewshot", -1)):
+        if getattr(config, key) < least:
+            raise Refused(f"tasks.{key}={getattr(config, key)} must be at least {least}.")
+
+
+class Unreadable(Exception):
+    """Held-out tokens that could not be read."""
 
 
 class Evaluation(NamedTuple):
@@ -20,6 +48,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float  # of UTF-8; the tokens that end documents cost bits and count no bytes
     accuracy: float  # share of tokens that were the most likely one
     tokens: int
+    sources: Mapping[str, "Evaluation"] = MappingProxyType({})  # the same of each store of a mixture by name
 
     @property
     def perplexity(self) -> float:
@@ -52,18 +81,52 @@ def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *
 def evaluate(
     model: Transformer,
     *,
-    store,
+    corpus: Corpus,
     mesh: jax.sharding.Mesh,
     seq_len: int,
     batch_size: int,
     max_windows: int,
     loss: LossConfig,
 ) -> Evaluation:
-    """Of a model on a store's held-out windows, in order.
+    """Of a model on the held-out windows of each store, in order; over all of them each token counts the same.
 
     Args:
-      batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many; 0 is all.
+      batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many of each; 0 is all.
+
+    Raises:
+      Preempted: where the run is asked to stop meanwhile.
+      Failed: where they have no tokens with a loss, but only prompts.
+      Unreadable: on all processes, where one of them could not read its rows.
     """
+    sums, failures = {}, []
+    for name, store in corpus.stores.items():
+        sums[name], failure = _sums(model, store, mesh, seq_len, batch_size, max_windows, loss)
+        failures.append(failure)
+    for process, failure in enumerate(hosts.exchange(next(filter(None, failures), ""))):
+        if failure:
+            raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {failure}")
+    with heartbeat.phase("evaluating"), heartbeat.waiting():
+        found = {name: np.sum(jax.device_get(each), axis=0, dtype=np.float64) for name, each in sums.items()}
+    if min(each[2] for each in found.values()) == 0:
+        raise Failed("The held-out rows that are read have 0 tokens with a loss: read more, by eval_batches.")
+    sources = {name: _evaluation(*each) for name, each in found.items() if name}
+    return _evaluation(*np.sum(list(found.values()), axis=0))._replace(sources=sources)
+
+
+def _evaluation(nll: float, correct: float, tokens: float, size: float) -> Evaluation:
+    return Evaluation(float(nll / tokens), float(nll / math.log(2) / size), float(correct / tokens), int(tokens))
+
+
+def _sums(
+    model: Transformer,
+    store: Store,
+    mesh: jax.sharding.Mesh,
+    seq_len: int,
+    batch_size: int,
+    max_windows: int,
+    loss: LossConfig,
+) -> tuple[list, str]:
+    """`eval_step` of each batch of a store, and why one could not be read, or an empty string."""
     shards = sharding.row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     rows = sharding.local_rows(mesh, batch_size, 1)
@@ -71,13 +134,18 @@ def evaluate(
     token_bytes = hosts.put(store.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
     vocab_size = store.tokenizer.vocab_size
     windows = max_windows or len(batches) * batch_size
-    sums = []
+    sums, failure = [], ""
     for index in range(min(len(batches), -(-windows // batch_size))):
-        batch = batches[index]
+        try:
+            batch = batches[index]
+        except Exception as error:  # TensorStore raises many kinds; the others wait for these rows in the sums
+            failure, batch = f"{type(error).__name__}: {error}", stream.padding(len(rows), seq_len)
         # The same windows are read however many fit into a batch.
         counted = (index * batch_size + rows < windows).astype(np.float32)
         batch = batch._replace(weights=batch.weights * counted[:, None])
         batch = sharding.place(batch, rows, mesh, batch_size, 1)
-        sums.append(eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss))
-    nll, correct, tokens, size = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return Evaluation(float(nll / tokens), float(nll / math.log(2) / size), float(correct / tokens), int(tokens))
+        preemption.tick()
+        # The first call compiles, which may take long.
+        with heartbeat.phase("evaluating" if index else "compiling the evaluation"), heartbeat.waiting():
+            sums.append(eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss))
+    return sums, failure

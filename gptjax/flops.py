@@ -70,8 +70,8 @@ def kernel(name: str, others: list[str], queries: tuple[int, ...], window: int) 
     """FLOPs of one call of a flash-attention kernel; 0 for a name that is not one.
 
     A product of queries and keys (or scores and values) looks at the T (T + 1) / 2 pairs of a causal mask, or at those
-    within `window` positions. Forward has 2 of them; of the gradients, that of the queries has 3, that of keys and values
-    4, and all in one 5, as scores are computed again (Dao 2023, algorithms 1 and 2).
+    within `window` positions. Forward has 2 of them; of the gradients, that of the queries has 3, that of keys and
+    values 4, and all in one 5, as scores are computed again (Dao 2023, algorithms 1 and 2).
 
     Args:
       others: the names of all kernels of the program, which tell whether the gradients are one kernel or two.

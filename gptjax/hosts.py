@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -22,11 +23,12 @@ import jax
 from jax._src.clusters import ClusterEnv
 from jax._src.distributed import global_state
 
-from gptjax import __version__
+from gptjax import __version__, heartbeat, lifeline
 from gptjax.errors import Refused
 
 FLAGS = ("coordinator", "num_processes", "process_id")
 BY_HAND = "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+MAX_FACTS = 1 << 20  # characters of one process's facts
 _rounds = itertools.count()
 
 
@@ -39,7 +41,7 @@ class Place(NamedTuple):
     local_devices: list[int] | None  # which of the machine's this process sees; None: all
 
 
-def join(given: dict, facts: dict, timeout: int) -> None:
+def join(given: dict, facts: dict, timeout: int, silence: float = 0) -> None:
     """Joins the processes of this run, if there are others. To be called before JAX looks for devices.
 
     From here on only process 0 has a standard output.
@@ -48,6 +50,8 @@ def join(given: dict, facts: dict, timeout: int) -> None:
       given: those of FLAGS that the command line has; without any the place is found from TPU VM, GKE, Slurm, Open MPI.
       facts: what all processes must agree on besides the versions, by name; JSON values.
       timeout: seconds to wait for the others.
+      silence: seconds after which a lifeline names a host that gives no sign of life; JAX, which ends the others too,
+        but names nobody, is to notice later.
 
     Raises:
       Refused: for flags that make no sense, processes that do not come, or that disagree.
@@ -57,9 +61,10 @@ def join(given: dict, facts: dict, timeout: int) -> None:
         return
     facts = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")} | facts
     facts |= {"gptjax": __version__, "--num_processes": place.num_processes}
-    refusal = (_receive if place.process_id == 0 else _report)(place, facts, timeout)
+    refusal, connections = (_receive if place.process_id == 0 else _report)(place, facts, timeout)
     if refusal:
         raise Refused(refusal)
+    lifeline.connect(place.process_id, connections)
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and nobody asks it
     jax.distributed.initialize(
         place.coordinator,
@@ -68,6 +73,7 @@ def join(given: dict, facts: dict, timeout: int) -> None:
         place.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=timeout,
+        heartbeat_timeout_seconds=100 + int(silence),
     )
     _leave_the_output_to_process_0(place)
     sys.excepthook = _fail
@@ -82,7 +88,7 @@ def _given(given: dict) -> Place:
         )
     coordinator, num_processes, process_id = (given[name] for name in FLAGS)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
         raise Refused(f"--coordinator={coordinator} is no HOST:PORT of process 0: write for example 10.0.0.2:8476.")
     if num_processes < 1:
         raise Refused(f"--num_processes={num_processes} must be at least 1.")
@@ -117,11 +123,13 @@ def _found(timeout: int) -> Place | None:
 
 # Before JAX's own service starts, process 0 hears on its port what each of the others is about to do, and answers with
 # a refusal or none. JAX ends the whole process with an abort where its service can't be reached or somebody is missing.
+# Where there is none, the connections stay: the run's lifeline.
 
 
-def _receive(place: Place, facts: dict, timeout: int) -> str:
+def _receive(place: Place, facts: dict, timeout: int) -> tuple[str, dict[int, socket.socket]]:
     """Process 0: waits until all the others have come; tells them the refusal, or that there is none."""
     came, open_connections, deadline = {0: facts}, [], time.monotonic() + timeout
+    connected = {}
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     port = int(place.coordinator.rpartition(":")[2])
     try:
@@ -130,7 +138,8 @@ def _receive(place: Place, facts: dict, timeout: int) -> str:
         )
     except OSError as error:
         return (
-            f"Process 0 can't listen on port {port} of this machine ({error.strerror}): give another in --coordinator."
+            f"Process 0 can't listen on port {port} of this machine ({error.strerror}): give another in --coordinator.",
+            {},
         )
     with server, contextlib.ExitStack() as connections:
         refusal = ""
@@ -139,23 +148,25 @@ def _receive(place: Place, facts: dict, timeout: int) -> str:
             try:
                 connection = connections.enter_context(server.accept()[0])
                 connection.settimeout(10)
-                process_id, its_facts = json.loads(connection.makefile().readline())
-                if not (isinstance(its_facts, dict) and 0 < process_id < place.num_processes):
+                process_id, its_facts = json.loads(connection.makefile().readline(MAX_FACTS))
+                if not (isinstance(its_facts, dict) and process_id in range(1, place.num_processes)):
                     continue
-            except (OSError, TypeError, ValueError):  # nobody came, or somebody else than one of ours
+            except (OSError, RecursionError, TypeError, ValueError):  # nobody came, or somebody else than one of ours
                 continue
             open_connections.append(connection)
             if process_id in came:
                 refusal = f"Two processes came to {place.coordinator} as --process_id={process_id}: give each its own."
-            came[process_id] = its_facts
+            came[process_id], connected[process_id] = its_facts, connection
         refusal = refusal or _disagreement(came) or _missing(came, place, timeout)
         for connection in open_connections:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(refusal).encode() + b"\n")
-    return refusal
+        if not refusal:
+            connections.pop_all()
+    return refusal, connected
 
 
-def _report(place: Place, facts: dict, timeout: int) -> str:
+def _report(place: Place, facts: dict, timeout: int) -> tuple[str, dict[int, socket.socket]]:
     """Any other process: tells process 0 what it is about to do. Returns its answer."""
     host, _, port = place.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
@@ -163,22 +174,27 @@ def _report(place: Place, facts: dict, timeout: int) -> str:
         connection = None
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
-            with connection:
-                connection.sendall(json.dumps([place.process_id, facts]).encode() + b"\n")
-                connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
-                return json.loads(connection.makefile().readline())
-        except (OSError, ValueError) as error:  # after a preemption, an old process 0 may still be about to end
+            connection.sendall(json.dumps([place.process_id, facts]).encode() + b"\n")
+            connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
+            answer = connection.makefile("rb", buffering=0).readline(MAX_FACTS)  # a buffer might swallow what follows
+            return json.loads(answer), {0: connection}
+        except (OSError, RecursionError, ValueError) as error:
+            # After a preemption, an old process 0 may still be about to end.
             if time.monotonic() > deadline and connection is None:
                 return (
                     f"Process {place.process_id} of {place.num_processes} can't reach the coordinator "
                     f"{place.coordinator} in {timeout} s ({error.strerror or error}): see that process 0 runs there "
-                    "and that its port is open."
+                    "and that its port is open.",
+                    {},
                 )
             if time.monotonic() > deadline:
                 return (
                     f"{place.coordinator} does not answer process {place.process_id} as process 0 of this run would "
-                    f"({type(error).__name__}): see what it says, and that no other run has that port."
+                    f"({type(error).__name__}): see what it says, and that no other run has that port.",
+                    {},
                 )
+            if connection is not None:
+                connection.close()
         time.sleep(0.2)
 
 
@@ -224,6 +240,11 @@ def _leave_the_output_to_process_0(place: Place) -> None:
 def _fail(*error) -> None:
     """Ends this process at an exception. Left to itself, JAX would wait for the others, which wait for this one."""
     sys.__excepthook__(*error)
+    fail()
+
+
+def fail() -> None:
+    """Ends this process of several with exit code 1, at once: also where a save's thread hangs on a lost disk."""
     sys.stdout.flush()
     if first():
         time.sleep(2)  # with process 0 goes what tells the others of failures, and they may be about to tell their own
@@ -235,11 +256,15 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def exchange(value) -> list:
-    """What each process gave, by process, on all of them: JSON values. Every process has to call it."""
+def exchange(value, name: str = "") -> list:
+    """What each process gave, by process, on all of them: JSON values. Every process has to call it.
+
+    Args:
+      name: of an exchange in another thread than the main one, where no order says which is meant; a new one each time.
+    """
     if not jax.distributed.is_initialized():
         return [value]
-    store, key = global_state.client, f"gptjax/{next(_rounds)}"
+    store, key = global_state.client, f"gptjax/{name or next(_rounds)}"
     store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     if first():
         values = [_wait_for(f"{key}/{process}") for process in range(jax.process_count())]
@@ -247,14 +272,21 @@ def exchange(value) -> list:
     return json.loads(_wait_for(f"{key}/all"))
 
 
+def forget(name: str) -> None:
+    """Drops what was exchanged under names that begin with `name/`, which all processes have read by now."""
+    if jax.distributed.is_initialized() and first():
+        global_state.client.key_value_delete(f"gptjax/{name}/")
+
+
 def _wait_for(key: str) -> str:
-    """However long it takes; where a process dies meanwhile, JAX's heartbeat ends the others."""
-    while True:
-        try:
-            return global_state.client.blocking_key_value_get(key, 60_000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+    """However long it takes; where a process dies meanwhile, the lifeline or JAX's heartbeat ends the others."""
+    with heartbeat.waiting():
+        while True:
+            try:
+                return global_state.client.blocking_key_value_get(key, 60_000)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
 
 
 @contextlib.contextmanager

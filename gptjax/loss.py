@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -59,6 +60,48 @@ def next_token_sums(
         return Sums(*manual(local, "", "", "", "")(unembedding, x_BTD, targets_BT, weights_BT))
 
 
+def next_token_scores(x_BTD, unembedding: nnx.Param, targets_BT, *, vocab_size: int, softcap: float):
+    """Of each target its log probability, float32 [B, T] in nats, and whether no token was more likely, bool [B, T].
+
+    Args: as of `next_token_sums`.
+    """
+    chunks = math.gcd(x_BTD.shape[1], 8)
+
+    def local(unembedding, x_BTD, targets_BT):
+        x_BTD = gather_sequence(x_BTD, "act_stream")
+        w_VD = gather(unembedding, x_BTD.dtype)
+
+        def one(carry, chunk):
+            x_BtD, targets_Bt = chunk
+            *_, peak_Bt, total_Bt, target_Bt = scored(x_BtD, w_VD, targets_Bt, vocab_size, softcap)
+            return carry, (target_Bt - peak_Bt - jnp.log(total_Bt), target_Bt >= peak_Bt)
+
+        _, found = jax.lax.scan(one, (), (split(x_BTD, chunks), split(targets_BT, chunks)))
+        return tuple(jnp.moveaxis(each, 0, 1).reshape(targets_BT.shape) for each in found)
+
+    return manual(local, "act_batch act_seq", "act_batch act_seq")(unembedding, x_BTD, targets_BT)
+
+
+def split(array, chunks: int):
+    """[B, T, …] as [chunks, B, T / chunks, …]."""
+    return jnp.moveaxis(array.reshape(array.shape[0], chunks, -1, *array.shape[2:]), 1, 0)
+
+
+def scored(x_BtD, w_VD, targets_Bt, vocab_size: int, softcap: float):
+    """On this device's rows and its part of the vocabulary: the capped logits [B, t, V], where the target is, and
+    exp(logits - peak); over the whole vocabulary: the largest logit [B, t], the sum of those exp, the target's logit."""
+    ids_V = index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
+    raw_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, w_VD, preferred_element_type=jnp.float32)
+    capped_BtV = soft_capped(raw_BtV, softcap)
+    logits_BtV = jnp.where(ids_V < vocab_size, capped_BtV, -jnp.inf)
+    is_target_BtV = ids_V == targets_Bt[..., None]
+    peak_Bt = largest(logits_BtV.max(-1), "tensor")
+    exp_BtV = jnp.exp(logits_BtV - peak_Bt[..., None])
+    total_Bt = summed(exp_BtV.sum(-1), "tensor")
+    target_Bt = summed(jnp.where(is_target_BtV, logits_BtV, 0).sum(-1), "tensor")
+    return capped_BtV, is_target_BtV, exp_BtV, peak_Bt, total_Bt, target_Bt
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def chunked(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config):
     """(objective, (nll, z, correct)) over this device's rows and its part of the vocabulary, chunk by chunk."""
@@ -82,19 +125,13 @@ chunked.defvjp(forward, backward)
 def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config, *, with_gradient):
     """Returns ((objective, (nll, z, correct)), gradients of the objective (dx, dw), or () if not asked for)."""
     chunks = config.num_chunks
-    ids_V = index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0])
 
     def one(carry, chunk):
         nll, z, correct, dw_VD = carry
         x_BtD, targets_Bt, weights_Bt = chunk
-        raw_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, w_VD, preferred_element_type=jnp.float32)
-        capped_BtV = soft_capped(raw_BtV, softcap)
-        logits_BtV = jnp.where(ids_V < vocab_size, capped_BtV, -jnp.inf)
-        is_target_BtV = ids_V == targets_Bt[..., None]
-        peak_Bt = largest(logits_BtV.max(-1), "tensor")
-        exp_BtV = jnp.exp(logits_BtV - peak_Bt[..., None])
-        total_Bt = summed(exp_BtV.sum(-1), "tensor")
-        target_Bt = summed(jnp.where(is_target_BtV, logits_BtV, 0).sum(-1), "tensor")
+        capped_BtV, is_target_BtV, exp_BtV, peak_Bt, total_Bt, target_Bt = scored(
+            x_BtD, w_VD, targets_Bt, vocab_size, softcap
+        )
         log_z_Bt = peak_Bt + jnp.log(total_Bt)
         nll += (weights_Bt * (log_z_Bt - target_Bt)).sum()
         z += (weights_Bt * jnp.square(log_z_Bt)).sum()
@@ -111,12 +148,11 @@ def scan_chunks(x_BTD, w_VD, targets_BT, weights_BT, vocab_size, softcap, config
         dw_VD += jnp.einsum("BtV,BtD->VD", d_BtV, x_BtD, preferred_element_type=jnp.float32)
         return (nll, z, correct, dw_VD), dx_BtD
 
-    def split(array):
-        return jnp.moveaxis(array.reshape(array.shape[0], chunks, -1, *array.shape[2:]), 1, 0)
-
     zero = varying(jnp.zeros(()), *BATCH_AXES)
     dw_VD = jnp.zeros_like(w_VD, jnp.float32) if with_gradient else ()
-    carry, dx = jax.lax.scan(one, (zero, zero, zero, dw_VD), (split(x_BTD), split(targets_BT), split(weights_BT)))
+    carry, dx = jax.lax.scan(
+        one, (zero, zero, zero, dw_VD), tuple(split(each, chunks) for each in (x_BTD, targets_BT, weights_BT))
+    )
     nll, z, correct, dw_VD = carry
     objective = nll + config.z_loss * z
     if not with_gradient:

@@ -1,18 +1,18 @@
-"""What a run tells: throughput, utilization, and where the numbers go (terminal, metrics.jsonl, TensorBoard)."""
+"""What a run tells: throughput, utilization, and the rows of its steps and evaluations."""
 
 import collections
 import contextlib
-import json
 import math
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 
-from gptjax import hosts
+from gptjax import heartbeat, hosts, stopping
+from gptjax.writers import Writers
 
 # Dense bfloat16 FLOP/s of one device as JAX counts devices, by `device_kind`. TPUs: Google Cloud's "System
 # architecture" page of each version (a TPU7x chip of 2307 TFLOP/s is two devices); NVIDIA: the data sheet of each card,
@@ -86,34 +86,51 @@ def trace(folder: epath.Path):
             epath.Path(file).copy(target)
 
 
+def _of_task(key: str) -> bool:
+    return key.startswith("task/")
+
+
 class Log:
-    """One row a logged step, written one step late, so that the device always has the next step to do."""
+    """One row a logged step, written one step late, so that the device always has the next step to do.
+
+    A context manager: leaving it without an exception writes what is left.
+    """
 
     def __init__(
         self,
         workdir: epath.Path,
         bar,
         start: int,
+        watch,
         log_every: int,
-        tokens_per_step: int,
-        flops_per_token: int,
+        done: Callable[[int], tuple[int, int]],
         peak: float | None,
+        tracker: Callable | None = None,
     ):
-        self._bar, self._log_every = bar, log_every
-        self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak
+        """`watch`: sees the loss and the gradient's norm of each step before anything else is done with them. `done`: the
+        tokens, and the FLOPs of the model, in all steps up to one. `tracker`: as `Writers` takes it.
+        """
+        self._bar, self._watch, self._log_every = bar, watch, log_every
+        self._done, self._peak = done, peak
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
         self._start, self._starting = start, None
-        self.step_seconds = []  # of the logged steps
-        path = workdir / "metrics.jsonl"
-        rows = rows_until(path, start) if hosts.first() else []
-        self.evaluated = set(hosts.exchange([row["step"] for row in rows if "eval_loss" in row])[0])
+        self._flops = 0  # of the last logged step
+        self.step_seconds = []  # of the logged steps of as many FLOPs, which a curriculum changes
+        self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
+        self._writers = Writers(workdir, start, bar, tracker) if hosts.first() else None
+        rows = self._writers.rows if hosts.first() else []
+        self.losses = dict(hosts.exchange([*stopping.evaluations(rows).items()])[0])  # on held-out text, by step
+        self.scored = set(hosts.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind is None:
+            self._flush()
         if hosts.first():
-            beside = workdir / "metrics.jsonl.partial"
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            beside.replace(path)
-            self._rows = path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._writers.close()
 
     def starting(self, began: float, facts: dict) -> None:
         """Has the row of this start written once its first step is done: `facts`, and the seconds since `began`."""
@@ -130,7 +147,7 @@ class Log:
         self._flush()
         before = time.perf_counter()
         if hosts.first():
-            self._board.flush()
+            self._writers.flush()
         yield
         self._began += time.perf_counter() - before
 
@@ -139,16 +156,14 @@ class Log:
             return
         step, metrics = self._pending
         self._pending = None
-        loss = float(jax.device_get(metrics["loss"]))  # waits for the step
-        if not math.isfinite(loss):  # before a save can replace a good checkpoint
-            raise FloatingPointError(
-                f"The loss of step {step} is {loss}: the checkpoints before it are kept; lower "
-                "optimizer.peak_learning_rate, or raise optimizer.warmup_steps."
-            )
+        with heartbeat.waiting():
+            loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))  # waits for the step
+        if told := self._watch.see(step, float(loss), float(grad_norm)):
+            self._bar.print(told)
         if self._starting and hosts.first():
             began, facts = self._starting
             seconds = time.perf_counter() - began
-            self._write({"step": self._start} | facts | {"first_step_seconds": seconds})
+            self._writers.write({"step": self._start} | facts | {"first_step_seconds": seconds})
             self._bar.print(f"the first step was done {seconds:.1f} s after the start")
         self._starting = None
         self._steps += 1
@@ -157,56 +172,65 @@ class Log:
 
     def _step(self, step: int, metrics: dict) -> None:
         now = time.perf_counter()
-        seconds = (now - self._began) / self._steps
+        seconds, steps = (now - self._began) / self._steps, self._steps
         self._began, self._steps = now, 0
+        tokens, flops = self._done(step)
+        before = self._done(step - steps)
+        speed = (tokens - before[0]) / (seconds * steps)
+        each = (flops - before[1]) / steps
+        if each != self._flops:
+            self._flops, self.step_seconds = each, []
         self.step_seconds.append(seconds)
-        speed = self._tokens_per_step / seconds
-        mfu = speed * self._flops_per_token / self._peak if self._peak else None
-        row = {"step": step} | {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
-        row |= {"tokens_seen": step * self._tokens_per_step, "tokens_per_second": speed, "step_seconds": seconds}
-        self._write(row | {"mfu": mfu})
+        self.floor_seconds = self._peak and each / self._peak
+        mfu = self._peak and self.floor_seconds / seconds
+        numbers = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        row |= {"skipped_updates": int(metrics["skipped"])}
+        row |= {"tokens_seen": tokens, "tokens_per_second": speed, "step_seconds": seconds}
+        self._writers.write(row | {"mfu": mfu})
         shown = "unknown" if mfu is None else f"{mfu:.1%}"
-        self._bar.update(step, f"loss {row['loss']:.4f} · {speed:,.0f} tokens/s · MFU {shown}")
+        self._bar.update(step, f"loss {numbers['loss']:.4f} · {speed:,.0f} tokens/s · MFU {shown}")
 
     def evaluation(self, step: int, result) -> None:
         """Writes the row of an `evaluate.Evaluation`."""
+        self.losses[step] = result.loss
+        row = {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte, "eval_accuracy": result.accuracy}
+        for name, its in result.sources.items():
+            row |= {f"eval_loss/{name}": its.loss, f"eval_bits_per_byte/{name}": its.bits_per_byte}
+            row |= {f"eval_accuracy/{name}": its.accuracy}
+        each = "".join(
+            f"; {name} {its.loss:.4f}, {its.bits_per_byte:.4f} bits a byte" for name, its in result.sources.items()
+        )
+        self._evaluation(
+            step,
+            row,
+            f"step {step}: held-out loss {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} "
+            f"bits a byte, accuracy {result.accuracy:.1%}{each}",
+        )
+
+    def scores(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Writes the row of the metrics of tasks, by their names."""
+        self.scored.add(step)
+        row = {f"task/{name}/{metric}": value for name, its in results.items() for metric, value in its.items()}
+        each = (
+            f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in its.items() if metric != "samples")
+            for name, its in results.items()
+        )
+        self._evaluation(step, row, f"step {step}: {'; '.join(each)}")
+
+    def failed_evaluation(self, step: int, error: Exception) -> None:
+        """Writes a row that says why there is none."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        told = f"warning: step {step} could not be evaluated ({reason}); the run goes on"
+        self._evaluation(step, {"eval_error": reason}, told)
+
+    def _evaluation(self, step: int, row: dict, told: str) -> None:
         if hosts.first():
-            self._write(
-                {
-                    "step": step,
-                    "eval_loss": result.loss,
-                    "eval_bits_per_byte": result.bits_per_byte,
-                    "eval_accuracy": result.accuracy,
-                }
-            )
-            self._bar.print(
-                f"step {step}: held-out loss {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} "
-                f"bits a byte, accuracy {result.accuracy:.1%}"
-            )
+            self._writers.write({"step": step} | row)
+            self._bar.print(told)
 
-    def _write(self, row: dict) -> None:
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._flush()
-        if hosts.first():
-            self._rows.close()
-            self._board.close()
-
-
-def rows_until(path: epath.Path, start: int) -> list[dict]:
-    """The rows of metrics.jsonl up to step `start`: a run that goes on from there writes the later ones again.
-
-    A last line that a kill cut short is dropped with them.
-    """
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [row for row in rows if row["step"] <= start]
+    def saved(self, saves: list) -> None:
+        """Writes a row for each `saving.Save`."""
+        for save in saves if hosts.first() else ():
+            row = {"step": save.step, "save_blocked_seconds": save.blocked_seconds, "save_seconds": save.seconds}
+            self._writers.write(row)

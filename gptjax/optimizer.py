@@ -93,12 +93,12 @@ def decays(model) -> object:
 def muon_dimensions(model) -> object:
     """Which axes of each block's matrices are its input and output; None where Adam serves.
 
-    `embed` is one side of every matrix in a block, its other axes but `layers` the other side. Embeddings, gains and
-    biases are Adam's (Jordan et al. 2024).
+    `embed` is one side of every matrix in a block, its other axes but `layers` the other side. Embeddings, gains, biases
+    (Jordan et al. 2024) and adapters are Adam's.
     """
 
     def dimensions(param):
-        if param.axes[0] != "layers" or not param.decay:
+        if param.axes[0] != "layers" or not param.decay or "rank" in param.axes:
             return None
         embed = param.axes.index("embed")
         others = tuple(axis for axis in range(1, param.ndim) if axis != embed)
@@ -108,11 +108,37 @@ def muon_dimensions(model) -> object:
     return jax.tree.map(dimensions, model, is_leaf=is_param)
 
 
+def narrowed(inner: optax.GradientTransformation, power: float) -> optax.GradientTransformation:
+    """`inner`, whose updates of a matrix are divided by `widened` to a power (Yang et al. 2022, as in transformer.py).
+
+    Where all entries of an update are of one size whatever the width, as Adam's and Lion's are, and all point one way,
+    a sum over n inputs grows as n: the power is 1 (table 8). Muon's singular values are all alike, √n at entries of one
+    size, and the power is 1/2 (Yang, Simon and Bernstein 2023, "A spectral condition for feature learning", section 3).
+    Weight decay comes after it, and takes the same share of a weight a step at any width.
+    """
+
+    def smaller(param):
+        ratio = param.widened**power
+        return param if ratio == 1 else jax.tree.map(lambda update: update / ratio, param)
+
+    def update(gradient, state, params):
+        updates, state = inner.update(gradient, state, params)
+        return jax.tree.map(smaller, updates, is_leaf=is_param), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
 OPTIMIZERS = {
-    "adamw": lambda rate, c: optax.adamw(
-        rate, b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay, mask=decays
+    "adamw": lambda rate, c: optax.chain(
+        narrowed(optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps), 1),
+        optax.add_decayed_weights(c.weight_decay, decays),
+        optax.scale_by_learning_rate(rate),
     ),
-    "lion": lambda rate, c: optax.lion(rate, b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=decays),
+    "lion": lambda rate, c: optax.chain(
+        narrowed(optax.scale_by_lion(b1=c.beta1, b2=c.beta2), 1),
+        optax.add_decayed_weights(c.weight_decay, decays),
+        optax.scale_by_learning_rate(rate),
+    ),
     # Adafactor's decay is not multiplied by the rate inside optax; here it is, as for the others.
     "adafactor": lambda rate, c: optax.chain(
         optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1),
@@ -122,13 +148,16 @@ OPTIMIZERS = {
     # The update's root mean square is made that of AdamW (Liu et al. 2025, section 2.2), so that one learning rate and
     # one decay serve both halves.
     "muon": lambda rate, c: optax.chain(
-        optax.contrib.muon(
-            1.0,
-            beta=c.beta1,
-            adam_b1=c.beta1,
-            adam_b2=c.beta2,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=0.2,
+        narrowed(
+            optax.contrib.muon(
+                1.0,
+                beta=c.beta1,
+                adam_b1=c.beta1,
+                adam_b2=c.beta2,
+                muon_weight_dimension_numbers=muon_dimensions,
+                consistent_rms=0.2,
+            ),
+            0.5,
         ),
         # Inside optax the decay of Adam's half has no mask.
         optax.add_decayed_weights(-c.weight_decay, decays),

@@ -63,7 +63,8 @@ def analyses(configs: list[Config], topology: Topology, source: str) -> list[dic
                 )
             except subprocess.TimeoutExpired as error:
                 raise Refused(
-                    f"Compiling for {topology.name} took more than {TIMEOUT} s and was stopped: try fewer chips or layers."
+                    f"Compiling for {topology.name} took more than {TIMEOUT} s and was stopped: try fewer chips or "
+                    "layers."
                 ) from error
         if ended.returncode:
             raise Refused(f"The compiler failed on {topology.name} × {topology.slices}: {reason(ended)}")
@@ -107,6 +108,7 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
         between = links[True] / figures.dcn_bytes if figures.dcn_bytes else None
     if floor is not None:
         bound = max(floor, within or 0, between or 0)
+    days = bound and bound * config.num_steps / 86_400
     result = {
         "fits": fits,
         "source": row["source"],
@@ -128,8 +130,9 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
         "interconnect_step_seconds": {"within": within, "between": between},
         "bound_step_seconds": bound,
         "bound_tokens_per_second": bound and row["tokens_per_step"] / bound,
-        "bound_days": bound and bound * config.num_steps / 86_400,
-        "bound_chip_hours": bound and bound * config.num_steps / 3600 * topology.num_chips,
+        # A curriculum's other steps take less than the one that is planned.
+        "bound_days": days if len(config.phases) == 1 else None,
+        "bound_chip_hours": days and 24 * days * topology.num_chips if len(config.phases) == 1 else None,
         "collectives": with_expected(row),
         "kernels": row.get("kernels"),
         "largest_buffers": row.get("largest_buffers", []),

@@ -5,6 +5,7 @@ import itertools
 import pathlib
 
 from gptjax import config as configs
+from gptjax import config_file
 from gptjax.config import Config
 from gptjax.errors import Refused
 from gptjax.plan import analyses, has_compiler, judged
@@ -83,7 +84,7 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
 
 
 def cost(plan: dict, topology: Topology) -> tuple[float, float]:
-    """Seconds that rank a plan: its bound, with FLOPs at the peak where no time is told, as on GPUs; then the compute."""
+    """Seconds that rank a plan: its bound, by FLOPs at the peak where no time is told, as on GPUs; then the compute."""
     figures = topology.figures
     compute = plan["bound_step_seconds"]
     if compute is None:
@@ -107,7 +108,8 @@ def nothing_fits(config: Config, topology: Topology, plans: list[dict]) -> str:
             f"batch_size a multiple of {topology.num_devices}."
         )
     least = min(plans, key=lambda plan: plan["hbm_bytes"])
-    return f"None of {len(plans)} meshes, policies and accumulations fits {topology.name}: the smallest {least['verdict']}."
+    tried = f"{len(plans)} meshes, policies and accumulations"
+    return f"None of {tried} fits {topology.name}: the smallest {least['verdict']}."
 
 
 def shown(config: Config) -> str:
@@ -125,7 +127,8 @@ def time_of(plan: dict) -> str:
 def output(config_path: str, topology: Topology) -> pathlib.Path:
     """Where the winner goes: into the working directory. Raises: Refused, where something is there already."""
     shape = topology.name.replace(":", "_") + (f"_x{topology.slices}" if topology.slices > 1 else "")
-    path = pathlib.Path(f"{pathlib.Path(config_path).stem}_{shape}.py")
+    file, arguments = config_file.split(config_path)
+    path = pathlib.Path("_".join([pathlib.Path(file).stem, *arguments, shape]) + ".py")
     if path.exists():
         raise Refused(f"{path} exists, and --search would write it: move it away.")
     return path
@@ -136,10 +139,8 @@ def write(best: Config, config_path: str, overrides: dict[str, str], plan: dict,
     keys = configs.flatten(dataclasses.asdict(best))
     changed = [key for key in overrides if key in keys]
     changed += [f"mesh.{axis}" for axis in ("slices", "data", "fsdp", "tensor")] + ["model.remat", "grad_accum_steps"]
-    lines = "".join(f"    config.{key} = {keys[key]!r}\n" for key in dict.fromkeys(changed))
-    original = pathlib.Path(config_path).resolve()
-    path.write_text(
-        f'"""{original.name} for {plan["topology"]} × {plan["slices"]}, by gptjax plan --search ({plan["source"]}).\n\n'
-        f'{plan["verdict"]}.\n"""\n\nimport runpy\n\n\ndef get_config():\n'
-        f'    config = runpy.run_path({str(original)!r})["get_config"]()\n{lines}    return config\n'
+    docstring = (
+        f"{pathlib.Path(config_file.split(config_path)[0]).name} for {plan['topology']} × {plan['slices']}, by gptjax plan --search "
+        f"({plan['source']}).\n\n{plan['verdict']}.\n"
     )
+    config_file.write(path, config_path, docstring, {key: keys[key] for key in changed})

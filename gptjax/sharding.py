@@ -34,6 +34,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
     "act_batch": ("slices", "data", "fsdp", "ring"),
     "act_seq": None,
     "act_stream": "tensor",  # the sequence of the residual stream between blocks (Korthikanti et al. 2022, section 4.2)
@@ -66,13 +67,16 @@ def slice_index(device: jax.Device) -> int:
     return getattr(device, "slice_index", None) or 0  # a single slice has none
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-    """The sizes of (slices, data, fsdp, tensor) on `num_devices`, with the -1 filled in; `slices` must not be 0.
+def mesh_shape(config: MeshConfig, num_devices: int, tpu_slices: int) -> tuple[int, int, int, int]:
+    """The sizes of (slices, data, fsdp, tensor) on `num_devices` in `tpu_slices`, with 0 and -1 filled in.
 
     Raises:
-      Refused: more than one -1, a size below 1, or a product other than the number of devices.
+      Refused: more than one -1, a size below 1, a product other than the number of devices, or other slices than
+        they are in.
     """
-    sizes = {axis: getattr(config, axis) for axis in ("slices", "data", "fsdp", "tensor")}
+    sizes = {"slices": config.slices or tpu_slices} | {
+        axis: getattr(config, axis) for axis in ("data", "fsdp", "tensor")
+    }
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     for axis, size in sizes.items():
         if size < 1 and size != -1:
@@ -88,6 +92,11 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
             f"{shown} asks for {'a multiple of ' if open_axes else ''}{taken} devices, but there are "
             f"{num_devices}: change a size, or set one to -1 to take what is left."
         )
+    if tpu_slices > 1 and sizes["slices"] != tpu_slices:
+        raise Refused(
+            f"mesh.slices={sizes['slices']}, but the devices are {tpu_slices} TPU slices: set it to {tpu_slices}, or "
+            "to 0."
+        )
     return tuple(sizes.values())
 
 
@@ -98,10 +107,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mes
       Refused: sizes that do not make up the devices, or other slices than they have.
     """
     found = num_slices(devices)
-    config = dataclasses.replace(config, slices=config.slices or found)
-    slices, *inside = mesh_shape(config, len(devices))
-    if found > 1 and slices != found:
-        raise Refused(f"mesh.slices={slices}, but the devices are {found} TPU slices: set it to {found}, or to 0.")
+    slices, *inside = mesh_shape(config, len(devices), found)
     devices = sorted(devices, key=slice_index) if found > 1 else devices
     order = np.stack([linked(inside, list(group)) for group in np.array(devices).reshape(slices, -1)])
     ring = ring_size(order[0, 0, :, 0])
@@ -149,13 +155,22 @@ def spec(*names: str) -> PartitionSpec:
 
 
 def _spec(names, mesh) -> PartitionSpec:
-    axes = (LOGICAL_AXES[name] for name in names)
-    cut = (_cut((axis,) if isinstance(axis, str) else axis or (), mesh) for axis in axes)
+    cut = (_cut(mesh_axes(name), mesh) for name in names)
     return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in cut))
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that a logical name is cut along, whatever their sizes; an unknown name is a KeyError."""
+    axes = LOGICAL_AXES[name]
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _cut(axes, mesh) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
+def _cut_here(*axes: str) -> tuple[str, ...]:
+    return _cut(axes, jax.sharding.get_abstract_mesh())
 
 
 def manual(function, *names: str):
@@ -178,7 +193,7 @@ def gather(weight: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     array = varying(weight[...].astype(dtype), "slices", "data")
     for dimension, name in enumerate(weight.axes[-array.ndim :]):
         if name == "embed":
-            for axis in reversed(_cut(LOGICAL_AXES[name], jax.sharding.get_abstract_mesh())):
+            for axis in reversed(_cut_here(*mesh_axes(name))):
                 array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
     return array
 
@@ -197,25 +212,25 @@ def reduce_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
 
 def summed(x, *axes: str):
     """Inside `manual`: the sum over these mesh axes, of a tree of arrays that differ along them."""
-    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    axes = _cut_here(*axes)
     return jax.lax.psum(x, axes) if axes else x
 
 
 def largest(x: jax.Array, *axes: str) -> jax.Array:
     """Inside `manual`: the largest value over these mesh axes."""
-    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    axes = _cut_here(*axes)
     return jax.lax.pmax(x, axes) if axes else x
 
 
 def varying(x: jax.Array, *axes: str) -> jax.Array:
     """Inside `manual`: the same, taken to differ along these mesh axes, so that its gradient is summed over them."""
-    axes = _cut(axes, jax.sharding.get_abstract_mesh())
+    axes = _cut_here(*axes)
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def index(axis: str) -> jax.Array | int:
     """Inside `manual`: where this device stands along a mesh axis."""
-    return jax.lax.axis_index(axis) if _cut((axis,), jax.sharding.get_abstract_mesh()) else 0
+    return jax.lax.axis_index(axis) if _cut_here(axis) else 0
 
 
 def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> None:
@@ -231,7 +246,7 @@ def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> Non
     params = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     sizes = {name: size for param in params for name, size in zip(param.axes, param.shape)}
     for name in sorted(sizes, key=lambda name: list(keys).index(name) if name in keys else -1):
-        axes = (LOGICAL_AXES[name],) if isinstance(LOGICAL_AXES[name], str) else LOGICAL_AXES[name] or ()
+        axes = mesh_axes(name)
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if sizes[name] % parts:
             raise Refused(

@@ -1,9 +1,8 @@
 """What a step should need, from its shapes alone: nothing is compiled, and no device is there.
 
-The step is traced on an abstract mesh of the topology, so shapes, shardings and the choice of kernels are the real ones.
+The step is traced on an abstract mesh of the topology, so shapes, shardings and the choice of kernels are real.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -11,55 +10,44 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import config as configs
-from gptjax import flops, sharding, train, workdir
+from gptjax import flops, sharding, update, workdir
 from gptjax.config import Config
 from gptjax.data import stream
-from gptjax.errors import Refused
 from gptjax.evaluate import batch_sums
 from gptjax.models import remat
-from gptjax.models.transformer import padded_vocab
+from gptjax.models.config import padded_vocab
 from gptjax.optimizer import is_param
 from gptjax.sharding import AXES
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer import expected_vocab_size
 from gptjax.topology import Topology
-
-
-def vocab_size(config: Config) -> int:
-    """The vocabulary that the tokenizer of a config will have."""
-    return ByteTokenizer.vocab_size if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
 
 
 class Shapes(NamedTuple):
     """A step's arguments without their contents."""
 
     mesh: jax.sharding.AbstractMesh
-    state: train.TrainState
+    state: update.TrainState
     batch: stream.Batch
 
 
 def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMesh:
-    """The mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not make up the devices."""
-    slices = config.mesh.slices or topology.slices
-    if topology.slices > 1 and slices != topology.slices:
-        raise Refused(f"mesh.slices={slices} does not fit --slices={topology.slices}: leave mesh.slices at 0.")
-    named = sharding.mesh_shape(dataclasses.replace(config.mesh, slices=slices), topology.num_devices)
-    sizes = dict(zip(("slices", "data", "fsdp", "tensor"), named))
+    """The mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not make it up."""
+    *sizes, tensor = sharding.mesh_shape(config.mesh, topology.num_devices, topology.slices)
     device = jax.sharding.AbstractDevice(
         device_kind=topology.figures.device_kind, num_cores=None, platform="tpu" if topology.is_tpu else "gpu"
     )
     explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
     # `ring` is a part of `fsdp` that only real devices can tell.
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.sharding.AbstractMesh(shape, AXES, axis_types=explicit, abstract_device=device)
+    return jax.sharding.AbstractMesh((*sizes, 1, tensor), AXES, axis_types=explicit, abstract_device=device)
 
 
 def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
     """The state and batch of a config on a mesh. Raises: Refused, where they do not divide over it."""
     configs.check_batch(config, mesh)
-    workdir.check_divides(config, vocab_size(config), mesh)
+    workdir.check_divides(config, expected_vocab_size(config.tokenizer), mesh)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = train.abstract_state(config, vocab_size(config), mesh)
-    return Shapes(mesh, state, train.abstract_batch(config, mesh))
+        state = update.abstract_state(config, expected_vocab_size(config.tokenizer), mesh)
+    return Shapes(mesh, state, update.abstract_batch(config, mesh))
 
 
 def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
@@ -78,7 +66,9 @@ def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
 def step_flops(config: Config, given: Shapes) -> int:
     """FLOPs of the matrix products of a step over all devices, those done twice included."""
     with jax.sharding.use_abstract_mesh(given.mesh):
-        traced = train.train_step.trace(given.state, given.batch, config=config, vocab_size=vocab_size(config))
+        traced = update.train_step.trace(
+            given.state, given.batch, config=config, vocab_size=expected_vocab_size(config.tokenizer)
+        )
     return flops.executed(traced, config.model.sliding_window)
 
 
@@ -94,7 +84,7 @@ def kept(config: Config, given: Shapes) -> Kept:
 
     def leftovers(model, micro):
         def objective(model):
-            sums = batch_sums(model, micro, None, vocab_size=vocab_size(config), loss=config.loss)
+            sums = batch_sums(model, micro, None, vocab_size=expected_vocab_size(config.tokenizer), loss=config.loss)
             return sums.objective
 
         return jax.tree.leaves(jax.vjp(objective, model)[1])
@@ -116,7 +106,7 @@ def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def chunk_bytes(config: Config, given: Shapes) -> int:
     """Bytes a device of the largest float32 logits that the loss holds, and of their gradient."""
     rows = config.micro_batch_size // sharding.row_shards(given.mesh)
-    columns = padded_vocab(vocab_size(config)) // given.mesh.shape["tensor"]
+    columns = padded_vocab(expected_vocab_size(config.tokenizer)) // given.mesh.shape["tensor"]
     return 2 * 4 * rows * (config.seq_len // config.loss.num_chunks) * columns
 
 
@@ -126,10 +116,10 @@ def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
     fsdp: every weight that is cut is gathered in the compute dtype, a block's once forward and once backward, an
     embedding once; gradients are reduced once (ZeRO-3, Rajbhandari et al. 2020, section 7.2).
     data, slices: a device's part of the gradients is summed once.
-    tensor: before attention and before the MLP a block gathers the sequence, and after them it scatters the sum of their
-    products; backward the other way (Korthikanti et al. 2022, section 4.2.2). Where not everything is kept, the inputs are
-    gathered once more for the gradients of weights, and full rematerialization scatters after attention again. Before the
-    first and after the last block there is one more of each.
+    tensor: before attention and before the MLP a block gathers the sequence, and after them it scatters the sum of
+    their products; backward the other way (Korthikanti et al. 2022, section 4.2.2). Where not everything is kept, the
+    inputs are gathered once more for the gradients of weights, and full rematerialization scatters after attention
+    again. Before the first and after the last block there is one more of each.
     """
     sizes, item = given.mesh.shape, jnp.dtype(config.model.dtype).itemsize
     cut = {True: 0, False: 0}

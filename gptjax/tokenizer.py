@@ -1,124 +1,111 @@
-"""Text to token ids and back, exactly: bytes, or a SentencePiece model trained on the corpus.
+"""Text to token ids and back, exactly: bytes, SentencePiece, or a tokenizer.json of Hugging Face.
 
-Both kinds give every text back unchanged, and `token_bytes` says how many UTF-8 bytes each id stands for, so that the
-sum over a text's tokens is its length in bytes. Bits per byte rests on that.
+Every kind gives every text back unchanged, or refuses, and has
+
+    vocab_size: number of ids, the largest + 1.
+    end_of_text: the id that opens every document, and so the one that is predicted where one ends.
+    opening: the ids that its own file puts before a text for others to read, as a tokenizer.json with a template does.
+    special: ids by name that no text encodes to, end-of-text and the `special_tokens` of the config among them.
+    token_bytes: int32 [vocab_size], how many UTF-8 bytes an id stands for, 0 for special ones. The sum over a text's
+        tokens is its length in bytes; bits per byte rests on that.
+    hash: sha256 of the files it was loaded from.
+    encode(text): the ids, int32 [tokens]. Raises Refused, for half a surrogate pair, which has no UTF-8.
+    encode_batch(texts): `encode` of each, on all cores.
+    encode_sampled(text, seed, alpha): one of several encodings, a pure function of its arguments. Raises Refused, for
+        a kind that has only one.
+    decode(ids): the text. Special ones are silent, and bytes that are not UTF-8 come out as U+FFFD.
 """
 
+import functools
 import hashlib
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import sentencepiece
 from etils import epath
 
-from gptjax.errors import Refused, nearest
+from gptjax import untrusted
+from gptjax.errors import Refused, nearest, shown
+from gptjax.tokenizers import exact, huggingface, sentencepiece
+from gptjax.tokenizers.byte import ByteTokenizer
+from gptjax.tokenizers.huggingface import HuggingFaceTokenizer
+from gptjax.tokenizers.sentencepiece import SentencePieceTokenizer
 
-# SentencePiece writes a space as this character, so it has no piece of its own.
-SPACE_SIGN = "\u2581"
-# Training drops longer sentences without a word; `_sentences` cuts them instead.
-MAX_SENTENCE_BYTES = 4096
+KINDS = "byte", "sentencepiece", "huggingface"
+# What a tokenizer consists of, in the order in which it is hashed: which kind, and the file that the kind reads.
+FILES = "tokenizer.json", "sentencepiece.model", "huggingface.json"
+FILE = {"sentencepiece": "sentencepiece.model", "huggingface": "huggingface.json"}
+GIVE = {
+    "sentencepiece": "give a .model file that SentencePiece wrote, or no path",
+    "huggingface": "give a tokenizer.json that Hugging Face's tokenizers wrote",
+}
+# A model of 256,000 pieces has some 5 MB, a tokenizer.json of as many some 30. A checkpoint's manifest holds it as
+# base64, 4/3 of it, and may have manifest.MAX_BYTES.
+MAX_BYTES = 40 << 20
+REMEDY = "put back the tokenizer that the data was prepared with, or prepare the data again"
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """What turns text into tokens.
 
-    kind: `byte` (256 bytes and end-of-text: always 257 ids) or `sentencepiece`.
-    vocab_size: how many ids a SentencePiece model is trained to have. A `byte` tokenizer and a model given by `path`
-        are not trained and keep the size they have.
-    path: an existing SentencePiece .model file, local or gs://, to use in place of training one.
+    kind: `byte` (256 bytes and end-of-text), `sentencepiece`, or `huggingface` (a tokenizer.json, given by `path`).
+    path: a tokenizer that exists, local or gs://, to use in place of training one: SentencePiece's .model or Hugging
+        Face's tokenizer.json, or a folder with it, such as `gptjax tokenizer train` writes.
+    special_tokens: names, separated by commas, of ids that no text encodes to. One that a given tokenizer doesn't know
+        takes an id that it has reserved, or a new one at the end.
+
+    What SentencePiece is trained with; a tokenizer that is not trained keeps what it has:
+
+    vocab_size: number of ids, all of those above and below included.
+    model: `bpe` or `unigram`.
+    split_digits: each digit is a token of its own.
+    num_reserved: ids kept for special tokens that are named later.
     """
 
     kind: str = "sentencepiece"
     vocab_size: int = 4096
     path: str = ""
+    model: str = "bpe"
+    split_digits: bool = True
+    num_reserved: int = 0
+    special_tokens: str = ""
 
-
-class ByteTokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text."""
-
-    vocab_size = 257
-    end_of_text = 256
-    token_bytes = np.array([1] * 256 + [0], np.int32)
-
-    def __init__(self, hash: str):
-        self.hash = hash
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(int(i) for i in ids if i != self.end_of_text).decode(errors="replace")
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece model that gives every text back.
-
-    vocab_size: number of ids. end_of_text: the id that opens every document, and so the one that is predicted where
-    one ends; no text encodes to it. token_bytes: int32 [vocab_size], UTF-8 bytes an id stands for, 0 for special ones.
-    hash: sha256 of the files it was loaded from.
-    """
-
-    def __init__(self, model: bytes, hash: str):
-        self._pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.hash = hash
-        self.vocab_size = pieces.vocab_size()
-        self.end_of_text = pieces.eos_id()
-        special = [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(self.vocab_size)]
-        self.token_bytes = np.array(
-            [
-                0 if special[i] else 1 if pieces.is_byte(i) else len(_surface(pieces.id_to_piece(i)).encode())
-                for i in range(self.vocab_size)
-            ],
-            np.int32,
-        )
-        self._space_sign = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text: int32 [tokens]. Refuses half a surrogate pair, which has no UTF-8."""
-        _utf8(text)
-        if SPACE_SIGN not in text:
-            return np.array(self._pieces.encode(text), np.int32)
-        # As its three bytes, the sign decodes to itself; as a piece it would come back as a space.
-        first, *others = text.split(SPACE_SIGN)
-        ids = self._pieces.encode(first)
-        for part in others:
-            ids += self._space_sign + self._pieces.encode(part)
-        return np.array(ids, np.int32)
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores."""
-        plain = iter(self._pieces.encode([text for text in texts if SPACE_SIGN not in text], num_threads=-1))
-        return [self.encode(text) if SPACE_SIGN in text else np.array(next(plain), np.int32) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids. Special ones are silent, and bytes that are not UTF-8 come out as U+FFFD."""
-        return self._pieces.decode([int(i) for i in ids if self.token_bytes[i]])
-
-
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
+    @property
+    def trained(self) -> bool:
+        return self.kind == "sentencepiece" and not self.path
 
 
 def check(config: TokenizerConfig):
-    """Refuses what `train` can't follow, whatever the corpus: an unknown kind, a model that is missing or lossy."""
-    kinds = "byte", "sentencepiece"
-    if config.kind not in kinds:
+    """Refuses what `train` can't follow, whatever the corpus: an unknown kind, a file that is missing or lossy."""
+    if config.kind not in KINDS:
         raise Refused(
-            f'tokenizer.kind is "{config.kind}", which is none of {", ".join(kinds)}.{nearest(config.kind, kinds)}'
+            f'tokenizer.kind is "{config.kind}", which is none of {", ".join(KINDS)}.{nearest(config.kind, KINDS)}'
         )
+    if config.model not in sentencepiece.MODELS:
+        hint = nearest(config.model, sentencepiece.MODELS)
+        raise Refused(f'tokenizer.model is "{config.model}", which is none of {", ".join(sentencepiece.MODELS)}.{hint}')
+    if config.num_reserved < 0:
+        raise Refused(f"tokenizer.num_reserved={config.num_reserved} must not be negative.")
     if config.path and config.kind == "byte":
         raise Refused(f'tokenizer.path is "{config.path}", but tokenizer.kind=byte takes no path: use sentencepiece.')
-    if config.path and not epath.Path(config.path).exists():
-        raise Refused(f"tokenizer.path {config.path} does not exist: give a SentencePiece .model file, or no path.")
+    if config.kind == "huggingface" and not config.path:
+        raise Refused('tokenizer.kind=huggingface needs tokenizer.path, which is "": give a tokenizer.json.')
+    special_names(config.special_tokens)
     if config.path:
-        _lossless(epath.Path(config.path).read_bytes(), "", config.path)
+        _existing(config)
+
+
+def special_names(text: str) -> list[str]:
+    """The special tokens that a config names. Raises: Refused."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if not name or names.count(name) > 1:
+            state = f'has "{name}" {names.count(name)} times' if name else "has an empty name"
+            raise Refused(f'tokenizer.special_tokens="{text}" {state}: give different names, separated by commas.')
+    return names
 
 
 def train(config: TokenizerConfig, texts: Iterable[str], folder: epath.PathLike) -> Tokenizer:
@@ -128,121 +115,156 @@ def train(config: TokenizerConfig, texts: Iterable[str], folder: epath.PathLike)
     can't fill.
     """
     check(config)
+    names = special_names(config.special_tokens)
+    files = given(config)
+    if config.trained:
+        files["sentencepiece.model"] = sentencepiece.train(
+            texts,
+            vocab_size=config.vocab_size,
+            model=config.model,
+            split_digits=config.split_digits,
+            control_symbols=[n for n in names if n != exact.END_OF_TEXT] + exact.reserved(config.num_reserved),
+        )
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.kind == "sentencepiece":
-        model = epath.Path(config.path).read_bytes() if config.path else _trained_model(config.vocab_size, texts)
-        (folder / "sentencepiece.model").write_bytes(model)
-    (folder / "tokenizer.json").write_text(json.dumps({"kind": config.kind}) + "\n")
+    for name in reversed(FILES):  # the one that names the others at last
+        if name in files:
+            (folder / name).write_bytes(files[name])
     return load(folder)
 
 
+def given(config: TokenizerConfig) -> dict[str, bytes]:
+    """The files of a tokenizer as far as a config gives them, and none has to be trained. Raises: Refused."""
+    if config.path:
+        return _given(config)[0]
+    return {"tokenizer.json": description(config.kind, special_names(config.special_tokens))}
+
+
+def description(kind: str, names: list[str]) -> bytes:
+    return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {})) + "\n").encode()
+
+
+def existing(path: str) -> Tokenizer:
+    """The tokenizer at a path, as `TokenizerConfig.path` takes it, of whatever kind; or `byte`. Raises: Refused."""
+    if path == "byte":
+        return ByteTokenizer("")
+    kind, _, _ = _found(epath.Path(path), "huggingface" if path.endswith(".json") else "sentencepiece")
+    return load(path) if kind == "byte" else _existing(TokenizerConfig(kind=kind, path=path))
+
+
+def _existing(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `path` names. Raises: Refused."""
+    files, path = _given(config)
+    return from_files(files, str(path.parent), path.name)
+
+
+def _given(config: TokenizerConfig) -> tuple[dict[str, bytes], epath.Path]:
+    """(the files of the tokenizer that `path` names, as `train` writes them; where its own is). Raises: Refused."""
+    kind, names, path = _found(epath.Path(config.path), config.kind)
+    if kind != config.kind:
+        raise Refused(
+            f"tokenizer.path {config.path} is of kind {kind}, and tokenizer.kind is {config.kind}: set it to {kind}."
+        )
+    names += [name for name in special_names(config.special_tokens) if name not in names]
+    content = untrusted.read(path, MAX_BYTES, GIVE[kind])
+    return {"tokenizer.json": description(kind, names), FILE[kind]: content}, path
+
+
+def _found(path: epath.Path, kind: str) -> tuple[str, list[str], epath.Path]:
+    """(kind, names of special tokens, its own file) of what is at a path; a file is taken to be of `kind`."""
+    if not path.exists():
+        raise Refused(f"tokenizer.path {path} does not exist: {GIVE[kind]}.")
+    if not path.is_dir():
+        return kind, [], path
+    described = path / "tokenizer.json"
+    if not described.exists():
+        return "sentencepiece", [], path / FILE["sentencepiece"]
+    made = untrusted.read_json(described, MAX_BYTES, GIVE[kind])
+    if "kind" not in made:  # not ours, but Hugging Face's
+        return "huggingface", [], described
+    kind, names = _described(made, path)
+    return kind, names, path / FILE.get(kind, described.name)
+
+
+def expected_vocab_size(config: TokenizerConfig) -> int:
+    """The size of the vocabulary that the tokenizer of a config is to have.
+
+    Of one that is given by `path`, and is not to be found here, what the config says: a run that goes on needs it no
+    more, and looks at its store's. Whoever has no store calls `check` before.
+    """
+    if config.kind == "byte":
+        return 257 + len(special_names(config.special_tokens))
+    if config.path and epath.Path(config.path).exists():
+        return _existing(config).vocab_size
+    return config.vocab_size
+
+
+def settings(config: TokenizerConfig) -> dict[str, object]:
+    """The keys that the tokens depend on."""
+    used = ["kind", "special_tokens"]
+    if config.kind != "byte":
+        used += ["path"]
+    if config.trained:
+        used += ["vocab_size", "model", "split_digits", "num_reserved"]
+    return {key: getattr(config, key) for key in used}
+
+
+def check_same(config: TokenizerConfig, hash: str, where) -> None:
+    """Refuses a `path` that holds another tokenizer than that of the store in `where`."""
+    if config.path and epath.Path(config.path).exists() and (here := hash_of(_given(config)[0])) != hash:
+        raise Refused(
+            f"tokenizer.path {config.path} has hash {here[:12]}, but the tokens of {where} were made by {hash[:12]}: "
+            "put that tokenizer back, or prepare the data again in another folder."
+        )
+
+
 def load(folder: epath.PathLike) -> Tokenizer:
-    """The tokenizer that `train` wrote into `folder`; refused if it isn't there."""
+    """The tokenizer that `train` wrote into `folder`; refused if it isn't there, or can't be what was written."""
     return from_files(read_files(folder), str(folder))
 
 
 def read_files(folder: epath.PathLike) -> dict[str, bytes]:
-    """The files of a tokenizer's folder, which `from_files` takes."""
-    folder = epath.Path(folder)
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())} if folder.exists() else {}
+    """The files of a tokenizer's folder, which `from_files` takes; those that are missing are left out."""
+    there = [path for path in (epath.Path(folder) / name for name in FILES) if path.exists()]
+    return {path.name: untrusted.read(path, MAX_BYTES, REMEDY) for path in there}
 
 
-def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
-    """The tokenizer of some files, found at `where`; refused if one is missing."""
+def hash_of(files: dict[str, bytes]) -> str:
+    """The `hash` of the tokenizer of these files: compare it first, where one is known, and parse them then."""
+    return hashlib.sha256(b"".join(files[name] for name in FILES if name in files)).hexdigest()
+
+
+def from_files(files: dict[str, bytes], where: str, name: str = "") -> Tokenizer:
+    """The tokenizer of some files, found at `where`; refused if one is missing or damaged.
+
+    name: what the kind's own file is called there, if not as `train` calls it.
+    """
+    return _parsed(tuple(files.items()), where, name)
+
+
+# Where one tokenizer is asked for again and again, as by `plan --search`: a large tokenizer.json takes 2 s to parse.
+@functools.lru_cache(maxsize=1)
+def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Tokenizer:
+    files = dict(pairs)
     if "tokenizer.json" not in files:
         raise Refused(f"{where}/tokenizer.json does not exist: there is no tokenizer, so prepare the data there first.")
-    content = files["tokenizer.json"]
-    if json.loads(content)["kind"] == "byte":
-        return ByteTokenizer(hashlib.sha256(content).hexdigest())
-    if "sentencepiece.model" not in files:
+    made = untrusted.json_object(files["tokenizer.json"], f"{where}/tokenizer.json", REMEDY)
+    kind, names = _described(made, where)
+    if kind == "byte":
+        return ByteTokenizer(hash_of(files), names)
+    if FILE[kind] not in files:
         raise Refused(
-            f"{where}/sentencepiece.model does not exist though tokenizer.json asks for it: prepare the data "
-            "there again."
+            f"{where}/{FILE[kind]} does not exist though tokenizer.json asks for it: prepare the data there again."
         )
-    proto = files["sentencepiece.model"]
-    return _lossless(proto, hashlib.sha256(content + proto).hexdigest(), f"{where}/sentencepiece.model")
+    lossless = {"sentencepiece": sentencepiece.lossless, "huggingface": huggingface.lossless}[kind]
+    return lossless(files[FILE[kind]], hash_of(files), names, f"{where}/{name or FILE[kind]}")
 
 
-def _trained_model(vocab_size: int, texts: Iterable[str]) -> bytes:
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            # What goes in comes out: no normalization, no added or removed spaces, bytes for rare characters.
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # SentencePiece insists on an unknown id; with byte fallback no text reaches it.
-            eos_id=0,
-            eos_piece="<|end_of_text|>",
-            unk_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            max_sentence_length=MAX_SENTENCE_BYTES,
-            num_threads=2,
-            minloglevel=3,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise _refusal(vocab_size, error) from error
-    return model.getvalue()
-
-
-def _refusal(vocab_size: int, error: Exception) -> Refused:
-    size = f"tokenizer.vocab_size is {vocab_size}"
-    if most := re.search(r"set it to a value <= (\d+)", str(error)):
-        return Refused(f"{size}, but this corpus has pieces for at most {most[1]}: set it to that or less.")
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        return Refused(f"{size}, but the bytes and characters of this corpus alone take {least[1]}: set it higher.")
-    return Refused(f"{size}, and SentencePiece can't train on this corpus: {error}".replace("\n", " "))
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, cut to the length that training accepts (a character has at most 4 bytes)."""
-    size = MAX_SENTENCE_BYTES // 4
-    for text in texts:
-        for line in text.replace("\0", "\n").splitlines():
-            yield from (line[i : i + size] for i in range(0, len(line), size))
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise Refused(
-            f"The text has U+{ord(text[error.start]):04X} at character {error.start} of {len(text)}, half a surrogate "
-            "pair, which UTF-8 can't hold: give text in UTF-8."
-        ) from error
-
-
-def _surface(piece: str) -> str:
-    return piece.replace(SPACE_SIGN, " ")
-
-
-# What normalization, a dummy prefix, trimmed spaces, special pieces or a missing byte would change.
-PROBE = f" a  b \t\r\n\n \0 12 \u00e9 e\u0301 \ufb01 \uff21 \u2028\ufeff \U0001f600 </s><unk><0x41>{SPACE_SIGN} "
-
-
-def _lossless(model: bytes, hash: str, path: str) -> SentencePieceTokenizer:
-    """The tokenizer of a model file, refused if the file is none or if the model changes text."""
-    try:
-        tokenizer = SentencePieceTokenizer(model, hash)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise Refused(f"{path} is not a SentencePiece model: give a .model file that SentencePiece wrote.") from error
-    if tokenizer.end_of_text < 0:
-        raise Refused(f"{path} has no </s> piece (eos_id is -1), and every document opens with one: train it again.")
-    ids = tokenizer.encode(PROBE)
-    bytes_in, bytes_out = len(PROBE.encode()), int(tokenizer.token_bytes[ids].sum())
-    if tokenizer.decode(ids) != PROBE or bytes_in != bytes_out:
-        raise Refused(
-            f"{path} changes text (a probe of {bytes_in} bytes came back as {len(tokenizer.decode(ids).encode())}, "
-            f"counted as {bytes_out}): train it with normalization_rule_name=identity, add_dummy_prefix=false, "
-            "remove_extra_whitespaces=false and byte_fallback=true."
-        )
-    return tokenizer
+def _described(made: dict, where) -> tuple[str, list[str]]:
+    """(kind, names of special tokens) by a tokenizer.json of ours. Raises: Refused."""
+    kind, names = made.get("kind"), made.get("special_tokens", [])
+    if kind not in KINDS:
+        raise Refused(f"{where}/tokenizer.json is damaged (its kind is {shown(kind)}): {REMEDY}.")
+    if type(names) is not list or any(type(name) is not str for name in names) or len(set(names)) < len(names):
+        raise Refused(f"{where}/tokenizer.json is damaged (its special_tokens are {shown(names)}): {REMEDY}.")
+    return kind, names

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 from gptjax.errors import Refused, nearest
 from gptjax.metrics import PEAK_BF16_FLOPS
@@ -115,7 +116,7 @@ def parse(name: str, slices: int) -> Topology:
     if slices < 1:
         raise Refused(f"--slices={slices} must be at least 1.")
     words = shape.split("x") if colon else []
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+    if not 0 < len(words) <= 3 or not all(re.fullmatch("[1-9][0-9]{0,4}", word) for word in words):
         raise Refused(f"--topology={name} has no shape: write {kind}:{'8' if kind in CARDS else shapes(kind)[-1]}.")
     sides = tuple(map(int, words))
     if kind in CARDS:

@@ -1,284 +1,303 @@
-"""The train step and the loop."""
+"""The loop."""
 
 import dataclasses
 import functools
-import statistics
+import re
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from etils import epath
-from flax import nnx
+from jax.stages import Compiled
 
-from gptjax import collectives, compiled, generate, hosts, metrics, sharding, terminal, workdir
-from gptjax.checkpoint import Checkpoints, placed
+from gptjax import (
+    heartbeat,
+    hosts,
+    measuring,
+    metrics,
+    owner,
+    preemption,
+    recompute,
+    recovery,
+    sharding,
+    stopping,
+    summary,
+    terminal,
+    tracking,
+    transfer,
+    workdir,
+)
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
-from gptjax.data import stream
-from gptjax.errors import Refused
-from gptjax.evaluate import batch_sums, evaluate
-from gptjax.models.size import flops_per_token, num_parameters
-from gptjax.models.transformer import Transformer
-from gptjax.optimizer import learning_rate, loaded, make_optimizer, stored
+from gptjax.data import curriculum, stream
+from gptjax.data.mixture import Corpus
+from gptjax.errors import Preempted, Refused
+from gptjax.models.size import flops_per_token
+from gptjax.update import TrainState, abstract_state, compile_step, init_state, weights
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that an update changes; it lives on the mesh, sharded as its logical axes say."""
+class Job(NamedTuple):
+    """What of a run stays the same, however often it goes back."""
 
-    step: jax.Array  # completed updates
-    model: Transformer
-    opt_state: optax.OptState
-    ema: Transformer | tuple  # a moving average of the model, or () where it is off
-
-
-def init_state(config: Config, vocab_size: int) -> TrainState:
-    """A new state. Jitted under a mesh it is born sharded, with the same numbers on any mesh."""
-    model = Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(config.seed))
-    in_float32 = jax.tree.map(lambda weight: weight.astype(jnp.float32), model)
-    opt_state = stored(make_optimizer(config.optimizer, config.num_steps).init(in_float32), config.optimizer)
-    ema = jax.tree.map(jnp.copy, in_float32) if config.optimizer.ema_decay else ()  # too slow a walk for bfloat16
-    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, ema)
+    config: Config
+    folder: epath.Path
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    run: dict  # what a checkpoint says of the run it is of
+    checkpoints: Checkpoints
+    tasks: dict  # that it is measured by
+    profile: range
+    tracker: Callable | None  # begins to track the run
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
-def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_size: int):
-    """One update. Returns the next state and its metrics: loss (nats a token), grad_norm, learning_rate.
+def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: bool = False) -> None:
+    """Runs a config in a workdir: from its newest checkpoint that verifies, or from the beginning of a new run.
 
     Args:
-      batch: arrays of [grad_accum_steps, rows, seq_len].
-    """
-    dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    tokens = batch.weights.sum()
+      profile: the steps to trace, by the number of updates before each. fresh: whether it has to be a new run.
 
-    def objective(model, micro, index):
-        key = jax.random.fold_in(dropout_key, index)
-        sums = batch_sums(model, micro, key, vocab_size=vocab_size, loss=config.loss)
-        # Over the tokens of the whole update, so that micro-batches add up to it whatever their padding.
-        return sums.objective / tokens, sums.nll / tokens
-
-    def accumulate(carry, micro_and_index):
-        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(state.model, *micro_and_index)
-        # Else XLA tries to sum over devices after the loop, on whole gradients, and on some TPU programs fails in it.
-        gradient = jax.lax.optimization_barrier(gradient)
-        return jax.tree.map(jnp.add, carry, (nll, gradient)), None
-
-    zeros = (jnp.zeros(()), jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model))
-    steps = config.grad_accum_steps
-    # A scan of one step is unrolled, and XLA drops the addition to zero.
-    with jax.named_scope("forward_backward"):
-        (loss, gradient), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(steps)), unroll=steps == 1)
-    with jax.named_scope("optimizer"):
-        updates, opt_state = optimize(gradient, state, config)
-        model = optax.apply_updates(state.model, updates)
-    rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-    step_metrics = {"loss": loss, "learning_rate": rate, "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(state.step + 1, model, opt_state, moved_average(state, model, config)), step_metrics
-
-
-def optimize(gradient, state: TrainState, config: Config):
-    """Optax's update. Its code knows no shardings, so XLA chooses them inside; what comes out is placed as before."""
-    update = make_optimizer(config.optimizer, config.num_steps).update
-    opt_state = loaded(state.opt_state, config.optimizer)
-    places = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, (gradient, opt_state))
-    updates, opt_state = jax.sharding.auto_axes(update, out_sharding=places)(gradient, opt_state, state.model)
-    return updates, stored(opt_state, config.optimizer)
-
-
-def moved_average(state: TrainState, model: Transformer, config: Config):
-    """The average of the weights after this update; early on it forgets faster, so that the start does not linger."""
-    decay = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
-    return () if state.ema == () else optax.incremental_update(model, state.ema, 1 - decay)
-
-
-def abstract_state(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and places of a state on a mesh, real or of a topology that is not at hand."""
-    state = placed(jax.eval_shape(functools.partial(init_state, config, vocab_size)), mesh)
-    if not config.optimizer.offload:
-        return state
-    hosted = lambda leaf: leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
-    return dataclasses.replace(state, opt_state=jax.tree.map(hosted, state.opt_state))
-
-
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> stream.Batch:
-    """Shapes, dtypes and places of a step's batch."""
-    shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    return stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
-
-
-def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
-    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
-    batch = abstract_batch(config, mesh)
-    return train_step.lower(state, batch, config=config, vocab_size=vocab_size).compile()
-
-
-def train(config: Config, folder: epath.Path, profile: range = range(0)) -> None:
-    """Runs a config in a workdir: from its last checkpoint, or from the beginning where there is none.
-
-    Args:
-      profile: the steps to trace, by the number of updates before each.
-
-    Raises: Refused, before anything is computed, for a config, workdir, corpus or mesh that can't be used.
+    Raises:
+      Refused: before anything is computed, for a config, workdir, corpus or mesh that can't be used.
+      Failed: for numbers with which it can't, or by the config's recovery must not, go on, or a state that can't be saved.
+      Preempted: after a save, when the run was asked to stop.
     """
     began = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, jax.devices())
     with hosts.together():
+        if fresh and hosts.first():
+            workdir.check_empty(folder)
+    with hosts.together():
         workdir.check(config, folder, mesh)
-    store = workdir.prepare(config, folder, mesh)
-    vocab_size = store.tokenizer.vocab_size
-    run = workdir.identity(config, store)
-    measure = functools.partial(
-        evaluate,
-        store=store,
-        mesh=mesh,
-        seq_len=config.seq_len,
-        batch_size=config.micro_batch_size,
-        max_windows=config.eval_batches * config.batch_size,
-        loss=config.loss,
-    )
+        tracker = tracking.find(config.tracker) if hosts.first() else None
+    transfer.check(config, folder)
+    tasks = measuring.load_tasks(config)
+    track = tracker and functools.partial(tracker, dataclasses.asdict(config), str(folder))
+    with owner.owned(folder):
+        heartbeat.publish(folder, jax.process_count())
+        with heartbeat.phase("preparing data"):
+            corpus = workdir.prepare(config, folder, mesh)
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+            identity = workdir.identity(config, corpus)
+            run(Job(config, folder, mesh, corpus, identity, checkpoints, tasks, profile, track), began)
 
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint, owner=True) as checkpoints:
-        start = (checkpoints.steps() or [0])[-1]
-        if start >= config.num_steps and hosts.shared((folder / "samples.txt").exists):
-            print(
-                f"The run in {folder} is complete at step {start} of num_steps={config.num_steps}. To go on, raise "
-                f"it: --config.num_steps={2 * start}",
-                flush=True,
-            )
-            return
-        init = functools.partial(init_state, config, vocab_size)
-        if start:
-            saved = checkpoints.run(start)
+
+def run(job: Job, began: float) -> None:
+    """What `train` does in a workdir that is its own. began: when this process did, by `time.perf_counter`."""
+    config, folder, checkpoints, vocab_size = job.config, job.folder, job.checkpoints, job.corpus.tokenizer.vocab_size
+    newest = checkpoints.newest()
+    stopped = newest < config.num_steps and config.stopping.patience > 0
+    stopped = stopped and stopping.over(config.stopping, workdir.losses(folder, newest))
+    if (stopped or newest >= config.num_steps) and hosts.shared((folder / "samples.txt").exists):
+        key, value = ("num_steps", newest) if not stopped else ("stopping.patience", config.stopping.patience)
+        early = f", where {stopping.told(config.stopping)}" if stopped else f" of num_steps={config.num_steps}"
+        print(
+            f"The run in {folder} is complete at step {newest}{early}. To go on, raise it: --config.{key}={2 * value}",
+            flush=True,
+        )
+        return
+    start, state, data, watch = begin(job, newest)
+    if hosts.first():
+        workdir.write_config(config, folder)
+    facts = summary.model_and_mesh(config, vocab_size, job.mesh)
+    summary.packing(config, data)
+    with heartbeat.phase("compiling"), metrics.compiling() as compiling:
+        steps = compile_steps(job, start, state, data, watch.ledger, {})
+    started = began, facts | compiling | summary.compilation(steps, job.mesh, **compiling)
+    while True:
+        try:
+            with heartbeat.phase("training"):
+                model, evaluation, log = go_on(job, steps, start, state, data, watch, started)
+            break
+        except recovery.GoBack as trouble:
+            checkpoints.wait()
+            ledger = recovery.skipping(trouble, checkpoints.verified(), config.recovery.max_returns)
+            newest = ledger[-1]["step"]
+            removed = checkpoints.remove_after(newest)
+            print(recovery.way_back(trouble, ledger[-1], removed), flush=True)
+        start, state, data, watch = begin(job, newest, ledger)  # by now the state that is left is gone from memory
+        with heartbeat.phase("compiling"):
+            steps = compile_steps(job, start, state, data, watch.ledger, steps)
+        started = None
+    if config.stopping.patience and (best := stopping.best(log.losses, checkpoints.steps())):
+        print(
+            f"the best held-out loss, {log.losses[best]:.4f} nats a token, is of step {best}: --step=best", flush=True
+        )
+    last = data.phase(recovery.batch_index(watch.ledger, max(start, config.num_steps - 1)))
+    summary.held_against(steps[last.shape], log.floor_seconds, log.step_seconds)
+    with heartbeat.phase("sampling"):
+        summary.report(config, folder, job.corpus, model, evaluation)
+
+
+def compile_steps(
+    job: Job, start: int, state: TrainState, data: stream.Stream, ledger: list[dict], steps: dict
+) -> dict[tuple[int, int], Compiled]:
+    """The train step compiled for each shape, (batch_size, seq_len), that steps `start` to `num_steps` have, as far as it
+    is not among `steps`, and these. What comes after a run's end is not compiled."""
+    batch, vocab_size = recovery.batch_index(ledger, start), job.corpus.tokenizer.vocab_size
+    stop = batch + max(1, job.config.num_steps - start)
+    phases = {phase.shape: phase for phase, *_ in curriculum.parts(data.phases, batch, stop)}
+    new = {shape: phase for shape, phase in phases.items() if shape not in steps}
+    return steps | {shape: compile_step(job.config.at(its), vocab_size, state, job.mesh) for shape, its in new.items()}
+
+
+def begin(job: Job, start: int, ledger: list[dict] | None = None):
+    """The step `start`, its state from its checkpoint, or a new one for step 0, and from there on the data and the watch
+    over the losses.
+
+    Args:
+      ledger: what to skip from there, where it is more than the checkpoint says.
+    """
+    config, folder, checkpoints, vocab_size = job.config, job.folder, job.checkpoints, job.corpus.tokenizer.vocab_size
+    seen, history = recovery.NOTHING, []
+    heartbeat.reached(start)
+    if start:
+        saved = checkpoints.run(start)
+        with hosts.together():
+            workdir.check_same_run(config, saved["config"], checkpoints.folder)
+            workdir.check_same_data(job.corpus, saved, checkpoints.folder)
+            recovery.check_saved(saved, start, checkpoints.folder)
+            history = curriculum.read_saved(saved, config.seq_len, checkpoints.folder)
+        with heartbeat.phase("restoring"):
+            state = checkpoints.restore(start, abstract_state(config, vocab_size, job.mesh))
+        seen = saved["recovery"]
+        print(f"going on from the checkpoint of step {start}", flush=True)
+    else:
+        if ledger is None:
             with hosts.together():
-                workdir.check_same_run(config, saved["config"], checkpoints.folder)
-                workdir.check_same_data(store, saved, checkpoints.folder)
-            state = checkpoints.restore(start, abstract_state(config, vocab_size, mesh))
-            print(f"going on from the checkpoint of step {start}", flush=True)
+                workdir.check_never_saved(folder)
+        if config.init_from:
+            with heartbeat.phase("restoring"):
+                state = transfer.begin(config, vocab_size, job.mesh)
         else:
-            state = jax.jit(init)()
-        if hosts.first():
-            workdir.write_config(config, folder)
-        parameters = num_parameters(config.model, vocab_size, config.seq_len)
-        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        print(
-            f"{parameters / 1e6:.2f}M parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}{processes}, mesh "
-            f"{', '.join(f'{axis} {size}' for axis, size in sharding.sizes(mesh).items())}",
-            flush=True,
-        )
-        with metrics.compiling() as compiling:
-            step_fn = compile_step(config, vocab_size, state, mesh)
-        needed, sent = told_by_compiler(step_fn, mesh)
-        print(
-            f"compiled the train step in {compiling['compile_seconds']:.1f} s (compilation cache: "
-            f"{compiling['compilation_cache']}): {needed / 1e6:,.1f} MB a device"
-            + (f", which sends {sent / 1e6:,.1f} MB a step" if sent else ""),
-            flush=True,
-        )
+            with heartbeat.phase("compiling"):
+                state = jax.jit(functools.partial(init_state, config, vocab_size))()
+    phases = curriculum.going_on(history, config.phases, recovery.batch_index(seen["ledger"], start))
+    data = stream.Stream(job.corpus, phases, config.seq_len, config.seed, config.packing, config.augment)
+    seen = seen if ledger is None else seen | {"ledger": ledger}
+    return start, state, data, recovery.Watch(config.recovery, folder, data.documents, start, seen)
 
-        tokens, flops = config.batch_size * config.seq_len, flops_per_token(config.model, vocab_size, config.seq_len)
-        peak = metrics.peak_flops(mesh.devices.ravel(), config.model.dtype)
-        batches = train_batches(config, store, mesh, start)
-        traced = [step for step in profile if step >= start]
-        with terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar, ExitStack() as trace:
-            log = metrics.Log(folder, bar, start, config.log_every, tokens, flops, peak)
-            log.starting(began, compiling | {"compiled_bytes": needed, "compiled_link_bytes": sent})
-            # What is due after a step comes before the next one, so that a run killed in between makes up for it.
+
+def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Stream, watch: recovery.Watch, started):
+    """The loop, from `start` to the end of the run. Returns the model, its evaluation, and the log.
+
+    Args:
+      steps: as of `compile_steps`. started: when this process began, and facts for the row of its start; None where it only went back.
+
+    Raises:
+      recovery.GoBack: where it has to be left for an earlier step.
+      Failed: where the run has to end.
+      Preempted: where it was asked to stop, and its state is saved.
+    """
+    config, folder, checkpoints = job.config, job.folder, job.checkpoints
+    vocab_size, saved, last = job.corpus.tokenizer.vocab_size, start, max(start, config.num_steps)
+    peak = metrics.peak_flops(job.mesh.devices.ravel(), config.model.dtype)
+    batches = train_batches(config, data, job.mesh, start, watch.ledger)
+    traced = [step for step in job.profile if step >= start]
+    due = lambda step, every: every and step % every == 0
+    said = lambda: job.run | {"recovery": watch.saved(), "phases": curriculum.saved(data.phases)}
+    losses = lambda: log.losses if config.stopping.patience else {}  # by which the best checkpoint stays
+    held_out = lambda step: measuring.held_out(config, job.corpus, job.mesh, weights(state), step, log)
+    on_tasks = lambda step: measuring.on_tasks(config, job.tasks, job.corpus.tokenizer, weights(state), step, log)
+
+    def done(step: int) -> tuple[int, int]:
+        """The tokens, and the FLOPs of the model, in the steps up to this one."""
+        tokens = flops = 0
+        for phase, first, stop in curriculum.parts(data.phases, 0, recovery.batch_index(watch.ledger, step)):
+            number = recovery.steps_within(watch.ledger, step, first, stop) * phase.batch_size * phase.seq_len
+            tokens, flops = tokens + number, flops + number * flops_per_token(config.model, vocab_size, phase.seq_len)
+        return tokens, flops
+
+    with (
+        terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar,
+        metrics.Log(folder, bar, start, watch, config.log_every, done, peak, job.tracker) as log,
+        ExitStack() as trace,
+    ):
+        if started:
+            log.starting(*started)
+        try:
+            # What is due after a step comes before the next one, so that a run killed in between makes up for it:
+            # first the save, then the evaluation.
             for step in range(start, config.num_steps):
-                if step and step % config.eval_every == 0 and step not in log.evaluated:
+                heartbeat.reached(step)
+                if step and due(step, config.eval_every) and step not in log.losses:
                     with log.paused():
-                        log.evaluation(step, measure(weights(state)))
+                        held_out(step)
+                        if stopping.best(losses(), log.losses) == step != saved and not watch.in_doubt:
+                            with heartbeat.phase("saving"):
+                                checkpoints.save(saved := step, state, said(), losses())
+                if step and due(step, config.tasks.every):
+                    with log.paused():
+                        on_tasks(step)
+                if step in log.losses and stopping.over(config.stopping, log.losses):
+                    bar.print(f"step {step}: {stopping.told(config.stopping)}; the run ends")
+                    last = step
+                    break
                 if step in traced[:1]:
                     with log.paused():
                         trace.enter_context(metrics.trace(folder / "profile"))
+                step_fn = steps[data.phase(recovery.batch_index(watch.ledger, step)).shape]
+                checked = due(step + 1, config.recovery.sdc_check_every)
+                advance = functools.partial(recompute.twice, step_fn) if checked else step_fn
                 # A hidden transfer would wait for the device at each step.
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1), jax.transfer_guard("disallow"):
-                    state, step_metrics = step_fn(state, next(batches))
+                    batch = next(batches)
+                    preemption.tick()
+                    with heartbeat.waiting():
+                        state, step_metrics = advance(state, batch)
                 log.push(step + 1, step_metrics)
                 if step in traced[-1:]:
                     with log.paused():
                         trace.close()
-                if step + 1 == config.num_steps or (step + 1) % config.checkpoint_every == 0:
-                    with log.paused():
-                        checkpoints.save(step + 1, state, run)
-            end, evaluation = max(start, config.num_steps), measure(weights(state))
-            if end not in log.evaluated:
-                log.evaluation(end, evaluation)
-            log.close()
-        checkpoints.wait()
-        held_against(needed, peak and tokens * flops / peak, log.step_seconds)
-        report(config, folder, store, weights(state), evaluation)
-
-
-def told_by_compiler(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> tuple[int, int | None]:
-    """Bytes of a device's memory at the peak of a step, and bytes that it sends in one; None where XLA does not say."""
-    try:
-        sent = sum(collective.link_bytes for collective in collectives.of_step(step, mesh))
-    except collectives.Unreadable:
-        sent = None
-    return compiled.memory(step).peak, sent
+                if step + 1 == last or due(step + 1, config.checkpoint_every) or checkpoints.failed(step + 1):
+                    with log.paused(), heartbeat.phase("saving"):  # from here on the watch has seen all losses
+                        if step + 1 == last or not watch.in_doubt:
+                            checkpoints.save(saved := step + 1, state, said(), losses())
+                        else:
+                            bar.print(f"step {step + 1} is not saved, since the run may have to go back to before it")
+                log.saved(checkpoints.saved())
+            if saved < last:  # it ends early
+                with log.paused(), heartbeat.phase("saving"):
+                    checkpoints.save(saved := last, state, said(), losses())
+            evaluation = held_out(last)
+            on_tasks(last)
+            with heartbeat.phase("saving"):
+                checkpoints.insist(last, state, said(), losses())
+            preemption.tick()  # before the samples, when everything is saved
+        except Preempted as stop:
+            done = int(state.step)
+            with log.paused(), heartbeat.phase("saving"):
+                if done > saved:
+                    checkpoints.save(done, state, said(), losses())
+                checkpoints.insist(done, state, said(), losses())
+            reached = f"step {done} is saved" if done else "no step was done"
+            raise Preempted(f"{stop}: {reached}, and the same command goes on from there") from None
+        finally:
+            log.saved(checkpoints.saved())
+    return weights(state), evaluation, log
 
 
 def profiled(text: str, num_steps: int) -> range:
     """The steps of --profile_steps=A:B by the updates before each; of an empty text none. Raises: Refused."""
     if not text:
         return range(0)
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= num_steps):
+    found = re.fullmatch("([0-9]{1,10}):([0-9]{1,10})", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not first < last <= num_steps:
         raise Refused(
             f"--profile_steps={text} is no A:B with A below B and B at most num_steps={num_steps}: write for example "
             f"{max(num_steps - 3, 0)}:{num_steps}."
         )
-    return range(int(first), int(last))
+    return range(first, last)
 
 
-def train_batches(config: Config, store, mesh: jax.sharding.Mesh, start: int):
-    """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh."""
-    rows = sharding.local_rows(mesh, config.batch_size, config.grad_accum_steps)
-    batches = stream.train_batches(
-        store, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, rows=rows
-    )
-    for batch in stream.iterate(batches, start, config.num_steps):
-        yield sharding.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
-
-
-def weights(state: TrainState) -> Transformer:
-    """What is evaluated and sampled from: the moving average where it is on."""
-    return state.model if state.ema == () else state.ema
-
-
-def held_against(compiled_bytes: int, floor_seconds: float | None, step_seconds: list[float]) -> None:
-    """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
-    measured = metrics.measured_bytes()
-    print(
-        f"memory of a device: {compiled_bytes / 1e6:,.1f} MB as compiled · "
-        f"{'its peak unknown' if measured is None else f'{measured / 1e6:,.1f} MB at its peak'}"
-    )
-    if step_seconds:
-        floor = "unknown peak" if floor_seconds is None else f"at least {1e3 * floor_seconds:,.1f} ms at the peak"
-        print(f"time of a step: {floor} · {1e3 * statistics.median(step_seconds):,.1f} ms, the median of those logged")
-
-
-def report(config: Config, folder: epath.Path, store, model: Transformer, evaluation) -> None:
-    """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
-    compressed = store.manifest["compressed_heldout_bytes"]
-    gzip, xz = (8 * store.manifest[name] / compressed for name in ("gzip_bytes", "xz_bytes"))
-    print(
-        f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 {xz:.3f} "
-        f"(model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes)"
-    )
-    texts = generate.samples(
-        model,
-        store.tokenizer,
-        config.sample_prompt,
-        seq_len=config.seq_len,
-        count=config.num_samples,
-        seed=config.seed,
-    )
-    with hosts.together():  # the others end when process 0 has written
-        if hosts.first():
-            workdir.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
-    for text in texts:
-        print(f"{'—' * 30} sample\n{text}", flush=True)
+def train_batches(
+    config: Config, data: stream.Stream, mesh: jax.sharding.Mesh, start: int, ledger: Sequence[dict] = ()
+):
+    """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh; all of `ledger` is before."""
+    index = recovery.batch_index(ledger, start)
+    for phase, first, stop in curriculum.parts(data.phases, index, index + config.num_steps - start):
+        rows = sharding.local_rows(mesh, phase.batch_size, config.grad_accum_steps)
+        for batch in stream.iterate(functools.partial(data.batch, rows=rows), first, stop):
+            yield sharding.place(batch, rows, mesh, phase.batch_size, config.grad_accum_steps)

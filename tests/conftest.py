@@ -1,9 +1,18 @@
-"""Eight CPU devices in this process, compiled programs kept between runs, and one small corpus for all."""
+"""Eight CPU devices in this process, compiled programs kept between runs, one small corpus and one short run for all."""
 
+import hashlib
 import os
 import pathlib
+import shutil
+import signal
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed, JAX would look for TPUs, here and in what the tests start
+
+# In the background a shell has SIGINT ignored, and what the tests start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Most of a test's time is XLA's; at level 0 it compiles about twice as fast, the same program otherwise.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -13,8 +22,12 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+import gptjax  # noqa: E402
+from gptjax import cli  # noqa: E402
 from gptjax.data.prepare import DataConfig, prepare  # noqa: E402
 from gptjax.tokenizer import TokenizerConfig  # noqa: E402
+
+DEBUG = str(pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py")
 
 
 def corpus_text() -> str:
@@ -38,6 +51,79 @@ def store(corpus, tmp_path_factory):
     """The corpus as a token store of bytes: 257 ids."""
     data = DataConfig(source="text", path=str(corpus), heldout_fraction=0.1)
     return prepare(data, TokenizerConfig(kind="byte"), tmp_path_factory.mktemp("stores") / "store")
+
+
+def tree(folder):
+    """Every path in a folder, and the bytes of the files; None where it is missing."""
+    if not folder.exists():
+        return None
+    return {path: hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def gptjax_main(monkeypatch, capfd):
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, argv)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(gptjax_main):
+    """Runs a command line that must be refused, with nothing written into a folder: the sentence."""
+
+    def call(folder, *argv):
+        before = tree(folder)
+        code, _, error = gptjax_main(*argv)
+        assert code == 2
+        assert error.startswith("gptjax: ") and error.endswith((".\n", "?\n")) and error.count("\n") == 1, error
+        assert "Traceback" not in error and "Errno" not in error
+        assert tree(folder) == before
+        return error
+
+    return call
+
+
+def training(corpus, workdir, *more):
+    """The command line of a run of four steps."""
+    return [
+        "train",
+        f"--config={DEBUG}",
+        f"--workdir={workdir}",
+        "--config.data.source=text",
+        f"--config.data.path={corpus}",
+        "--config.num_steps=4",
+        "--config.checkpoint_every=2",
+        "--config.optimizer.warmup_steps=2",
+        "--config.num_samples=1",
+        "--config.seq_len=32",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory):
+    """The workdir of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gptjax", *training(corpus, folder)])
+        cli.main()
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be spoiled."""
+    return shutil.copytree(finished, tmp_path / "copied")
 
 
 def pytest_addoption(parser):

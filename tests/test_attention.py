@@ -68,22 +68,32 @@ def test_the_tpu_kernel_is_the_whole(length, window, kv_heads, head_dim):
     same_as_masked(splash, length, 4, kv_heads, window, head_dim)
 
 
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 2)], ids=str)
-def test_cached_attention_is_the_full_one(shape):
-    """Queries 5 to 7 over the keys of all: those after them are masked, as slots not yet filled are."""
+def test_cached_attention_is_the_full_one(shape, window):
+    """Of a row at position 5 and one at 2, whatever is in the slots from there on; the new keys and values stay."""
     mesh = mesh_of(*shape)
-    q, k, v, segments = inputs(8, 4, 2)
+    q, k, v, _ = inputs(8, 4, 2)
+    positions, rows = np.array([5, 2]), np.arange(2)
     with jax.set_mesh(mesh):
-        rows = spec("act_batch")
-        put = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
-        heads = spec("act_batch", "act_seq", "act_heads")
+        put = lambda array, *names: jax.device_put(array, jax.NamedSharding(mesh, spec(*names)))
+        heads = "act_batch", "act_seq", "act_heads"
         full = jax.jit(attention, static_argnames="window")(
-            *(put(array, heads) for array in (q, k, v)), put(segments, rows), window=0
+            *(put(array, *heads) for array in (q, k, v)), put(np.zeros((2, 8), np.int32), "act_batch"), window=window
         )
-        late = jax.jit(cached_attention)(
-            put(q[:, 5:], heads), put(k, heads), put(v, heads), put(mask_of(segments)[:, 5:], rows)
+        full_cache = [np.swapaxes(array, 1, 2) for array in (k, v)]
+        later = np.arange(8) >= positions[:, None]
+        cache = [np.where(later[:, None, :, None], 99, array).astype(np.float32) for array in full_cache]
+        new, cache = jax.jit(cached_attention, static_argnames="window")(
+            *(put(array[rows, positions][:, None], *heads) for array in (q, k, v)),
+            tuple(put(array, "act_batch", "act_heads") for array in cache),
+            put(positions, "act_batch"),
+            window=window,
         )
-    np.testing.assert_allclose(late, full[:, 5:], atol=1e-6)
+    np.testing.assert_allclose(new[:, 0], np.asarray(full)[rows, positions], atol=1e-6)
+    later = np.arange(8) > positions[:, None]
+    for array, filled in zip(cache, full_cache):
+        np.testing.assert_array_equal(array, np.where(later[:, None, :, None], 99, filled))
 
 
 def test_bfloat16_comes_out_as_it_went_in():

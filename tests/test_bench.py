@@ -1,15 +1,16 @@
 import json
 
 import pytest
-from test_cli import DEBUG, gptjax_main  # noqa: F401
+from conftest import DEBUG
 
 
-def test_bench(gptjax_main):  # noqa: F811
+def test_bench(gptjax_main):
     argv = ["bench", f"--config={DEBUG}", "--steps=3", "--config.mesh.tensor=2", "--config.grad_accum_steps=2"]
+    argv.append("--config.curriculum.batch_size=0: 8; 5: 16")
     code, out, _ = gptjax_main(*argv, "--json")
     made = json.loads(out)
     assert code == 0 and (made["devices"], made["steps"], made["mesh"]["tensor"]) == (8, 3, 2)
-    assert made["tokens_per_second"] == pytest.approx(8 * 64 / made["step_seconds"])
+    assert made["tokens_per_second"] == pytest.approx(16 * 64 / made["step_seconds"])
     assert 0 < made["optimizer_seconds"] < made["step_seconds"]
     assert 0 < made["forward_seconds"] < made["step_seconds"]
     assert 4 < made["loss"] < 6  # ln 257 = 5.5, and the same batch again and again is learnt
@@ -18,6 +19,11 @@ def test_bench(gptjax_main):  # noqa: F811
     assert code == 0 and "tokens/s" in out and "MFU unknown" in out
 
 
-def test_bench_of_no_steps(gptjax_main):  # noqa: F811
+def test_bench_of_no_steps(gptjax_main):
     code, _, error = gptjax_main("bench", f"--config={DEBUG}", "--steps=0")
     assert code == 2 and "--steps=0" in error
+
+
+def test_bench_of_a_tokenizer_that_is_none(gptjax_main):
+    code, _, error = gptjax_main("bench", f"--config={DEBUG}", "--config.tokenizer.kind=sentencepeice")
+    assert code == 2 and 'Did you mean "sentencepiece"?' in error

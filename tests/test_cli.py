@@ -1,91 +1,17 @@
-import hashlib
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import jax
 import pytest
+from conftest import DEBUG, training
 
 import gptjax
-from gptjax import cli
-
-DEBUG = str(pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py")
-
-
-def tree(folder):
-    """Every path in a folder, and the bytes of the files; None where it is missing."""
-    if not folder.exists():
-        return None
-    return {path: hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def gptjax_main(monkeypatch, capfd):
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, argv)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(gptjax_main):
-    """Runs a command line that must be refused, with nothing written into a folder: the sentence."""
-
-    def call(folder, *argv):
-        before = tree(folder)
-        code, _, error = gptjax_main(*argv)
-        assert code == 2
-        assert error.startswith("gptjax: ") and error.endswith((".\n", "?\n")) and error.count("\n") == 1, error
-        assert "Traceback" not in error and "Errno" not in error
-        assert tree(folder) == before
-        return error
-
-    return call
-
-
-def training(corpus, workdir, *more):
-    """The command line of a run of four steps."""
-    return [
-        "train",
-        f"--config={DEBUG}",
-        f"--workdir={workdir}",
-        "--config.data.source=text",
-        f"--config.data.path={corpus}",
-        "--config.num_steps=4",
-        "--config.checkpoint_every=2",
-        "--config.optimizer.warmup_steps=2",
-        "--config.num_samples=1",
-        "--config.seq_len=32",
-        *more,
-    ]
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """The workdir of a finished run."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gptjax", *training(corpus, folder)])
-        cli.main()
-    return folder
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of it, to be spoiled."""
-    return shutil.copytree(finished, tmp_path / "copied")
-
+from gptjax import cli, verbs
+from gptjax.errors import Failed
 
 # Help and exit codes
 
@@ -93,14 +19,16 @@ def copied(finished, tmp_path):
 def test_help_lists_the_verbs_and_the_exit_codes(gptjax_main):
     code, out, _ = gptjax_main("--help")
     assert code == 0 and "Exit codes" in out
-    for verb in ("train", "eval", "generate"):
+    for verb in ("train", "eval", "generate", "serve"):
         assert f"\n    {verb} " in out
 
 
 @pytest.mark.parametrize("verb, flags", [
+    ("status", ["--workdir", "--json"]),
     ("train", ["--config", "--workdir", "--profile_steps", "--coordinator", "--num_processes", "--process_id"]),
     ("eval", ["--workdir", "--step"]),
-    ("generate", ["--workdir", "--step", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p", "--seed", "--num_samples"]),
+    ("generate", ["--workdir", "--step", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--stop", "--prompts_file", "--seed", "--num_samples", "--weights"]),
+    ("serve", ["--workdir", "--step", "--host", "--port", "--rows", "--weights"]),
 ])  # fmt: skip
 def test_help_of_a_verb(gptjax_main, verb, flags):
     code, out, _ = gptjax_main(verb, "--help")
@@ -113,6 +41,11 @@ def test_a_range_to_profile_that_is_none(refused, corpus, tmp_path, steps):
     assert f"--profile_steps={steps} is no A:B with A below B and B at most num_steps=4: write" in error
 
 
+def test_a_refusal_is_one_line_that_can_be_printed(refused, tmp_path):
+    error = refused(tmp_path, "eval", "--workdir=x", "--a\n\x1b[2J" + "9" * 5000)
+    assert "--a\\n\\x1b[2J999" in error and " … " in error and len(error) < 2100
+
+
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
 def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
     config = [f"--config={DEBUG}"] * (verb == "train")
@@ -123,11 +56,11 @@ def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
 def test_compiled_programs_stay_in_the_workdir_or_where_jax_was_told(tmp_path):
     told = jax.config.jax_compilation_cache_dir
     args = cli.parse(["eval", f"--workdir={tmp_path}"])
-    cli.join(args, {})
+    verbs.join(args, {})
     assert told and jax.config.jax_compilation_cache_dir == told
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        cli.join(args, {})
+        verbs.join(args, {})
         assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled"
     finally:
         jax.config.update("jax_compilation_cache_dir", told)
@@ -144,16 +77,27 @@ def test_help_does_not_wait_for_jax():
 
 
 def test_a_failure_during_the_run_is_code_1(tmp_path):
-    code = "import sys\nfrom gptjax import cli\ndef fail(args): raise OSError('disk')\ncli.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\ncli.main()"
+    code = "import sys\nfrom gptjax import cli, verbs\ndef fail(args): raise OSError('disk')\nverbs.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError: disk" in done.stderr
+
+
+def test_a_run_that_can_not_go_on_is_code_1_and_one_sentence(monkeypatch, capsys):
+    def stop(args):
+        raise Failed("The run stops, because of this: do that.")
+
+    monkeypatch.setattr(verbs, "evaluate", stop)
+    monkeypatch.setattr(sys, "argv", ["gptjax", "eval", "--workdir=x"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, capsys.readouterr().err) == (1, "gptjax: The run stops, because of this: do that.\n")
 
 
 @pytest.mark.parametrize("argv, words", [
     ([], "the following arguments are required: VERB: see gptjax --help."),
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--workdir=x"], "the following arguments are required: --config: see gptjax train --help."),
-    (["eval", "--workdir=x", "--step=last"], "argument --step: invalid int value: 'last'"),
+    (["eval", "--workdir=x", "--step=last"], "argument --step: invalid step value: 'last'"),
     (["eval", "--workdri=x", "--workdir=x"], '--workdri is no flag of gptjax eval: see gptjax eval --help. Did you mean "--workdir"?'),
     (["eval", "--workdir=x", "--config.num_steps=3"], "--config.num_steps is no flag of gptjax eval"),
     (["generate", "--workdir=x", "--max_token=3"], 'Did you mean "--max_tokens"?'),
@@ -277,9 +221,12 @@ def test_workdir_of_another_run(refused, corpus, finished, more, words):
     (lambda folder: (folder / "config.json").unlink(), "has checkpoints but no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
     (lambda folder: (folder / "config.json").write_text("3"), "config.json is damaged"),
+    (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
+    (lambda folder: (folder / "config.json").write_text('{"model": [1]}'), "config.json is damaged ('model' is [1])"),
+    (lambda folder: (folder / "config.json").write_bytes(b" " * (1 << 20) + b"{}"), "config.json has more than the 1048576 bytes"),
     (lambda folder: (folder / "store/train/tokens/c/0").unlink(), "store/train/tokens/c/0 is missing"),
     (lambda folder: (folder / "store/tokenizer/tokenizer.json").write_text('{"kind": "byte"}'), "tokenizer.json has 16 bytes"),
-], ids=["no config", "cut config", "other config", "no tokens", "other tokenizer"])  # fmt: skip
+], ids=["no config", "cut config", "other config", "deep config", "list in config", "large config", "no tokens", "other tokenizer"])  # fmt: skip
 def test_spoiled_workdir(refused, corpus, copied, spoil, words):
     spoil(copied)
     assert words in refused(copied, *training(corpus, copied, "--config.num_steps=6"))
@@ -304,6 +251,11 @@ def test_missing_runs_and_checkpoints(refused, finished, tmp_path, verb):
     (["--temperature=nan"], "--temperature=nan"),
     (["--top_k=-1"], "--top_k=-1 is below 0"),
     (["--top_p=0"], "--top_p=0.0 must be more than 0"),
+    (["--min_p=2"], "--min_p=2.0 must be at least 0"),
+    (["--repetition_penalty=nan"], "--repetition_penalty=nan must be more than 0"),
+    (["--stop="], '--stop="" is at the beginning of any text'),
+    (["--prompts_file=/nowhere"], "/nowhere is missing: give a file of UTF-8 text with a prompt a line"),
+    (["--weights=int4"], "invalid choice: 'int4'"),
     (["--top_p=1.5"], "--top_p=1.5 must be more than 0 and at most 1"),
     ([f"--seed={2**32}"], f"--seed={2**32} does not fit the 32 bits"),
     (["--prompt=\udcff"], "U+DCFF"),
@@ -313,16 +265,21 @@ def test_generate_refuses(refused, finished, more, words):
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
-def test_damaged_checkpoint(refused, corpus, copied, verb):
+def test_damaged_checkpoint(gptjax_main, corpus, copied, verb):
     for path in (copied / "checkpoints" / "step_00000004" / "state").rglob("*"):
         if path.parent.name == "d":  # the arrays' bytes
             path.write_bytes(path.read_bytes()[:100])
     (copied / "samples.txt").unlink()  # as after a kill: there is something left to do
     argv = {"train": training(corpus, copied), "eval": ["eval", f"--workdir={copied}"]}
     argv["generate"] = ["generate", f"--workdir={copied}", "--max_tokens=4"]
-    message = refused(copied, *argv[verb])
-    assert f"The checkpoint of step 4 in {copied}/checkpoints can't be read" in message
-    assert "step_00000004 away to go on from step 2." in message
+    code, out, error = gptjax_main(*argv[verb])
+    assert code == 0 and error.count("\n") == 1 + (verb == "train")
+    assert (
+        f"passed over the checkpoint of step 4 in {copied}/checkpoints: state/" in error and "has 100 bytes of" in error
+    )
+    if verb == "train":
+        assert "going on from the checkpoint of step 2" in out
+        assert f"moved the checkpoint of step 4 aside, to {copied}/checkpoints/step_00000004.damaged\n" in error
 
 
 def test_eval_prints_one_json_object(gptjax_main, finished):
@@ -351,3 +308,29 @@ def test_generate_prints_the_prompt_and_what_follows(gptjax_main, finished):
     assert gptjax_main(*argv, "--seed=4")[1] != out
     several = gptjax_main(*argv, "--num_samples=3")[1]
     assert several.count("sample ") == 3 and several.split(" sample 1\n")[1].startswith(out.rstrip("\n"))
+
+
+def test_generate_takes_several_prompts(gptjax_main, finished, tmp_path):
+    """In their order, each with as many samples; and a stop string ends each."""
+    (tmp_path / "prompts.txt").write_text("2 plus\n3 plus\n")
+    argv = ["generate", f"--workdir={finished}", "--prompt=1 plus", f"--prompts_file={tmp_path}/prompts.txt"]
+    argv += ["--num_samples=2", "--max_tokens=20", "--seed=3"]
+    code, out, error = gptjax_main(*argv)
+    assert (code, error) == (0, "")
+    titles = [f"prompt {number}, sample {sample}\n" for number in (1, 2, 3) for sample in (1, 2)]
+    texts = re.split("—{30} (prompt ., sample .\n)", out)
+    assert texts[1::2] == titles
+    assert [text[:6] for text in texts[2::2]] == ["1 plus"] * 2 + ["2 plus"] * 2 + ["3 plus"] * 2
+    stop = texts[2][8]
+    cut = re.split("—{30} prompt ., sample .\n", gptjax_main(*argv, f"--stop={stop}")[1])[1:]
+    whole = [text.removesuffix("\n") for text in texts[2::2]]
+    assert cut == [text[:6] + text[6:].partition(stop)[0] + "\n" for text in whole]
+
+
+def test_int8_weights(gptjax_main, finished):
+    """Of a model this small the loss changes, and by little."""
+    loss = lambda *more: json.loads(gptjax_main("eval", f"--workdir={finished}", *more)[1])["bits_per_byte"]
+    assert 0 < abs(loss("--weights=int8") / loss() - 1) < 0.01
+    argv = ["generate", f"--workdir={finished}", "--prompt=1 plus ", "--max_tokens=5", "--weights=int8"]
+    code, out, error = gptjax_main(*argv)
+    assert (code, error) == (0, "") and out.startswith("1 plus ")

@@ -7,8 +7,8 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from training import LLAMA, tiny
 
-from gptjax import collectives, hlo, sharding, train
-from gptjax.models.transformer import padded_vocab
+from gptjax import collectives, hlo, sharding, update
+from gptjax.models.config import padded_vocab
 
 VOCAB = 257
 SMALL = 2048  # bytes: losses, norms, gains, and the loss's maxima and sums over the vocabulary
@@ -41,8 +41,8 @@ def compile_on(slices, data, fsdp, tensor):
     mesh = sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor, slices), devices)
     config = tiny(LLAMA)
     with jax.set_mesh(mesh):
-        state = train.abstract_state(config, VOCAB, mesh)
-        return config, mesh, state, train.compile_step(config, VOCAB, state, mesh).as_text()
+        state = update.abstract_state(config, VOCAB, mesh)
+        return config, mesh, state, update.compile_step(config, VOCAB, state, mesh).as_text()
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -90,7 +90,7 @@ def test_the_warning_would_be_seen(capfd, uncached):
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 2, 2)], ids=str)
 def test_nothing_is_whole_that_is_cut(shape):
-    """No stacked weight, gradient or moment, and no logits of a whole sequence, have a place in any device's program."""
+    """No stacked weight, gradient or moment, and no logits of a whole sequence, are in any device's program."""
     config, mesh, state, text = compile_on(*shape)
     for param in jax.tree.leaves(state.model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
         if param.axes[0] == "layers" and "embed" in param.axes:

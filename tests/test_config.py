@@ -11,12 +11,15 @@ from training import mesh_of
 import gptjax
 from gptjax import config as configs
 from gptjax import workdir
-from gptjax.config import FREE_KEYS, Config, default, differences, flatten, load, override, parse
+from gptjax.config import FREE_KEYS, Config, default, differences, flatten, parse
+from gptjax.config_file import load, override
 from gptjax.errors import Refused
-from gptjax.models.size import num_parameters
+from gptjax.models.size import flops_per_token, num_parameters
+from gptjax.tokenizer import expected_vocab_size
 
 ROOT = pathlib.Path(gptjax.__file__).parent
-CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+DIAL = ROOT.parent / "configs" / "dial.py"
+CONFIGS = sorted(set((ROOT.parent / "configs").glob("*.py")) - {DIAL})
 
 
 def write(folder, body, head="from gptjax.config import default\n\n\ndef get_config():\n    config = default()\n"):
@@ -54,6 +57,8 @@ def test_defaults_are_locked():
     ("raise RuntimeError('no')", "RuntimeError: no."),
     ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'."),
     ("config.num_steps = (", "SyntaxError: "),
+    ("config.num_steps = 10**5000", "num_steps has 16610 bits, and a number here at most 63."),
+    ("exit()", "SystemExit: None."),
 ])  # fmt: skip
 def test_bad_file(tmp_path, body, words):
     with pytest.raises(Refused) as refusal:
@@ -108,6 +113,10 @@ def test_override(key, text, value):
     ("num_steps", "true", "--config.num_steps=true is not of type int"),
     ("num_steps", "", "--config.num_steps= is not of type int"),
     ("num_steps", "{[]: 1}", "is not of type int"),
+    ("num_steps", "9" * 5000, "is not of type int"),
+    ("num_steps", "(" * 5000, "is not of type int"),
+    ("model.biases", "-" * 5000 + "1", "is not of type bool"),
+    ("optimizer.beta1", "1e999", "is not of type float"),
     ("optimizer.beta1", "true", "--config.optimizer.beta1=true is not of type float"),
     ("optimizer.beta1", "nan", "--config.optimizer.beta1=nan is not of type float"),
     ("model.biases", "1", "--config.model.biases=1 is not of type bool: its default is True."),
@@ -139,6 +148,14 @@ def test_bad_override(key, text, words):
     (dict(num_steps=50), "optimizer.warmup_steps=100 is more than num_steps=50"),
     (dict(model=dict(norm="none")), 'model.norm="none" is unknown'),
     (dict(modl={}), 'unknown key "modl". Did you mean "model"?'),
+    (dict(model=3), "model=3 is no section of keys"),
+    ([], "config=[] is no section of keys"),
+    (dict(num_steps=2**31), "num_steps=2147483648 is more than the 2147483647 that a step counts to"),
+    (dict(model=dict(embed_dim=2**64)), "model.embed_dim has 65 bits, and a number here at most 63"),
+    (dict(optimizer=dict(beta1=10**400)), "optimizer.beta1 has 1329 bits"),
+    (dict(data=dict(path="a\0b")), "data.path='a\\x00b' is no text in UTF-8, or has a NUL in it"),
+    (dict(sample_prompt="\ud800"), "sample_prompt='\\ud800' is no text in UTF-8"),
+    (dict(num_steps="9" * 5000), "is not of type int"),
 ])  # fmt: skip
 def test_refused_across_sections(changes, words):
     with pytest.raises(Refused) as refusal:
@@ -174,7 +191,7 @@ def test_every_field_is_read_somewhere():
 def test_config_file(path):
     """It parses, its model has shapes, and it has the parameters that its name gives."""
     config = load(str(path), {})
-    vocab_size = 257 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
+    vocab_size = expected_vocab_size(config.tokenizer)
     with jax.set_mesh(mesh_of(1, 1, 1)):
         model = workdir.abstract_model(config, vocab_size)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
@@ -184,6 +201,60 @@ def test_config_file(path):
         millions = int(named[1]) * {"m": 1, "b": 1000}[named[2]]
         assert count / 1e6 == pytest.approx(millions, rel=0.02 if millions < 1000 else 0.25)
     assert path.stem in path.read_text().partition('"""\n\n')[0], "its docstring has its command"
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^ +(\d+) +(\d+) +([\d.,]+)M +([\d.]+)B +(\d+) +([\d,]+) +(\S+)$", DIAL.read_text(), re.M)
+)
+def test_dial(row):
+    """Its table says what it gives, and its model has shapes."""
+    depth, width, parameters, tokens, batch, steps, flops = (float(text.replace(",", "")) for text in row)
+    config = load(f"{DIAL}:{depth:.0f}", {})
+    vocab_size = expected_vocab_size(config.tokenizer)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = workdir.abstract_model(config, vocab_size)
+    count = sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert (
+        count == num_parameters(config.model, vocab_size, config.seq_len) == pytest.approx(parameters * 1e6, rel=0.03)
+    )
+    assert (config.model.num_layers, config.model.embed_dim) == (depth, width)
+    assert (config.batch_size, config.num_steps) == (batch, steps)
+    seen = config.num_steps * config.batch_size * config.seq_len
+    assert seen == pytest.approx(20 * count, rel=0.02) and seen == pytest.approx(tokens * 1e9, rel=0.1)
+    assert seen * flops_per_token(config.model, vocab_size, config.seq_len) == pytest.approx(flops, rel=0.03)
+
+
+def test_dial_with_a_horizon():
+    config = load(f"{DIAL}:12:5e9", {"num_samples": "0"})
+    assert config.num_samples == 0 and config.model.num_layers == 12
+    assert config.num_steps * config.batch_size * config.seq_len == pytest.approx(5e9, rel=1e-3)
+    assert config.optimizer.peak_learning_rate == load(f"{DIAL}:2", {}).optimizer.peak_learning_rate
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("", "dial.py has 0 arguments: write --config={}:DEPTH[:TOKENS]."),
+    (":1:2:3", "dial.py:1:2:3 has 3 arguments: write --config={}:DEPTH[:TOKENS]."),
+    (":", "configs/dial.py:: DEPTH is the number of layers"),
+    (":deep", "configs/dial.py:deep: DEPTH is the number of layers"),
+    (":0", "configs/dial.py:0: DEPTH is the number of layers"),
+    (":-3", "configs/dial.py:-3: DEPTH is the number of layers"),
+    (":12:many", "configs/dial.py:12:many: TOKENS is a number above 0"),
+    (":12:-1", "configs/dial.py:12:-1: TOKENS is a number above 0"),
+    (":12:0", "configs/dial.py:12:0: TOKENS is a number above 0"),
+    (":12:nan", "configs/dial.py:12:nan: TOKENS is a number above 0"),
+    (":12:inf", "configs/dial.py:12:inf: TOKENS is a number above 0"),
+    (":12:1e300", "bits, and a number here at most 63"),
+])  # fmt: skip
+def test_bad_arguments(arguments, words):
+    with pytest.raises(Refused) as refusal:
+        load(f"{DIAL}{arguments}", {})
+    assert words.format(DIAL) in str(refusal.value)
+
+
+def test_arguments_of_a_file_that_takes_none(tmp_path):
+    path = write(tmp_path, "")
+    with pytest.raises(Refused, match=r"mine.py:12 has 1 arguments: write --config=.*mine.py\.$"):
+        load(f"{path}:12", {})
 
 
 def test_differences_name_what_changes_the_run():
@@ -214,11 +285,11 @@ def test_differences_of_an_average_and_of_other_versions():
     assert differences(there, averaged) == ["optimizer.ema_decay (off there, on here)"]
     assert differences(dataclasses.asdict(averaged), parse(dict(optimizer=dict(ema_decay=0.99)))) == []
     there["model"]["width"] = there["model"].pop("embed_dim")
-    assert differences(there, parse({})) == [
-        "model.embed_dim (not set there, 384 here)",
-        "model.width (384 there, not set here)",
-    ]
-    assert "seed (not set there, 0 here)" in differences({}, parse({}))
+    assert differences(there, parse({})) == ["model.width (384 there, not set here)"]
+    assert differences(there, parse(dict(model=dict(embed_dim=192))))[0] == "model.embed_dim (384 there, 192 here)"
+    del there["model"]["width"]
+    assert differences(there, parse({})) == []  # as from before there was the key, which takes its default
+    assert differences(there, parse(dict(model=dict(mup_base_width=64)))) == ["model.mup_base_width (0 there, 64 here)"]
 
 
 def test_free_keys_exist():

@@ -9,6 +9,7 @@ from training import GPT2, LLAMA, mesh_of
 
 from gptjax import sharding
 from gptjax.data import stream
+from gptjax.data.mixture import Corpus
 from gptjax.evaluate import evaluate
 from gptjax.loss import LossConfig
 from gptjax.models.transformer import Transformer
@@ -21,7 +22,13 @@ def on_mesh(config, store, shape, batch_size=16, max_windows=0, loss=LossConfig(
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config.resolved(), 257, SEQ_LEN, nnx.Rngs(0)))()
         return evaluate(
-            model, store=store, mesh=mesh, seq_len=SEQ_LEN, batch_size=batch_size, max_windows=max_windows, loss=loss
+            model,
+            corpus=Corpus({"": store}),
+            mesh=mesh,
+            seq_len=SEQ_LEN,
+            batch_size=batch_size,
+            max_windows=max_windows,
+            loss=loss,
         )
 
 

@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 from training import GPT2, LLAMA, mesh_of
 
-from gptjax import sharding
+from gptjax import sampling, sharding
+from gptjax.continuation import Continuation
+from gptjax.decoding import Decoder, Prompt, advance, begin
 from gptjax.errors import Refused
-from gptjax.generate import Sampling, generate, sample, samples
+from gptjax.generate import generate, grow, samples
 from gptjax.models.transformer import Transformer
+from gptjax.sampling import Sampling, sample
 from gptjax.tokenizer import ByteTokenizer
 
 SEQ_LEN = 48
@@ -157,13 +160,19 @@ LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03]))[[3, 0, 4, 1, 2]].astype
 DRAWS = 20_000
 
 
-def frequencies(sampling):
+draw = jax.jit(sample)
+
+
+def frequencies(chosen):
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    drawn = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, 5)), keys, sampling)
+    settings = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.row())
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, 5))
+    seen = jnp.broadcast_to(jnp.arange(5) % 2 == 1, (DRAWS, 5))  # the first and the second of those below
+    drawn = draw(logits, seen, keys, settings)
     return np.bincount(drawn, minlength=5)[[1, 3, 4, 0, 2]] / DRAWS
 
 
-@pytest.mark.parametrize("sampling, expected", [
+@pytest.mark.parametrize("chosen, expected", [
     (Sampling(), [0.5, 0.25, 0.15, 0.07, 0.03]),
     (Sampling(temperature=0.5), np.square([0.5, 0.25, 0.15, 0.07, 0.03]) / 0.3408),
     (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
@@ -173,11 +182,113 @@ def frequencies(sampling):
     (Sampling(top_p=0.4), [1, 0, 0, 0, 0]),
     (Sampling(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0, 0]),  # of the three, the first two hold 0.83
     (Sampling(temperature=0), [1, 0, 0, 0, 0]),
+    (Sampling(min_p=0.2), [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0]),
+    (Sampling(min_p=0.25, temperature=2), np.append(np.sqrt([0.5, 0.25, 0.15, 0.07]), 0) / 1.8589),
+    (Sampling(min_p=1.0), [1, 0, 0, 0, 0]),
+    (Sampling(temperature=1e-30), [1, 0, 0, 0, 0]),
+    # Scores are logarithms here, so below 0: twice one is the square of a probability.
+    (Sampling(repetition_penalty=2.0), np.array([0.25, 0.0625, 0.15, 0.07, 0.03]) / 0.5625),
+    (Sampling(repetition_penalty=4.0, temperature=0), [0, 0, 1, 0, 0]),
 ])  # fmt: skip
-def test_the_right_ones_are_drawn_as_often_as_they_should_be(sampling, expected):
-    found = frequencies(sampling)
+def test_the_right_ones_are_drawn_as_often_as_they_should_be(chosen, expected):
+    found = frequencies(chosen)
     np.testing.assert_allclose(found, expected, atol=0.015)
     assert ((found > 0) == (np.asarray(expected) > 0)).all()
+
+
+def test_rows_are_drawn_each_by_its_own_numbers():
+    """In one call, as alone; and a positive score is divided by the penalty."""
+    kinds = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.4), Sampling(temperature=0), Sampling(min_p=1.0)]
+    settings = jax.tree.map(lambda *each: jnp.repeat(jnp.array(each), 2000), *(kind.row() for kind in kinds))
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (10_000, 5))
+    drawn = draw(logits, jnp.zeros((10_000, 5), bool), jax.random.split(jax.random.key(1), 10_000), settings)
+    found = [set(row) for row in np.asarray(drawn).reshape(5, 2000).tolist()]
+    assert found == [{0, 1, 2, 3, 4}, {1, 3}, {1}, {1}, {1}]
+    penalty = jax.tree.map(lambda number: number[None], Sampling(temperature=0, repetition_penalty=3.0).row())
+    logits = jnp.array([[5.0, 2.0, -1.0]])
+    key = jax.random.split(jax.random.key(0), 1)
+    seen = jnp.array([[True, False, False]])
+    assert draw(logits, seen, key, penalty).item() == 1 and draw(logits - 4, seen, key, penalty).item() == 0
+
+
+def test_candidates_by_bisection_are_those_by_sorting():
+    logits = 3 * np.random.default_rng(0).normal(size=(6, 999)).astype(np.float32)
+    logits[0, 500:] = -np.inf
+    logits[1, :300] = logits[1].max()  # ties stay together
+    for k in (1, 7, 400, 2000):
+        kept = np.isfinite(jax.jit(sampling.among_the_first)(logits, jnp.full(6, k)))
+        least = -np.sort(-logits, axis=-1)[:, min(k, 999) - 1]
+        np.testing.assert_array_equal(kept, (logits >= least[:, None]) & np.isfinite(logits))
+    for p in (0.01, 0.5, 0.95, 0.999):
+        kept = np.isfinite(jax.jit(sampling.among_the_nucleus)(logits, jnp.full(6, p)))
+        for row, logit in zip(kept, logits.astype(np.float64)):
+            probability = np.exp(logit) / np.exp(logit).sum()
+            above = np.array([probability[logit > one].sum() for one in logit])
+            np.testing.assert_array_equal(row[abs(above - p) > 1e-6], (above < p)[abs(above - p) > 1e-6])
+
+
+def test_a_repetition_penalty_covers_prompt_and_made(llama):
+    """A large one: no token comes twice, nor one of the prompt."""
+    prompts = [[10, 20, 30], [40]]
+    made = ask(llama, prompts, Sampling(temperature=0, repetition_penalty=1e6), max_tokens=40)
+    for prompt, ids in zip(prompts, made):
+        assert len({*prompt, *ids}) == len(prompt) + len(ids)
+    assert any(len(set(ids)) < len(ids) for ids in ask(llama, prompts, max_tokens=40))
+
+
+def test_rows_take_prompts_at_any_time(llama):
+    """A row that begins while others go on, in a row that was used before, gets what it gets alone."""
+    eot, model = TOKENIZER.end_of_text, llama.unstacked()
+    drawn = Sampling(top_k=20)
+    alone = [ask(llama, [prompt], drawn, max_tokens=9)[0] for prompt in PROMPTS]
+    decoder = Decoder(model, TOKENIZER, 2, SEQ_LEN)
+    rows = {number: Continuation(TOKENIZER, 9) for number in range(4)}
+    begin = lambda row, number: decoder.begin({row: Prompt([eot, *PROMPTS[number]], 9, drawn, 0, 0)})[row]
+    rows[2].push(begin(0, 2))
+    rows[2].push(decoder.step([0], 3)[0])
+    rows[0].push(begin(1, 0))
+    both = decoder.step([0, 1], 32)
+    rows[2].push(both[0])
+    rows[0].push(both[1][:2])
+    rows[3].push(begin(1, 3))  # in place of what was not done
+    rows[1].push(begin(0, 1))
+    both = decoder.step([0, 1], 32)
+    rows[1].push(both[0])
+    rows[3].push(both[1])
+    assert [rows[number].tokens for number in (1, 2, 3)] == alone[1:]
+    assert rows[0].tokens == alone[0][:3]
+
+
+def test_no_request_compiles_anew(llama):
+    """Other numbers, and prompts of other lengths up to the same multiple."""
+    decoder = Decoder(llama.unstacked(), TOKENIZER, 2, SEQ_LEN)
+    decoder.begin({0: Prompt([256, 1], 5, GREEDY, 0, 0)})
+    decoder.step([0], 4)
+    before = begin._cache_size(), advance._cache_size()
+    decoder.begin({1: Prompt([256, 1, 2, 3], 7, Sampling(0.3, 5, 0.9, 0.1, 1.2), 9, 1)})
+    decoder.step([0, 1], 2)
+    assert (begin._cache_size(), advance._cache_size()) == before
+
+
+def test_the_whole_is_what_came_in_pieces(llama):
+    """And a row ends with the token in which a stop string ends, however many steps are between two looks."""
+    drawn = Sampling(temperature=1.5)
+    whole = ask(llama, PROMPTS, drawn, max_tokens=20)
+    texts = [TOKENIZER.decode(ids) for ids in whole]
+    number, end = next((n, at + 2) for n in range(4) for at in range(4, 18) if max(whole[n][at : at + 2]) < 128)
+    stop = TOKENIZER.decode(whole[number][end - 2 : end])
+    for steps in (1, 3, 32):
+        told = [""] * 4
+        for rows in grow(
+            llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=(stop,), steps=steps
+        ):
+            told = [text + row.news() for text, row in zip(told, rows)]
+        assert told == [text.partition(stop)[0] for text in texts]
+        assert rows[number].tokens == whole[number][:end] and rows[number].finish == "stop"
+    made = generate(llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=(stop,))
+    assert made == [row.tokens for row in rows]
+    with pytest.raises(Refused, match='--stop=""'):
+        generate(llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=("",))
 
 
 def test_samples(llama):
@@ -191,14 +302,17 @@ def test_samples(llama):
 def test_refused(llama):
     with pytest.raises(Refused, match="The prompt has 48 tokens, and the context of 48 takes at most 47"):
         ask(llama, [[1] * 48])
-    for sampling, words in (
+    for drawn, words in (
         (Sampling(temperature=-1.0), "--temperature=-1.0"),
         (Sampling(temperature=float("nan")), "--temperature=nan"),
         (Sampling(top_k=-2), "--top_k=-2"),
         (Sampling(top_p=0.0), "--top_p=0.0"),
         (Sampling(top_p=1.1), "--top_p=1.1"),
+        (Sampling(min_p=1.5), "--min_p=1.5"),
+        (Sampling(temperature=float("inf")), "--temperature=inf"),
+        (Sampling(repetition_penalty=0.0), "--repetition_penalty=0.0"),
     ):
         with pytest.raises(Refused, match=words):
-            ask(llama, [[1]], sampling)
+            ask(llama, [[1]], drawn)
     with pytest.raises(Refused, match="--max_tokens=0 must be at least 1"):
         ask(llama, [[1]], max_tokens=0)

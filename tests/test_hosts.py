@@ -1,6 +1,8 @@
 """How processes find one another and agree: what comes before JAX's own service, so threads do for processes."""
 
+import contextlib
 import socket
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,6 +39,7 @@ def refusals(*arrivals, num_processes=None, timeout=20) -> list[str]:
     [
         ({"coordinator": "a:1", "process_id": 0}, "--coordinator=a:1 and --process_id=0 without --num_processes: give"),
         ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "--coordinator=a is no HOST:PORT"),
+        ({"coordinator": "a:²", "num_processes": 2, "process_id": 0}, "--coordinator=a:² is no HOST:PORT"),
         ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes=0 must be at least 1"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id=2 is none of the 2 .* give 0 to 1"),
     ],
@@ -87,6 +90,25 @@ def test_something_else_at_the_coordinators_port():
             hosts.join(given, {}, 1)
         with pytest.raises(Refused, match="Process 0 can't listen on port .*Address already in use"):
             hosts.join(given | {"process_id": 0}, {}, 1)
+
+
+@pytest.mark.parametrize("words", [b"[" * 100_000, b"{}", b"[[1], {}]", b"[true, 3]", b"\xff", b'["1", {}]'])
+def test_strangers_at_the_port_of_process_0(words):
+    """What they say is nothing, and the wait for the others goes on."""
+    port = free_port()
+    given = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": 0}
+
+    def call():
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(words + b"\n")
+
+    with ThreadPoolExecutor() as threads:
+        called = threads.submit(call)
+        with pytest.raises(Refused, match="Of 2 processes only 1 came to .* without process 1:"):
+            hosts.join(given, {}, 1)
+        called.result()
 
 
 @pytest.fixture

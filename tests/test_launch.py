@@ -86,7 +86,7 @@ class Cloud:
     def launch(self, *flags, command=COMMAND):
         """Returns: (exit code, stdout, stderr without its times)."""
         process = self.start(*flags, command=command)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return process.returncode, out, "".join(line.split("] ", 1)[-1] for line in err.splitlines(keepends=True))
 
     def calls(self):
@@ -232,7 +232,7 @@ def test_control_c_leaves_the_run_and_the_same_command_follows_it_again(cloud):
     session = int((cloud.folder / "machines/one-w-0/gptjax-run/session").read_text())
     assert os.getsid(session) == session  # no hangup reaches it
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "one still exists, and is billed" in err
     assert err.splitlines()[-1].strip() == "gcloud compute tpus queued-resources delete one --force --zone=z --quiet"
@@ -252,7 +252,7 @@ def test_control_c_leaves_the_run_and_the_same_command_follows_it_again(cloud):
     process = cloud.start(*ONE)
     assert process.stdout.readline() == first
     (cloud.folder / "release").touch()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "") and "one is running this command already" in err
     assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
 
@@ -390,7 +390,8 @@ def test_slurm_requeues_after_exit_code_75_and_sigterm_only(tmp_path, codes, res
         "srun": 'shift; most=0; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@"; code=$?; '
         "[ $code -gt $most ] && most=$code; done; exit $most",
         "scontrol": 'echo "scontrol $*"',
-        "gptjax": f'echo "gptjax $*"; [ "$SLURM_PROCID" = 0 ] && exit {codes[0]}; exit {codes[1]}',
+        # Slurm signals all processes of a task, the shell around the command too.
+        "gptjax": f'kill -TERM $PPID; sleep 0.1; echo "gptjax $*"; [ "$SLURM_PROCID" = 0 ] && exit {codes[0]}; exit {codes[1]}',
     }
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name, line in fakes.items():

@@ -6,7 +6,7 @@ from flax import nnx
 from training import mesh_of
 
 from gptjax.errors import Refused
-from gptjax.loss import LossConfig, next_token_sums
+from gptjax.loss import LossConfig, next_token_scores, next_token_sums
 from gptjax.sharding import spec
 
 B, T, D, V, VOCAB = 8, 8, 16, 128, 100
@@ -61,6 +61,23 @@ def on_mesh(shape, inputs, softcap, config):
         placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs())]
         (_, sums), gradients = jax.device_get(run(*placed))
     return sums, gradients
+
+
+@pytest.mark.parametrize("shape, softcap", [((1, 1, 1), 0.0), ((2, 2, 2), 5.0)], ids=str)
+def test_scores_of_targets_are_those_of_log_softmax(inputs, shape, softcap):
+    mesh = mesh_of(*shape)
+    x, w, targets, _ = inputs
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs[:3], specs())]
+        score = lambda x, w, targets: next_token_scores(
+            x, nnx.Param(w, axes=("vocab", "embed")), targets, vocab_size=VOCAB, softcap=softcap
+        )
+        scores, best = jax.device_get(jax.jit(score)(*placed))
+    logits = np.float64(x) @ np.float64(w[:VOCAB]).T
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
+    expected = np.take_along_axis(logits, targets[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    assert (best == (logits.argmax(-1) == targets)).all() and 10 < best.sum() < best.size - 10
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)

@@ -13,8 +13,9 @@ from training import mesh_of
 from gptjax.errors import Refused
 from gptjax.loss import LossConfig, next_token_sums
 from gptjax.models import layers, transformer
+from gptjax.models.config import ModelConfig, padded_vocab
 from gptjax.models.size import flops_per_token, num_parameters
-from gptjax.models.transformer import ModelConfig, Transformer, padded_vocab
+from gptjax.models.transformer import Transformer
 from gptjax.sharding import spec
 
 B, T, VOCAB = 2, 12, 40
@@ -311,7 +312,10 @@ def test_rotated_products_depend_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 4, 8))
 
     def product(m, n):
-        turned = [layers.rotate(x, layers.rope(jnp.full((1, 1), at), 8, 10_000.0)) for x, at in ((q, m), (k, n))]
+        turned = [
+            layers.rotate(x, layers.rope(jnp.full((1, 1), at), layers.rope_frequencies(8, 10_000.0)))
+            for x, at in ((q, m), (k, n))
+        ]
         return (turned[0] * turned[1]).sum(-1)
 
     np.testing.assert_allclose(product(7, 3), product(104, 100), atol=1e-4)

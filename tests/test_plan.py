@@ -6,6 +6,7 @@ What is marked `tpu_aot` asks the real TPU compiler, and is skipped where libtpu
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training
-from test_cli import DEBUG, gptjax_main  # noqa: F401
+from conftest import DEBUG
 
 import gptjax
-from gptjax import collectives, compiled, config, flops, hlo, plan, search, theory, topology, train
+from gptjax import collectives, compiled, config_file, flops, hlo, plan, search, theory, topology, update
 from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token
 from gptjax.sharding import MeshConfig
@@ -233,7 +234,7 @@ def test_theory_agrees_with_a_compiled_program(mesh):
     its = planned(mesh=mesh)
     devices = training.mesh_of(*mesh)
     with jax.set_mesh(devices):
-        step = train.compile_step(its, 257, train.abstract_state(its, 257, devices), devices)
+        step = update.compile_step(its, 257, update.abstract_state(its, 257, devices), devices)
     rows = collectives.collectives(hlo.parse(step.as_text()), list(devices.shape.items()), [0] * 8, 1)
     found = {(row.operation, row.axes): row.bytes for row in rows}
     expected = theory.collectives(its, shapes(its))
@@ -277,6 +278,8 @@ def test_topologies():
         ("v5e:32x32", 1, "at most 256 chips"),
         ("v5e", 1, "v5e:16x16"),
         ("v5e:2xfour", 1, "v5e:16x16"),
+        ("v5e:" + "9" * 5000, 1, "v5e:16x16"),
+        ("v5e:" + "x".join(["9999"] * 99), 1, "v5e:16x16"),
         ("v5e:2x4", 0, "--slices=0"),
         ("h100:16", 1, "CARDSxHOSTS"),
         ("h100:8", 2, "h100:8x2"),
@@ -293,11 +296,11 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(search, "has_compiler", lambda topology: False)
 
 
-def test_plan_without_a_compiler(gptjax_main, no_compiler):  # noqa: F811
+def test_plan_without_a_compiler(gptjax_main, no_compiler):
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.model.dtype=bfloat16"]
     code, out, _ = gptjax_main(*argv, "--json")
     made = json.loads(out)
-    its = config.load(DEBUG, {})
+    its = config_file.load(DEBUG, {})
     model = flops_per_token(its.model, 257, its.seq_len) * its.batch_size * its.seq_len
     assert code == 0 and set(KEYS.split()) <= set(made)
     assert (made["fits"], made["source"], made["compile_seconds"]) == (True, "analytic", None)
@@ -309,7 +312,7 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):  # noqa: F811
     assert code == 0 and "ANALYTIC" in out and "pip install libtpu" in out and "bounds, not predictions" in out
 
 
-def test_a_plan_that_does_not_fit_is_no_failure(gptjax_main, no_compiler):  # noqa: F811
+def test_a_plan_that_does_not_fit_is_no_failure(gptjax_main, no_compiler):
     big = ["--config.model.num_layers=64", "--config.model.embed_dim=8192", "--config.model.mlp_dim=32768"]
     code, out, _ = gptjax_main("plan", f"--config={DEBUG}", "--topology=v5e:2x4", *big)
     assert code == 0 and "does not fit" in out and "--config.model.remat=full" in out
@@ -323,15 +326,16 @@ def test_a_plan_that_does_not_fit_is_no_failure(gptjax_main, no_compiler):  # no
         (["--topology=v5e:2x4", "--config.mesh.tensor=8"], "num_heads=4"),
         (["--topology=v5e:2x4", "--slices=2", "--config.mesh.slices=4"], "mesh.slices=4"),
         (["--topology=v5e:2x2x2"], "v5e:2x4"),
+        (["--topology=v5e:2x4", "--config.tokenizer.kind=huggingface"], "needs tokenizer.path"),
     ],
 )
-def test_plans_are_refused_in_one_sentence(gptjax_main, no_compiler, changes, words):  # noqa: F811
+def test_plans_are_refused_in_one_sentence(gptjax_main, no_compiler, changes, words):
     code, _, error = gptjax_main("plan", f"--config={DEBUG}", *changes)
     assert code == 2 and words in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 def test_a_compiler_that_aborts_or_hangs(monkeypatch, tmp_path):
-    its, where = config.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
+    its, where = config_file.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
     aborts = tmp_path / "python"
     aborts.write_text('#!/bin/sh\necho "F1121 16:00 pod.cc:7] Check failed: no such pod" >&2\nkill -ABRT $$\n')
     aborts.chmod(0o755)
@@ -376,14 +380,14 @@ def test_a_floor_below_the_weights_products_is_not_believed():
     assert "not understood" in made["warnings"][0]
 
 
-def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch, tmp_path):  # noqa: F811
+def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, values in (("REPLICAS", (1, 2)), ("TENSOR", (1, 8)), ("ACCUMULATION", (1,)), ("REMAT", ("none", "full"))):
         monkeypatch.setattr(search, name, values)
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.num_steps=70", "--search"]
     code, out, error = gptjax_main(*argv, "--json")
     assert code == 0 and "6 candidates: 4 divide, 4 may fit" in error  # 4 heads are not cut into 8
-    best, made = config.load("debug_v5e_2x4.py", {}), json.loads(out)
+    best, made = config_file.load("debug_v5e_2x4.py", {}), json.loads(out)
     assert (best.model.remat, best.mesh.data, best.num_steps, made["fits"]) == ("none", 1, 70, True)
     assert made["mesh"]["fsdp"] == best.mesh.fsdp and made["mesh"]["data"] == best.mesh.data
     code, _, error = gptjax_main(*argv)
@@ -392,7 +396,9 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
 
 def asked(*argv) -> dict:
     """The plan that the command line prints."""
-    made = subprocess.run([sys.executable, "-m", "gptjax", "plan", "--json", *argv], capture_output=True, text=True)
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    argv = [sys.executable, "-m", "gptjax", "plan", "--json", *argv]
+    made = subprocess.run(argv, capture_output=True, text=True, env=variables)
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout)
 
@@ -402,18 +408,6 @@ LLAMA = f"--config={pathlib.Path(gptjax.__file__).parent.parent / 'configs' / 'l
 
 class TestTpu:
     pytestmark = tpu_aot
-
-    def test_a_plan_by_the_compiler(self):
-        made = asked(LLAMA, "--topology=v5e:2x4", "--config.model.num_layers=2", "--config.batch_size=32")
-        assert (made["fits"], made["source"], made["warnings"]) == (True, "compiled", [])
-        assert 0.2 < made["mfu_ceiling"] < 1
-        assert made["memory"]["arguments"] == pytest.approx(
-            sum(made["memory"][part] for part in ("parameters", "optimizer", "batch")), rel=0.02
-        )
-        gathers = [row for row in made["collectives"] if row["operation"].startswith("all-gather")]
-        assert sum(row["bytes"] for row in gathers) == pytest.approx(gathers[0]["expected_bytes"], rel=0.01)
-        assert made["hbm_bytes"] > sum(made["memory"][part] for part in ("parameters", "optimizer"))
-        assert made["largest_buffers"] and made["versions"]["libtpu"]
 
     def test_what_does_not_fit(self):
         made = asked(

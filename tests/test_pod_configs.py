@@ -8,8 +8,7 @@ import pathlib
 
 import pytest
 
-from gptjax import config as configs
-from gptjax import plan, topology
+from gptjax import config_file, plan, topology
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # GiB of a chip, and the ceiling on MFU, that the step may not get worse than; a compiler's version moves both a little.
@@ -29,11 +28,22 @@ PODS = {
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("name, machine, slices", PODS)
-def test_it_fits_and_keeps_its_figures(name, machine, slices, request):
+def test_it_fits_and_keeps_its_figures(name, machine, slices, request, monkeypatch):
     if (name, machine, slices) != next(iter(PODS)) and not request.config.getoption("all_pods"):
         pytest.skip("only with --all_pods")
-    config = configs.load(str(CONFIGS / f"{name}.py"), {})
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # see conftest.py
+    config = config_file.load(str(CONFIGS / f"{name}.py"), {})
     made = plan.plan(config, topology.parse(machine, slices))
     most, least = PODS[name, machine, slices]
     assert made["source"] == "compiled" and made["fits"] and not made["warnings"]
-    assert made["hbm_bytes"] / topology.GIB < most and made["mfu_ceiling"] > least
+    assert made["hbm_bytes"] / topology.GIB < most and least < made["mfu_ceiling"] < 1
+    memory = made["memory"]
+    assert memory["arguments"] == pytest.approx(
+        sum(memory[part] for part in ("parameters", "optimizer", "batch")), rel=0.1
+    )
+    assert made["hbm_bytes"] > memory["parameters"] + memory["optimizer"]
+    gathers = [row for row in made["collectives"] if row["operation"].startswith("all-gather")]
+    assert sum(row["bytes"] for row in gathers) == pytest.approx(
+        sum(row["expected_bytes"] for row in gathers[:1]), rel=0.01
+    )
+    assert made["largest_buffers"] and made["versions"]["libtpu"]

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import errno
 import gzip
 import json
 import lzma
@@ -9,11 +11,15 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
+from training import tiny
 
+from gptjax import workdir
+from gptjax.data import pieces
 from gptjax.data import prepare as module
 from gptjax.data.prepare import DataConfig, prepare
 from gptjax.data.store import is_whole
-from gptjax.errors import Refused
+from gptjax.errors import Failed, Refused
 from gptjax.tokenizer import TokenizerConfig
 
 BYTE = TokenizerConfig(kind="byte")
@@ -47,7 +53,7 @@ def decoded(store, name):
 
 @pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig(vocab_size=300)], ids=["byte", "sentencepiece"])
 def test_every_document_is_in_one_split_with_its_bytes(tmp_path, data, texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 200)
+    monkeypatch.setattr(pieces, "BATCH_BYTES", 200)
     store = prepare(data, tokenizer, tmp_path / "store")
     train, heldout = decoded(store, "train"), decoded(store, "heldout")
     assert sorted(train + heldout) == sorted(texts)
@@ -76,15 +82,25 @@ def test_both_splits_have_a_document(tmp_path, texts, fraction, count):
 def test_the_tokenizer_learns_from_training_documents_only(tmp_path, texts, monkeypatch):
     seen = []
     train = module.tokenizers.train
-    monkeypatch.setattr(module.tokenizers, "train", lambda c, texts, f: (seen.extend(texts), train(c, seen, f))[1])
+    monkeypatch.setattr(module.tokenizers, "train", lambda _, texts, f: (seen.extend(texts), train(BYTE, seen, f))[1])
     data = corpus(tmp_path / "corpus", texts)
-    store = prepare(data, BYTE, tmp_path / "store")
+    store = prepare(data, TokenizerConfig(), tmp_path / "store")
     assert sorted(seen) == sorted(decoded(store, "train"))
 
     seen.clear()
     monkeypatch.setattr(module, "TRAINING_BYTES", sum(len(text.encode()) for text in texts) // 3 + 1)
-    store = prepare(data, BYTE, tmp_path / "sampled")
+    store = prepare(data, TokenizerConfig(), tmp_path / "sampled")
     assert seen == [text for text in texts[::3] if text in decoded(store, "train")]
+
+
+def test_a_disk_that_is_full_for_the_tokenizers_texts_is_no_refusal(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(Failed, match="store.partial can't be written .No space"):
+        patch.setattr(pieces.Sample, "__call__", full)
+        prepare(data, TokenizerConfig(vocab_size=300), tmp_path / "store")
+    assert (tmp_path / "store.partial/survey/00000.json").exists()
 
 
 def test_compressed_sizes_are_those_of_gzip_and_xz(tmp_path, data, monkeypatch):
@@ -95,7 +111,7 @@ def test_compressed_sizes_are_those_of_gzip_and_xz(tmp_path, data, monkeypatch):
     assert manifest["gzip_bytes"] == len(gzip.compress(heldout, 9, mtime=0))
     assert manifest["xz_bytes"] == len(lzma.compress(heldout, preset=9))
 
-    monkeypatch.setattr(module, "COMPRESSED_BYTES", 100)
+    monkeypatch.setattr(pieces, "COMPRESSED_BYTES", 100)
     manifest = prepare(data, BYTE, tmp_path / "less").manifest
     assert manifest["compressed_heldout_bytes"] == 100
     assert manifest["xz_bytes"] == len(lzma.compress(heldout[:100], preset=9))
@@ -117,6 +133,29 @@ def test_a_store_of_other_settings_is_refused_by_key(tmp_path, data):
         prepare(dataclasses.replace(data, heldout_fraction=0.5), BYTE, tmp_path / "store")
     with pytest.raises(Refused, match=r"tokenizer.kind \(byte there, sentencepiece now\)"):
         prepare(data, TokenizerConfig(), tmp_path / "store")
+
+
+def test_a_store_that_another_run_finished_meanwhile(tmp_path, data, monkeypatch):
+    """It is compared with the settings, and no refusal removes it."""
+    lock, where = module.owner.locked, tmp_path / "run" / "store"
+
+    @contextlib.contextmanager
+    def locked(*arguments):
+        monkeypatch.undo()
+        prepare(dataclasses.replace(data, heldout_fraction=0.5), BYTE, where)
+        with lock(*arguments):
+            yield
+
+    monkeypatch.setattr(module.owner, "locked", locked)
+    with pytest.raises(Refused, match=r"data.heldout_fraction \(0.5 there, 0.2 now\)"):
+        workdir.make_corpus(tiny(data=data), epath.Path(tmp_path / "run"))
+    assert is_whole(where) and [path.name for path in where.parent.iterdir()] == ["store"]
+
+
+def test_a_store_of_less_than_a_window_does_not_stay(tmp_path, data):
+    with pytest.raises(Refused, match="seq_len=32768"):
+        workdir.make_corpus(tiny(data=data, seq_len=32768), epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusals_leave_nothing(tmp_path, data, texts):
@@ -148,11 +187,12 @@ def test_files_that_change_while_read_are_refused(tmp_path, data, monkeypatch):
     check = module.tokenizers.train
 
     def change(*arguments):
-        (tmp_path / "corpus" / "new.txt").write_text("new")
+        with (tmp_path / "corpus" / "007.txt").open("a") as file:
+            file.write("new")
         return check(*arguments)
 
     monkeypatch.setattr(module.tokenizers, "train", change)
-    with pytest.raises(Refused, match="60 documents of .* at first, then 61 of"):
+    with pytest.raises(Refused, match="60 documents of (.*) bytes at first, then 60 of (?!\\1)"):
         prepare(data, BYTE, tmp_path / "store")
 
 
@@ -173,7 +213,6 @@ module.prepare(module.{data!r}, TokenizerConfig(kind="byte"), "{tmp_path}/out/st
     process.wait()
     process.stdout.close()
     (left,) = (tmp_path / "out").iterdir()
-    assert left.name.startswith("store.partial-") and not is_whole(left)
-    os.rename(left, left.with_name(f"store.partial-{os.getpid()}"))  # the restart may have the same process id
+    assert left.name == "store.partial" and not is_whole(left)
     assert prepare(data, BYTE, tmp_path / "out" / "store").split("train").documents > 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["store"]

@@ -3,11 +3,14 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from conftest import CACHE
 from test_hosts import SLURM, free_port
@@ -16,6 +19,7 @@ import gptjax
 
 STEPS, EVERY = 6, 3
 DEVICES = 4  # of all processes together
+RECORDED = str(pathlib.Path(__file__).with_name("recorded_run.py"))
 
 
 class Ended(NamedTuple):
@@ -24,8 +28,14 @@ class Ended(NamedTuple):
     err: str
 
 
-def processes(number: int, *argv: str, slurm: bool = False) -> list[Ended]:
-    """The command in so many processes at once, which divide the devices."""
+def processes(
+    number: int, *argv: str, slurm: bool = False, full: bool = False, inside: Sequence[pathlib.Path] = ()
+) -> list[Ended]:
+    """The command in so many processes at once, which divide the devices.
+
+    Args:
+      full: the last of them can write no file of more than 64 KiB, as on a full disk. inside: a folder for each.
+    """
     config = pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py"
     port, started = str(free_port()), []
     for process in range(number):
@@ -36,7 +46,8 @@ def processes(number: int, *argv: str, slurm: bool = False) -> list[Ended]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # only process 0 finds in the cache what process 0 compiled
         }
-        command = [sys.executable, "-m", "gptjax", *argv]
+        started_by = [RECORDED] if argv[0] == "train" else ["-m", "gptjax"]
+        command = [sys.executable, *started_by, *argv]
         if slurm:
             environment |= SLURM | {"SLURM_NTASKS": str(number), "SLURM_PROCID": str(process)}
             environment |= {"JAX_COORDINATOR_PORT": port}
@@ -46,7 +57,11 @@ def processes(number: int, *argv: str, slurm: bool = False) -> list[Ended]:
             command.append(f"--config={config}")
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         # Their files' permissions tell who wrote them: nobody else may read those of the processes after the first.
-        started.append(subprocess.Popen(command, env=environment, umask=0o077 if process else 0o022, **pipes))
+        where = inside[process] if inside else None
+        umask = 0o077 if process else 0o022
+        started.append(subprocess.Popen(command, env=environment, umask=umask, cwd=where, **pipes))
+    if full:
+        resource.prlimit(started[-1].pid, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     try:
         outputs = [process.communicate(timeout=120) for process in started]
     finally:
@@ -55,7 +70,7 @@ def processes(number: int, *argv: str, slurm: bool = False) -> list[Ended]:
     return [Ended(process.returncode, *output) for process, output in zip(started, outputs)]
 
 
-def train(number: int, folder, store, *more: str, slurm: bool = False) -> list[Ended]:
+def train(number: int, folder, store, *more: str, **how) -> list[Ended]:
     return processes(
         number,
         "train",
@@ -72,13 +87,23 @@ def train(number: int, folder, store, *more: str, slurm: bool = False) -> list[E
         "--config.num_samples=0",
         "--config.mesh.tensor=2",
         *more,
-        slurm=slurm,
+        **how,
     )
 
 
 def rows(folder, key: str) -> dict[int, float]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row[key] for row in found if key in row}
+
+
+def batches(folder) -> dict[str, dict[str, str]]:
+    """Of each step of the runs in a workdir, the hash of each row of the batch that lay on the devices of all."""
+    found = {}
+    for file in sorted(folder.with_name(folder.name + ".rows").iterdir()):
+        for step, rows in map(json.loads, file.read_text().splitlines()):
+            there = found.setdefault(step, {})
+            assert all(there.setdefault(row, row_hash) == row_hash for row, row_hash in rows.items()), step
+    return found
 
 
 def half_way(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -110,6 +135,23 @@ def test_the_losses_are_those_of_one_process(alone, two):
     assert rows(folder, "loss") == pytest.approx(rows(alone, "loss"), rel=1e-5) and len(rows(alone, "loss")) == STEPS
     assert rows(folder, "eval_loss") == pytest.approx(rows(alone, "eval_loss"), rel=1e-5)
     assert list(rows(alone, "eval_loss")) == [EVERY, STEPS]
+
+
+def test_the_batches_are_those_of_one_process(alone, two):
+    assert {step: len(rows) for step, rows in batches(alone).items()} == dict.fromkeys(range(STEPS), 8)
+    assert len({row for rows in batches(alone).values() for row in rows.values()}) > 8
+    assert batches(two[0]) == batches(alone)
+
+
+def test_one_goes_on_as_two_and_then_as_one(alone, store, tmp_path):
+    folder = half_way(alone, tmp_path / "run")
+    ended = train(2, folder, store, "--config.checkpoint_every=1")
+    assert [process.code for process in ended] == [0, 0], ended
+    shutil.rmtree(folder / "checkpoints" / f"step_{STEPS:08}")
+    (only,) = train(1, folder, store)
+    assert (only.code, only.err) == (0, "") and "going on from the checkpoint of step 5" in only.out
+    assert rows(folder, "loss") == pytest.approx(rows(alone, "loss"), rel=1e-5)
+    assert batches(folder) == {step: batches(alone)[step] for step in range(EVERY, STEPS)}
 
 
 def test_only_process_0_writes_and_prints(alone, two):
@@ -144,6 +186,7 @@ def test_one_goes_on_as_four_which_find_each_other_by_slurm(alone, store, tmp_pa
     assert [process.code for process in ended] == [0] * 4, ended
     assert "going on from the checkpoint of step 3" in ended[0].out and "in 4 processes" in ended[0].out
     assert rows(folder, "loss") == pytest.approx(rows(alone, "loss"), rel=1e-5)
+    assert batches(folder) == {step: batches(alone)[step] for step in range(EVERY, STEPS)}
 
 
 def test_evaluation(two):
@@ -171,11 +214,53 @@ def test_a_refusal_of_process_0_reaches_the_other(store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_of_one_is_known_to_both(two, store, tmp_path):
+    folder = half_way(two[0], tmp_path / "run")
+    first, other = train(2, folder, store, "--config.checkpoint.write_seconds=3", full=True)
+    assert (first.code, other.code) == (1, 1), (first, other)
+    assert first.err.count("the checkpoint of step 6 was not saved") == 4 and "on process 1" in first.err
+    assert other.err.count("\n") == 1 and first.err.endswith(other.err) and "could not be saved" in other.err
+    assert {path.parent.name for path in (folder / "checkpoints").glob("*/manifest.json")} == {f"step_{EVERY:08}"}
+    assert [path.name for path in (folder / "checkpoints" / f"step_{STEPS:08}").iterdir()] == ["unfinished"]
+
+
+def test_damage_that_one_process_finds_is_passed_over_by_both(two, store, tmp_path):
+    folder = shutil.copytree(two[0], tmp_path / "run")
+    newest = folder / "checkpoints" / f"step_{STEPS:08}"
+    share = sorted(json.loads((newest / "manifest.json").read_text())["files"])[1::2]  # that process 1 reads
+    content = bytearray((newest / share[0]).read_bytes())
+    content[-1] ^= 1
+    (newest / share[0]).write_bytes(content)
+    (folder / "samples.txt").unlink()  # as after a kill: there is something left to do
+    ended = train(2, folder, store)
+    assert [process.code for process in ended] == [0, 0], ended
+    assert f"passed over the checkpoint of step {STEPS} in " in ended[0].err and ended[1].err == ""
+    assert f"{share[0]} is not what was written" in ended[0].err
+    assert rows(folder, "loss") == pytest.approx(rows(two[0], "loss"), rel=1e-5)
+
+
+def damaged_for_one(two, where, split: str) -> dict:
+    """Settings of a run of two processes, each with a copy of the store, of which process 0 can't read a split."""
+    for name in ("first", "other"):
+        shutil.copytree(two[0] / "store", where / name / "store")
+    shard = next((where / "first" / "store" / split / "tokens").rglob("c/0"))
+    content = np.frombuffer(shard.read_bytes(), np.uint8).copy()
+    content[: len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    return dict(inside=[where / "first", where / "other"])
+
+
 def test_a_failure_of_one_ends_the_other(two, store, tmp_path):
     """Soon, and not when JAX stops waiting for it (minutes)."""
     folder = half_way(two[0], tmp_path / "run")
-    shutil.rmtree(folder / "tensorboard")
-    (folder / "tensorboard").write_text("a file where process 0 makes a folder")
-    ended = train(2, folder, store)
-    assert ended[0].code == 1 and "NotADirectoryError" in ended[0].err
+    ended = train(2, folder, store, "--config.data.store=store", **damaged_for_one(two, tmp_path, "train"))
+    assert ended[0].code == 1 and "DATA_LOSS" in ended[0].err, ended[0].err
     assert ended[1].code not in (0, 2)
+
+
+def test_held_out_rows_that_one_can_not_read_end_neither(two, store, tmp_path):
+    folder = half_way(two[0], tmp_path / "run")
+    ended = train(2, folder, store, "--config.data.store=store", **damaged_for_one(two, tmp_path, "heldout"))
+    assert [process.code for process in ended] == [0, 0], ended
+    assert "could not be evaluated (Unreadable: the held-out rows of process 0 of 2: " in ended[0].out
+    assert rows(folder, "loss") == rows(two[0], "loss") and list(rows(folder, "eval_error")) == [STEPS]

@@ -20,18 +20,35 @@ from etils import epath
 from training import mesh_of, tiny
 
 import gptjax
-from gptjax import sharding, train, workdir
+from gptjax import measuring, sharding, train, update, workdir
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.prepare import DataConfig
 from gptjax.errors import Refused
-from gptjax.models.transformer import ModelConfig
+from gptjax.models.config import ModelConfig
 from gptjax.sharding import MeshConfig
 
 STEPS, EVERY = 6, 2
-STEP_ROW = {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu"}
-EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy"}
+STEP_ROW = {
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "skipped_updates",
+    "tokens_seen",
+    "tokens_per_second",
+    "step_seconds",
+    "mfu",
+    "time",
+}
+EVAL_ROW = {"step", "eval_loss", "eval_bits_per_byte", "eval_accuracy", "time"}
+SAVE_ROW = {"step", "save_blocked_seconds", "save_seconds", "time"}
 START_ROW = {
     "step",
+    "time",
+    "parameters",
+    "devices",
+    "mesh",
+    "versions",
     "compile_seconds",
     "compilation_cache",
     "compiled_bytes",
@@ -92,7 +109,10 @@ def test_rows_have_the_keys_of_the_contract(finished):
     (started,) = [row for row in rows(folder) if "compile_seconds" in row]
     assert started["step"] == 0 and started.keys() == START_ROW and started["compilation_cache"] in ("hit", "miss")
     assert 0 < started["compile_seconds"] < started["first_step_seconds"] and started["compiled_bytes"] > 0
-    assert len(rows(folder)) == 1 + len(steps) + len(evaluations)
+    saves = [row for row in rows(folder) if "save_seconds" in row]
+    assert len(rows(folder)) == 1 + len(steps) + len(evaluations) + len(saves)
+    assert [row["step"] for row in saves] == [2, 4, 6] and all(row.keys() == SAVE_ROW for row in saves)
+    assert all(0 < row["save_blocked_seconds"] < row["save_seconds"] for row in saves)
     assert [row["step"] for row in steps] == [2, 4, 6] and all(row.keys() == STEP_ROW for row in steps)
     assert [row["step"] for row in evaluations] == [3, 6] and all(row.keys() == EVAL_ROW for row in evaluations)
     for row in steps:
@@ -133,7 +153,8 @@ def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, c
     assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # of steps that were done before
     assert "going on from the checkpoint of step 6" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text().startswith(before)
-    assert [row["step"] for row in rows(folder)] == [0, 2, 3, 4, 6, 6, 6, 8, 8]
+    kept = [row["step"] for row in rows(folder) if "save_seconds" not in row]
+    assert kept == [0, 2, 3, 4, 6, 6, 6, 8, 8]
     assert json.loads((folder / "config.json").read_text())["num_steps"] == STEPS + 2
 
 
@@ -165,7 +186,7 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
     folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     store = workdir.prepare(config, folder, mesh_of(2, 2, 2))
     with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
-        state = jax.jit(lambda: train.init_state(config, 257))()
+        state = jax.jit(lambda: update.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
         checkpoints.save(7, state, workdir.identity(config, store))
     run = workdir.load(folder, -1)
@@ -214,10 +235,72 @@ def test_samples_of_a_shorter_run_do_not_make_a_longer_one_complete(finished, co
 
 def test_what_a_killed_save_left_is_cleared_away(finished, corpus, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    left = folder / "checkpoints" / "step_00000009.orbax-checkpoint-tmp"
+    left = folder / "checkpoints" / "step_00000009"
     (left / "state").mkdir(parents=True)
+    (left / "unfinished").touch()
     train.train(small(corpus, num_steps=STEPS + 4), epath.Path(folder))
     assert not left.exists()
+
+
+# Evaluation and logging never end a run
+
+
+def test_a_save_comes_before_the_evaluation_of_the_same_step(corpus, tmp_path, monkeypatch):
+    """And an evaluation that dies of whatever takes nothing with it."""
+    folder, seen = tmp_path / "run", []
+
+    def evaluate(*_, **__):
+        seen.append(sorted(int(path.name[5:13]) for path in (folder / "checkpoints").iterdir())[-1])
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    train.train(small(corpus, eval_every=2), epath.Path(folder))
+    assert seen == [2, 4, 6]
+    assert [(row["step"], row["eval_error"]) for row in rows(folder) if "eval_error" in row] == [
+        (step, "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory") for step in seen
+    ]
+    monkeypatch.undo()
+    train.train(small(corpus, eval_every=2, num_steps=8), epath.Path(folder))
+    assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [6, 8]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Refused])
+def test_what_is_no_failure_of_an_evaluation_ends_the_run(corpus, tmp_path, monkeypatch, error):
+    def evaluate(*_, **__):
+        raise error("told to")
+
+    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    with pytest.raises(error, match="told to"):
+        train.train(small(corpus, eval_every=1), epath.Path(tmp_path / "run"))
+
+
+def test_held_out_tokens_that_are_damaged(finished, corpus, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    damage(next((folder / "store" / "heldout" / "tokens").rglob("c/0")))
+    train.train(small(corpus, num_steps=12), epath.Path(folder))
+    printed = capsys.readouterr().out
+    assert "warning: step 9 could not be evaluated (Unreadable: the held-out rows of process 0 of 1: " in printed
+    assert "the run goes on" in printed and "held-out text, bits a byte" not in printed
+    assert Checkpoints(folder / "checkpoints").steps() == [10, 12] and (folder / "samples.txt").exists()
+    assert [row["step"] for row in rows(folder) if "eval_error" in row] == [9, 12]
+
+
+def damage(file):
+    content = bytearray(file.read_bytes())
+    content[100] ^= 0xFF
+    file.write_bytes(content)
+
+
+def test_folders_that_are_files(corpus, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "metrics.jsonl").mkdir(parents=True)
+    (folder / "tensorboard").write_text("a file where a folder should be")
+    train.train(small(corpus, log_every=1), epath.Path(folder))
+    printed = capsys.readouterr().out
+    assert printed.count("warning: ") == 2 and "training 6/6" in printed
+    assert f"warning: {folder}/tensorboard can't be written (" in printed
+    assert f"warning: {folder}/metrics.jsonl can't be written (IsADirectoryError" in printed
+    assert Checkpoints(folder / "checkpoints").steps() == [4, 6]
 
 
 # Processes

@@ -1,11 +1,19 @@
 import codecs
 import itertools
+import threading
 
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
-from gptjax.data import sources
-from gptjax.data.sources import documents
+from gptjax.data import files, sources
+from gptjax.data.documents import DataConfig, Document
+from gptjax.data.formats import text
 from gptjax.errors import Refused
+
+
+def documents(source, path):
+    return sources.documents(DataConfig(source=source, path=path))
 
 
 def test_stdlib_has_the_library_and_not_its_tests():
@@ -22,8 +30,8 @@ def test_stdlib_honours_declared_encodings_and_has_no_empty_documents(tmp_path, 
     (tmp_path / "empty.py").touch()
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "skipped.py").write_text("1")
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert list(documents("stdlib", "")) == [("latin.py", 0, "# -*- coding: latin-1 -*-\n# é\n")]
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert list(documents("stdlib", "")) == [Document("latin.py", 0, "# -*- coding: latin-1 -*-\n# é\n")]
 
 
 def test_text_gives_small_files_whole_and_sorted(tmp_path):
@@ -33,7 +41,7 @@ def test_text_gives_small_files_whole_and_sorted(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "i.txt").write_text("i")
     found = list(documents("text", str(tmp_path / "*.txt")))
-    assert found == [(str(tmp_path / name), 0, f"{name}\r\nline é\n") for name in sorted(names)]
+    assert found == [Document(str(tmp_path / name), 0, f"{name}\r\nline é\n") for name in sorted(names)]
     assert len(list(documents("text", str(tmp_path / "**" / "*.txt")))) == 9
 
 
@@ -91,3 +99,29 @@ def test_refusals(tmp_path):
     ]:
         with pytest.raises(Refused, match=message):
             list(documents(source, path))
+
+
+class Bucket(MemoryFileSystem):
+    """A stand-in for one: what it says of a file it says when it is asked of two at a time."""
+
+    protocol = "gs"
+    two = threading.Barrier(2)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+    def info(self, path, **options):
+        if "corpus/" in path:  # a file, and not the bucket
+            self.two.wait(timeout=30)
+        return super().info(path, **options)
+
+
+def test_files_in_a_bucket_are_asked_of_together(monkeypatch):
+    bucket = Bucket()
+    for name in ("b", "a", "c", "d", "folder/e", "other/f"):
+        bucket.pipe_file(f"gs://corpus/{name}", name.encode())
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: bucket)
+    found = files.matching("gs://corpus/*")
+    assert [str(file) for file in found] == [f"gs://corpus/{name}" for name in "abcd"]
+    assert files.with_bytes(found) == [(file, 1) for file in found]

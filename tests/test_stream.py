@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from gptjax.data import stream
+from gptjax.data.curriculum import Phase
+from gptjax.data.mixture import PERIOD, Corpus
+from gptjax.data.packing import Concat
 from gptjax.data.prepare import DataConfig, prepare
 from gptjax.errors import Refused
 from gptjax.tokenizer import TokenizerConfig
@@ -28,8 +31,19 @@ def tokens(store):
 
 
 def train(store, batch_size=8, seed=0, rows=None, seq_len=T):
-    rows = np.arange(batch_size) if rows is None else rows
-    return stream.train_batches(store, seq_len=seq_len, batch_size=batch_size, seed=seed, rows=rows)
+    phase = Phase(0, seq_len, batch_size, {"": PERIOD})
+    data = stream.Stream(Corpus({"": store}), [phase], seq_len, seed)
+    return Batches(data, np.arange(batch_size) if rows is None else rows)
+
+
+class Batches:
+    """Those of some rows, by their number."""
+
+    def __init__(self, data, rows):
+        self.data, self.rows = data, rows
+
+    def __getitem__(self, index):
+        return self.data.batch(index, self.rows)
 
 
 def assert_equal(a, b):
@@ -99,10 +113,10 @@ def test_the_global_batch_is_the_same_however_it_is_split(store, hosts):
 def test_step_k_is_the_same_by_iteration_from_anywhere(store):
     batches = train(store)
     for start, stop in ((0, 12), (7, 12), (11, 12)):
-        for step, batch in zip(range(start, stop), stream.iterate(batches, start, stop), strict=True):
+        for step, batch in zip(range(start, stop), stream.iterate(batches.__getitem__, start, stop), strict=True):
             assert_equal(batch, batches[step])
             assert_equal(batch, train(store)[step])
-    assert list(stream.iterate(batches, 5, 5)) == []
+    assert list(stream.iterate(batches.__getitem__, 5, 5)) == []
 
 
 def test_seeds_give_other_orders_and_not_each_others_epochs(store, tokens):
@@ -117,7 +131,7 @@ def test_seeds_give_other_orders_and_not_each_others_epochs(store, tokens):
 
 def test_segments_and_positions_follow_documents(store):
     end = store.tokenizer.end_of_text
-    for batch in itertools.islice(stream.iterate(train(store), 0, 20), 20):
+    for batch in itertools.islice(stream.iterate(train(store).__getitem__, 0, 20), 20):
         for row in range(8):
             segment, position = 1, 0
             for column in range(T):
@@ -134,17 +148,14 @@ def test_segments_of_one_written_out_window(store):
     end = store.tokenizer.end_of_text
 
     class Three:
-        tokenizer = store.tokenizer
-        tokens = 9
+        tokens, has_prompts = 9, False
 
-        def split(self, name):
-            return self
-
-        def read(self, starts, length):
+        def spans(self, starts, lengths):
             corpus = np.array([end, 7, 8, end, 9, end, end, 5, 6] + [0] * 20, np.uint16)
-            return np.stack([corpus[start : start + length] for start in starts])
+            return np.concatenate([corpus[start : start + length] for start, length in zip(starts, lengths)])
 
-    batch = stream._batch(Three(), "train", np.array([0, 1, 2]), 6)
+    spans = Concat(9, 6).spans(np.array([0, 1, 2]), np.zeros(3, np.int64), 6)
+    batch = stream._rows(Three(), spans, 3, 6, end)
     np.testing.assert_array_equal(batch.inputs, [[end, 7, 8, end, 9, end], [end, 5, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.targets, [[7, 8, end, 9, end, end], [5, 6, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 2, 2, 3], [1, 1, 0, 0, 0, 0], [0] * 6])

@@ -3,10 +3,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from training import GPT2, LLAMA, mesh_of, run, tiny
+from training import GPT2, LLAMA, data_of, mesh_of, run, tiny
 
-from gptjax import train
+from gptjax import train, update
 from gptjax.checkpoint import placed
+from gptjax.errors import Refused
 from gptjax.optimizer import OPTIMIZERS, OptimizerConfig
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -59,8 +60,8 @@ def test_full_rematerialization_holds_less(store):
         model = dataclasses.replace(GPT2, num_layers=8, remat=remat)
         config, mesh = tiny(model), mesh_of(1, 1, 1)
         with jax.set_mesh(mesh):
-            state = placed(jax.eval_shape(lambda: train.init_state(config, 257)), mesh)
-            return train.compile_step(config, 257, state, mesh).memory_analysis().temp_size_in_bytes
+            state = placed(jax.eval_shape(lambda: update.init_state(config, 257)), mesh)
+            return update.compile_step(config, 257, state, mesh).memory_analysis().temp_size_in_bytes
 
     assert temporaries("full") < 0.6 * temporaries("none")
 
@@ -79,11 +80,16 @@ def test_optimizer_learns_on_a_mesh_as_on_one_device(store, name):
 def test_overfits_one_batch(store):
     config, mesh = tiny(LLAMA, num_steps=100, batch_size=2), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: train.init_state(config, 257))()
-        batch = next(train.train_batches(config, store, mesh, 0))
+        state = jax.jit(lambda: update.init_state(config, 257))()
+        batch = next(train.train_batches(config, data_of(config, store), mesh, 0))
         for _ in range(100):
-            state, metrics = train.train_step(state, batch, config=config, vocab_size=257)
+            state, metrics = update.train_step(state, batch, config=config, vocab_size=257)
     assert metrics["loss"] < 0.1
+
+
+def test_a_range_to_profile_of_numbers_that_python_does_not_read():
+    with pytest.raises(Refused, match="is no A:B with A below B"):
+        train.profiled("0:" + "9" * 5000, 4)
 
 
 def test_state_is_born_sharded_and_stays_so(store):
@@ -101,13 +107,13 @@ def test_state_is_born_sharded_and_stays_so(store):
 
 def new_state(config, mesh):
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: train.init_state(config, 257))()
+        return jax.jit(lambda: update.init_state(config, 257))()
 
 
 def test_average_of_weights_follows(store):
     config = tiny(GPT2, optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, ema_decay=0.9))
     state, _ = run(config, store, mesh_of(1, 1, 1), 3)
-    assert train.weights(state) is state.ema
+    assert update.weights(state) is state.ema
     # Of decays 1/10, 2/11, 3/12 at the first updates, by hand.
     expected = None
     replay = None

@@ -1,10 +1,15 @@
 """Runs of the real train step on a chosen mesh, for the tests that compare losses."""
 
-import jax
+import hashlib
 
-from gptjax import sharding, train
+import jax
+import numpy as np
+
+from gptjax import sharding, train, update
 from gptjax.config import Config, resolve
-from gptjax.models.transformer import ModelConfig
+from gptjax.data.mixture import Corpus
+from gptjax.data.stream import Stream
+from gptjax.models.config import ModelConfig
 from gptjax.optimizer import OptimizerConfig
 from gptjax.tokenizer import TokenizerConfig
 
@@ -42,15 +47,43 @@ def mesh_of(*shape: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
 
 
-def run(config: Config, store, mesh: jax.sharding.Mesh, steps: int, state=None, start: int = 0):
+def data_of(config: Config, store) -> Stream:
+    """What a run of a config reads from one store."""
+    return Stream(Corpus({"": store}), config.phases, config.seq_len, config.seed, config.packing, config.augment)
+
+
+def run(config: Config, store, mesh: jax.sharding.Mesh, steps: int, state=None, start: int = 0, ledger=()):
     """(state, losses) of steps start … start + steps - 1, by the loop's own functions."""
     vocab_size = store.tokenizer.vocab_size
     with jax.set_mesh(mesh):
         if state is None:
-            state = jax.jit(lambda: train.init_state(config, vocab_size))()
+            state = jax.jit(lambda: update.init_state(config, vocab_size))()
         losses = []
-        batches = train.train_batches(config, store, mesh, start)
+        batches = train.train_batches(config, data_of(config, store), mesh, start, ledger)
         for _ in range(steps):
-            state, metrics = train.train_step(state, next(batches), config=config, vocab_size=vocab_size)
+            state, metrics = update.train_step(state, next(batches), config=config, vocab_size=vocab_size)
             losses.append(float(metrics["loss"]))
     return state, losses
+
+
+def row_hashes(batch) -> dict[int, str]:
+    """Of a step's batch as it lies on this process's devices: {row of the global batch: hash of all its tokens}."""
+    found = {}
+    row_of = np.arange(np.prod(batch.inputs.shape[:2])).reshape(batch.inputs.shape[:2])
+    for shards in zip(*(array.addressable_shards for array in batch)):
+        fields = jax.device_get([shard.data for shard in shards])
+        for place, row in np.ndenumerate(row_of[shards[0].index[:2]]):
+            row_hash = hashlib.sha256(b"".join(field[place].tobytes() for field in fields)).hexdigest()
+            assert found.setdefault(int(row), row_hash) == row_hash, f"row {row} differs between devices"
+    return found
+
+
+def recorded(function, record):
+    """`train.train_batches` that also calls `record` with the step and the `row_hashes` of every batch."""
+
+    def train_batches(config, data, mesh, start, ledger):
+        for step, batch in enumerate(function(config, data, mesh, start, ledger), start):
+            record(step, row_hashes(batch))
+            yield batch
+
+    return train_batches

@@ -1,215 +1,360 @@
-"""From a source to a token store: hold out documents, train the tokenizer, tokenize, write."""
+"""From a source to a token store: hold out documents, train the tokenizer, tokenize, write.
 
+What takes long is done task by task (pieces.py), by as many processes as there are (engine.py), in a folder beside the
+store:
+
+    STORE.partial/
+        owner.json          who works here
+        work.json           what for; of other settings or files it is begun anew
+        tasks/              the parts of the source (sources.py) that make up each task
+        texts/  text_tasks/ where extracting text takes long: what was extracted, and the tasks to read it
+        clean/              where there is cleaning (clean.py): what is left of each task
+        survey/  sample/  pieces/    the results of each step, task by task
+        tokenizer/
+        store/              put together from the pieces in their order, and renamed when it is whole
+
+so a preparation that is killed goes on, and its store is the same to the byte, whoever did which task.
+"""
+
+import contextlib
 import hashlib
-import lzma
-import os
+import itertools
+import json
+import tempfile
 import time
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import NamedTuple
 
-import numpy as np
 from etils import epath
 
-from gptjax import terminal
+from gptjax import heartbeat, owner, terminal
 from gptjax import tokenizer as tokenizers
+from gptjax.data import clean, engine, merging, pieces, sources
 from gptjax.data import store as stores
-from gptjax.data.sources import Document, documents
-from gptjax.errors import Refused
+from gptjax.data.clean import CleanConfig
+from gptjax.data.documents import END, PLACES, Damages, DataConfig, Document, Part
+from gptjax.errors import Failed, Refused
 from gptjax.tokenizer import TokenizerConfig
 
 # SentencePiece keeps its training text in memory, and more of it than this changes few pieces.
 TRAINING_BYTES = 64 << 20
-# How much text is tokenized at a time: enough to occupy the cores, and what is held in memory.
-BATCH_BYTES = 4 << 20
-# gzip and xz are told on no more held-out text than this.
-COMPRESSED_BYTES = 16 << 20
+# Tasks are of about this size, and smaller where a corpus would give few of them.
+TASK_BYTES, LEAST_TASK_BYTES, TASKS = 64 << 20, 1 << 20, 256
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on.
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    folder: epath.PathLike,
+    workers: int = 1,
+    cleaning: CleanConfig = CleanConfig(),
+) -> stores.Store:
+    """The token store in `folder`: opened if it was made from the same settings, else made by so many processes.
 
-    source: `stdlib` (the source code of Python's standard library) or `text` (files of UTF-8).
-    path: for `text`, a file or a glob, local or gs://.
-    store: folder of the token store; empty means `store` inside the workdir.
-    heldout_fraction: about which part of the documents is kept for evaluation, more than 0 and less than 1.
+    Raises: as `prepared`.
     """
-
-    source: str = "stdlib"
-    path: str = ""
-    store: str = ""
-    heldout_fraction: float = 0.02
+    return prepared(data, tokenizer, folder, workers, cleaning)[0]
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, folder: epath.PathLike) -> stores.Store:
-    """The token store in `folder`: opened if it was made from the same settings, else made.
+def prepared(
+    data: DataConfig, tokenizer: TokenizerConfig, folder: epath.PathLike, workers: int, cleaning: CleanConfig
+) -> tuple[stores.Store, bool]:
+    """What `prepare` returns, and whether it was made by this call.
 
-    It is made in a folder beside and renamed when it is whole. Only one process of a run may call this before the
-    store is there. Refuses a store made from other settings, and a corpus that can't be split in two.
+    Only one process of a run may call this before the store is there. Refuses a store made from other settings, a
+    corpus that can't be read or split in two, and to work where another does; then nothing stays of what it did. Where
+    it is killed, or a disk is full or fails (Failed), the same call goes on.
     """
     folder = epath.Path(folder)
-    settings = _settings(data, tokenizer)
+    settings = _settings(data, tokenizer, cleaning)
     if stores.is_whole(folder):
-        return _reuse(folder, settings)
+        return _reuse(folder, settings, tokenizer), False
     if folder.is_file() or folder.exists() and any(folder.iterdir()):
         raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
+    clean.check_ready(cleaning)
+    _check(data)
+    partial = folder.with_name(f"{folder.name}.partial")
+    refusal = "is being prepared on", "wait until it is done, stop it, or give another folder in data.store"
+    with owner.locked(partial, *refusal):
+        try:
+            made = not stores.is_whole(folder)  # another run may have made it meanwhile
+            if made:
+                _build(data, tokenizer, cleaning, partial, settings, workers)
+                if folder.exists():
+                    folder.rmdir()  # empty, as seen above; a rename has to make it
+                (partial / "store").rename(folder)
+        except OSError as error:
+            raise Failed(
+                f"{partial} can't be written ({error.strerror or error}): make room or give another folder in "
+                "data.store; the same command goes on."
+            ) from error
+        except Refused:
+            partial.rmtree()
+            raise
+        partial.rmtree()
+    return stores.Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
+
+
+def _check(data: DataConfig) -> None:
     if not 0 < data.heldout_fraction < 1:
         raise Refused(
             f"data.heldout_fraction is {data.heldout_fraction}, which is not between 0 and 1: use for example 0.02."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f"{folder.name}.partial-{os.getpid()}"
+
+
+def training_texts(data: DataConfig, cleaning: CleanConfig) -> Iterator[str]:
+    """The texts that `prepare` trains a tokenizer on. Raises: Refused, Failed."""
+    _check(data)
+    with _temporary() as folder:
+        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, 1)
+        yield from _training_texts(corpus, survey, folder, 1)
+
+
+def heldout_documents(data: DataConfig, cleaning: CleanConfig) -> Iterator[Document]:
+    """The documents that `prepare` holds out. Raises: Refused, Failed."""
+    _check(data)
+    with _temporary() as folder:
+        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, 1)
+        for task in range(len(survey.tasks)):
+            for document in corpus.documents(task, Damages("skip")):
+                if pieces.hash_of(document.text.encode()) < survey.cut:
+                    yield document
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[epath.Path]:
+    """A folder for the block. Raises: Failed, where it can't be written."""
     try:
-        if partial.exists():  # a killed process had our number
-            partial.rmtree()
-        _build(data, tokenizer, partial, settings)
-        if stores.is_whole(folder):  # another run made it meanwhile
-            partial.rmtree()
-            return _reuse(folder, settings)
-        if folder.exists():
-            folder.rmdir()  # empty, as seen above; a rename has to make it
-        partial.rename(folder)
-    except BaseException:
-        if partial.exists():
-            partial.rmtree()
-        raise
-    return stores.Store.open(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            yield epath.Path(folder)
+    except OSError as error:
+        raise Failed(
+            f"The folder for temporary files can't be written ({error.strerror or error}): make room there, or name "
+            "another in TMPDIR."
+        ) from error
 
 
-def _settings(data: DataConfig, tokenizer: TokenizerConfig) -> dict:
+def _settings(data: DataConfig, tokenizer: TokenizerConfig, cleaning: CleanConfig) -> dict:
     """Whatever the tokens depend on, as config keys."""
-    settings = {"data": asdict(data), "tokenizer": asdict(tokenizer)}
+    settings = {"data": asdict(data), "tokenizer": tokenizers.settings(tokenizer)}
     del settings["data"]["store"]
-    if tokenizer.kind == "byte" or tokenizer.path:
-        del settings["tokenizer"]["vocab_size"]
-    return {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    flat = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    return flat | clean.settings(cleaning)
 
 
-def _reuse(folder: epath.Path, settings: dict) -> stores.Store:
+def _reuse(folder: epath.Path, settings: dict, tokenizer: TokenizerConfig) -> stores.Store:
     store = stores.Store.open(folder)
-    made = store.manifest["settings"]
+    # What a store of an earlier version does not name had no effect on it, and that is what a default is.
+    made = _settings(DataConfig(), TokenizerConfig(), CleanConfig()) | store.manifest["settings"]
     differing = [
-        f"{key} ({made.get(key, 'not set')} there, {settings.get(key, 'not set')} now)"
-        for key in sorted(made.keys() | settings.keys())
-        if made.get(key) != settings.get(key)
+        f"{key} ({made.get(key, 'not set')} there, {settings[key]} now)"
+        for key in sorted(settings)
+        if made.get(key) != settings[key]
     ]
     if differing:
         raise Refused(
             f"{folder} holds a token store made from other settings, {', '.join(differing)}: give another folder in "
             "data.store, or the old settings."
         )
+    tokenizers.check_same(tokenizer, store.tokenizer.hash, folder)
     print(f"using the token store in {folder}: {store.split('train').tokens:,} tokens to train on", flush=True)
     return store
 
 
+def _build(
+    data: DataConfig,
+    config: TokenizerConfig,
+    cleaning: CleanConfig,
+    folder: epath.Path,
+    settings: dict,
+    workers: int,
+):
+    """Makes FOLDER/store."""
+    corpus, survey, lost, cleaned = surveyed(data, cleaning, folder, settings, workers)
+    tokenizer = _train(config, corpus, survey, folder, workers)
+    results = _tokenize(data, corpus, survey, folder, workers)
+    manifest = {"settings": settings, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+    manifest |= merging.merge(results, folder, stores.token_dtype(tokenizer.vocab_size), bool(data.prompt_field))
+    (folder / "store" / "tokenizer").mkdir()
+    for name, content in tokenizers.read_files(folder / "tokenizer").items():
+        (folder / "store" / "tokenizer" / name).write_bytes(content)
+    manifest["lost"] = lost
+    if cleaned:
+        report, samples = cleaned
+        clean.write(report, samples, folder / "store" / "cleaning")
+        manifest["cleaning"] = report
+    stores.write_manifest(folder / "store", manifest)
+
+
+def surveyed(data: DataConfig, cleaning: CleanConfig, folder: epath.Path, settings: dict, workers: int):
+    """The corpus as it is tokenized, its survey, what of the source it lacks, and what cleaning says of itself."""
+    corpus, tasks = _corpus(data, sources.parts(data), folder, settings)
+    extracted, cleaned = data.source in sources.SLOW, None
+    if extracted:
+        corpus, lost = _extract(data, corpus, tasks, folder, workers)
+    if cleaning.steps():
+
+        def run(step, tasks: int, words: str):
+            _run(step, tasks, workers, folder, words, None)
+
+        corpus, *cleaned = clean.clean(cleaning, corpus, tasks, folder / "clean", run)
+    survey = _survey(data, corpus, tasks, folder, workers)
+    return corpus, survey, lost if extracted else _lost(survey.tasks), cleaned
+
+
+def _corpus(data: DataConfig, parts: list[Part], folder: epath.Path, settings: dict) -> tuple[pieces.Corpus, int]:
+    """The corpus that is prepared in `folder`, and its number of tasks; whatever else is there is removed."""
+    tasks = _tasks(parts)
+    listed = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
+    work = json.dumps({"settings": settings, "parts": listed}, sort_keys=True)
+    corpus = pieces.Corpus(data, folder / "tasks")
+    if (folder / "work.json").exists() and (folder / "work.json").read_text() == work:
+        print(f"going on with what was prepared in {folder}", flush=True)
+        return corpus, len(tasks)
+    for path in folder.iterdir():
+        if path.is_dir():
+            path.rmtree()
+        elif path.name != "owner.json":
+            path.unlink()
+    corpus.tasks.mkdir()
+    for number, task in enumerate(tasks):
+        pieces.finish(corpus.tasks, number, task)
+    (folder / "work.json").write_text(work)
+    return corpus, len(tasks)
+
+
+def _tasks(parts: list[Part]) -> list[list[Part]]:
+    """Neighbouring parts together, until they are large enough to be shared out."""
+    size = min(max(sum(part.size for part in parts) // TASKS, LEAST_TASK_BYTES), TASK_BYTES)
+    tasks, held = [[]], 0
+    for part in parts:
+        if held >= size:
+            tasks.append([])
+            held = 0
+        tasks[-1].append(part)
+        held += part.size
+    return tasks
+
+
 class _Survey(NamedTuple):
-    """What a first reading finds. cut: documents with a smaller hash are held out."""
+    """What a first reading finds.
+
+    cut: documents with a smaller hash are held out. tasks: the result of each.
+    """
 
     documents: int
     bytes: int
     cut: int
+    tasks: list[dict]
 
 
-def _build(data: DataConfig, config: TokenizerConfig, folder: epath.Path, settings: dict):
-    survey = _survey(data)
-    tokenizer = tokenizers.train(config, _training_texts(data, survey), folder / "tokenizer")
-    dtype = stores.token_dtype(tokenizer.vocab_size)
-    writers = {split: stores.SplitWriter(folder / split, dtype) for split in stores.SPLITS}
-    compressed, text_hash = _Compressed(), hashlib.sha256()
-    began, done, num_bytes, num_tokens = time.monotonic(), 0, 0, 0
-    with terminal.progress("tokenizing documents", survey.documents) as bar:
-        for batch in _batches(documents(data.source, data.path)):
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
-                text = document.text.encode()
-                text_hash.update(text)
-                split = "heldout" if _hash(text) < survey.cut else "train"
-                if split == "heldout":
-                    compressed.add(text)
-                tokens = np.concatenate([[tokenizer.end_of_text], ids])
-                writers[split].append(document.name, document.offset, tokens, len(text))
-                done, num_bytes, num_tokens = done + 1, num_bytes + len(text), num_tokens + len(tokens)
-            speed = num_bytes / 1e6 / (time.monotonic() - began)
-            bar.update(done, f"{speed:.1f} MB/s · {num_tokens / 1e6:.1f}M tokens")
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if (done, num_bytes) != survey[:2]:
-        raise Refused(
-            f"The files of data.source={data.source} changed while they were read: {survey.documents} documents of "
-            f"{survey.bytes} bytes at first, then {done} of {num_bytes}: prepare again when they are still."
-        )
-    manifest = {"settings": settings, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-    manifest["text_hash"] = text_hash.hexdigest()
-    stores.write_manifest(folder, manifest | {"splits": splits} | compressed.sizes())
+def _run(step, tasks: int, workers: int, folder: epath.Path, words: str, total: int | None) -> None:
+    """Does all tasks of a step of pieces.py, with a bar that counts documents."""
+    step.folder.mkdir(exist_ok=True)
+    finished = [pieces.result(step.folder, task) for task in range(tasks) if pieces.done(step.folder, task)]
+    count, num_bytes, num_tokens = (sum(result.get(key, 0) for result in finished) for key in engine.Told._fields)
+    began, before = time.monotonic(), num_bytes
+    with terminal.progress(words, total, count) as bar:
+
+        def told(more_documents: int, more_bytes: int, more_tokens: int):
+            nonlocal count, num_bytes, num_tokens
+            count, num_bytes, num_tokens = count + more_documents, num_bytes + more_bytes, num_tokens + more_tokens
+            heartbeat.moved()
+            speed = (num_bytes - before) / 1e6 / max(time.monotonic() - began, 1e-3)
+            words = [f"{num_bytes / 1e6:.1f} MB · {speed:.1f} MB/s"] * bool(num_bytes)
+            bar.update(count, " · ".join(words + [f"{num_tokens / 1e6:.1f}M tokens"] * bool(num_tokens)))
+
+        engine.run(step, tasks, workers, folder / "engine" / step.folder.name, told)
 
 
-def _survey(data: DataConfig) -> _Survey:
+def _extract(data: DataConfig, corpus: pieces.Corpus, tasks: int, folder: epath.Path, workers: int):
+    """The corpus of the texts of another one, and what was lost of that."""
+    step, made = pieces.Extract(corpus, folder / "texts"), pieces.Corpus(data, folder / "text_tasks")
+    _run(step, tasks, workers, folder, "extracting text", None)
+    made.tasks.mkdir(exist_ok=True)
+    for task in range(tasks):
+        file = pieces.path(step.folder, task, "documents")
+        pieces.finish(made.tasks, task, [Part("documents", str(file), 0, END, file.stat().length)])
+    lost = _lost([pieces.result(step.folder, task) for task in range(tasks)])
+    _tell_lost(lost)
+    return made, lost
+
+
+def _lost(results: list[dict]) -> dict:
+    """What of a source is not among its documents: `damaged` records and files, some `places`, pages `without_text`."""
+    lost = {key: sum(result[key] for result in results) for key in ("damaged", "without_text")}
+    return lost | {"places": [place for result in results for place in result["places"]][:PLACES]}
+
+
+def _tell_lost(lost: dict):
+    if lost["damaged"]:
+        more = "; …" * (lost["damaged"] > len(lost["places"]))
+        print(f"left out {lost['damaged']:,} damaged: {'; '.join(lost['places'])}{more}", flush=True)
+    if lost["without_text"]:
+        print(f"left out {lost['without_text']:,} pages in which no text was found", flush=True)
+
+
+def _survey(data: DataConfig, corpus: pieces.Corpus, tasks: int, folder: epath.Path, workers: int) -> _Survey:
     """Reads the corpus once, to count it and to draw the line between training and held-out documents.
 
     A document is held out by a hash of its content, so that equal ones are on the same side. The fraction draws the
     line, moved if need be to hold out the smallest hash and to train on the largest.
     """
-    count, num_bytes, smallest, largest = 0, 0, 1 << 64, -1
-    with terminal.progress("reading documents", None) as bar:
-        for document in documents(data.source, data.path):
-            text = document.text.encode()
-            count, num_bytes, hash = count + 1, num_bytes + len(text), _hash(text)
-            smallest, largest = min(smallest, hash), max(largest, hash)
-            bar.update(count, f"{num_bytes / 1e6:.1f} MB")
+    step = pieces.Survey(corpus, folder / "survey")
+    _run(step, tasks, workers, folder, "reading documents", None)
+    results = [pieces.result(step.folder, task) for task in range(tasks)]
+    count, num_bytes = (sum(result[key] for result in results) for key in ("documents", "bytes"))
+    smallest, largest = min(result["smallest"] for result in results), max(result["largest"] for result in results)
+    _tell_lost(_lost(results))
     if smallest >= largest:
         raise Refused(
             f"data.source={data.source} has {count} documents and {min(count, 1)} different ones, and at least 2 are "
             "needed to hold one out: add text (a file of more than 64 KiB is several documents)."
         )
-    return _Survey(count, num_bytes, min(max(int(data.heldout_fraction * (1 << 64)), smallest + 1), largest))
+    cut = min(max(int(data.heldout_fraction * (1 << 64)), smallest + 1), largest)
+    return _Survey(count, num_bytes, cut, results)
 
 
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+def _train(
+    config: TokenizerConfig, corpus: pieces.Corpus, survey: _Survey, folder: epath.Path, workers: int
+) -> tokenizers.Tokenizer:
+    """The tokenizer in `folder`, trained if need be."""
+    done, partial = folder / "tokenizer", folder / "tokenizer.partial"
+    if not done.exists():
+        # Read and written before SentencePiece is called, so that it is not what fails where a disk is full.
+        texts = _training_texts(corpus, survey, folder, workers) if config.trained else ()
+        tokenizers.train(config, texts, partial)
+        partial.rename(done)
+    return tokenizers.load(done)
 
 
-def _training_texts(data: DataConfig, survey: _Survey) -> Iterator[str]:
-    """What the tokenizer learns from: training documents, each k-th of the corpus if it is larger than the sample."""
+def _training_texts(corpus: pieces.Corpus, survey: _Survey, folder: epath.Path, workers: int) -> Iterator[str]:
+    """What a tokenizer learns from: training documents, each k-th of the corpus if it is larger than the sample."""
     every = -(-survey.bytes // TRAINING_BYTES)
-    with terminal.progress("training the tokenizer: reading documents", survey.documents) as bar:
-        for index, document in enumerate(documents(data.source, data.path)):
-            if index % every == 0 and _hash(document.text.encode()) >= survey.cut:
-                yield document.text
-            bar.update(index + 1, "" if every == 1 else f"1 in {every}")
+    firsts = [0, *itertools.accumulate(task["documents"] for task in survey.tasks)][:-1]
+    step = pieces.Sample(corpus, folder / "sample", every, survey.cut, tuple(firsts))
+    _run(step, len(firsts), workers, folder, "training the tokenizer: reading documents", survey.documents)
+    return _told(step.texts())
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents, each closed by the one that takes it over BATCH_BYTES."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _told(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        heartbeat.moved()
+        yield text
 
 
-class _Compressed:
-    """How small gzip -9 and xz -9 make the held-out text, for comparison with a model's bits per byte."""
-
-    def __init__(self):
-        self._compressors = {
-            "gzip_bytes": zlib.compressobj(level=9, wbits=31),  # 31: with gzip's header
-            "xz_bytes": lzma.LZMACompressor(preset=9),
-        }
-        self._sizes = {"compressed_heldout_bytes": 0} | dict.fromkeys(self._compressors, 0)
-
-    def add(self, text: bytes):
-        text = text[: COMPRESSED_BYTES - self._sizes["compressed_heldout_bytes"]]
-        self._sizes["compressed_heldout_bytes"] += len(text)
-        for name, compressor in self._compressors.items():
-            self._sizes[name] += len(compressor.compress(text))
-
-    def sizes(self) -> dict[str, int]:
-        """gzip_bytes and xz_bytes of the first compressed_heldout_bytes of the held-out text."""
-        for name, compressor in self._compressors.items():
-            self._sizes[name] += len(compressor.flush())
-        return self._sizes
+def _tokenize(data: DataConfig, corpus: pieces.Corpus, survey: _Survey, folder: epath.Path, workers: int) -> list[dict]:
+    """Has each task tokenized; their results. Raises: Refused, where the text is not what it was."""
+    step = pieces.Tokenize(corpus, folder / "pieces", folder / "tokenizer", survey.cut, threads=workers == 1)
+    _run(step, len(survey.tasks), workers, folder, "tokenizing documents", survey.documents)
+    results = [pieces.result(step.folder, task) for task in range(len(survey.tasks))]
+    for before, now in zip(survey.tasks, results):
+        if before["digest"] != now["digest"]:
+            raise Refused(
+                f"The files of data.source={data.source} changed while they were read: {before['documents']} documents "
+                f"of {before['bytes']} bytes at first, then {now['documents']} of {now['bytes']}: prepare again when "
+                "they are still."
+            )
+    return results

@@ -1,107 +1,110 @@
-"""Where text comes from: iterators over documents, in an order that is the same every time."""
+"""Where text comes from: a list of parts, and the documents of each.
 
-import glob
-import os
-import sysconfig
-import tokenize
+    parts(data)                  → the parts of a source, in an order that is the same every time
+    read(part, data, damages)    → the documents of one of them, at most a bounded amount of it in memory
+
+`formats/` has a module for each family of formats, with the same two functions for each. Cleaning goes between the two
+and `prepare`: it reads parts, and what it leaves is written as parts again, of the source `documents`.
+"""
+
+import errno
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
-from etils import epath
+from gptjax.data import files
+from gptjax.data.documents import Damages, DataConfig, Document, Part
+from gptjax.data.formats import lines, records, tables, text, web
+from gptjax.errors import Failed, Refused, nearest
 
-from gptjax.errors import Refused, nearest
+# What lists the parts of a source, and what reads one.
+READERS = {
+    "stdlib": (text.stdlib_parts, text.read_stdlib),
+    "text": (files.ranges, text.read_text),
+    "code": (text.code_parts, text.read_text),
+    "jsonl": (files.ranges, lines.read_jsonl),
+    "csv": (files.parts, lines.read_csv),  # whether a line end is inside of quotes only a file's start can tell
+    "parquet": (tables.parquet_parts, tables.read_parquet),
+    "huggingface": (tables.huggingface_parts, tables.read_huggingface),
+    "arrayrecord": (records.arrayrecord_parts, records.read_arrayrecord),
+    "tfds": (records.tfds_parts, records.read_tfds),
+    "warc": (files.parts, web.read_warc),
+    "wet": (files.parts, web.read_wet),
+    "documents": (files.ranges, lines.read_documents),  # as a step of `prepare` leaves them
+}
+GIVEN = [name for name in READERS if name != "documents"]  # for a config to name
 
-# A larger text file is several documents, so that a corpus in one file has documents to hold out.
-MAX_TEXT_BYTES = 64 * 1024
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# What is extracted once, rather than at each of the times that `prepare` reads.
+SLOW = ("warc",)
 
 
-class Document(NamedTuple):
-    """A text, the file it is from, and the byte at which it starts there."""
+def parts(data: DataConfig) -> list[Part]:
+    """The parts of a source.
 
-    name: str
-    offset: int
-    text: str
-
-
-def documents(source: str, path: str) -> Iterator[Document]:
-    """The documents of a source, sorted by name; one is in memory at a time.
-
-    source: `stdlib`, the source code of Python's standard library without its tests (`path` must be empty), or `text`,
-    the UTF-8 files that the glob `path` matches, local or gs://. Refuses what is missing, empty or not UTF-8.
+    Raises: Refused, for an unknown source, and one that has nothing to read; Failed, where the system is at fault.
     """
-    sources = {"stdlib": _stdlib, "text": _text}
-    if source not in sources:
-        raise Refused(f'data.source is "{source}", which is none of {", ".join(sources)}.{nearest(source, sources)}')
-    return sources[source](path)
-
-
-def _stdlib(path: str) -> Iterator[Document]:
-    if path:
-        raise Refused(f'data.path is "{path}", but data.source=stdlib takes no path: set data.source=text.')
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (file.relative_to(root) for file in root.rglob("*.py"))
-    for file in sorted(file for file in files if NOT_LIBRARY.isdisjoint(file.parts)):
-        with open(root / file, "rb") as code:
-            encoding, _ = tokenize.detect_encoding(code.readline)
-            code.seek(0)
-            text = code.read().decode(encoding)
-        if text:  # an empty __init__.py is no document
-            yield Document(file.as_posix(), 0, text)
-
-
-def _text(path: str) -> Iterator[Document]:
-    if not path:
-        raise Refused('data.source=text needs data.path, which is "": give a file or a glob, such as corpus/*.txt.')
-    files = _files(path)
-    if not files:
-        hint = f' It is a folder: try "{path.rstrip("/")}/*".' if epath.Path(path).is_dir() else ""
-        raise Refused(f'data.path "{path}" matches 0 files, and at least 1 is needed.{hint}')
-    for file in files:
-        yield from _parts(file)
-
-
-def _files(path: str) -> list[epath.Path]:
-    """The files that a glob matches, sorted."""
-    if "://" not in path:
-        names = glob.glob(os.path.expanduser(path), recursive=True)
-        return [epath.Path(name) for name in sorted(names) if os.path.isfile(name)]
-    if not glob.has_magic(path):
-        return [epath.Path(path)] if epath.Path(path).is_file() else []
-    if "**" in path:
-        raise Refused(f'data.path "{path}" has **, which works on local paths alone: write one * for each level.')
-    scheme, rest = path.split("://", 1)
-    bucket, pattern = rest.split("/", 1)
-    return sorted(file for file in epath.Path(f"{scheme}://{bucket}").glob(pattern) if not file.is_dir())
-
-
-def _parts(file: epath.Path) -> Iterator[Document]:
-    """One document of a small file; several of a large one, cut after the last line end that fits."""
-    offset, rest = 0, b""
-    with file.open("rb") as stream:
-        while read := stream.read(MAX_TEXT_BYTES + 1 - len(rest)):
-            rest += read
-            while len(rest) > MAX_TEXT_BYTES:
-                cut = rest.rfind(b"\n", 0, MAX_TEXT_BYTES) + 1 or _character_boundary(rest, MAX_TEXT_BYTES)
-                yield Document(str(file), offset, _decode(rest[:cut], file, offset))
-                offset, rest = offset + cut, rest[cut:]
-    if offset + len(rest) == 0:
-        raise Refused(f"{file} is empty (0 bytes): remove it, or narrow data.path so that it isn't matched.")
-    if rest:
-        yield Document(str(file), offset, _decode(rest, file, offset))
-
-
-def _character_boundary(data: bytes, at: int) -> int:
-    """The last start of a UTF-8 character at or before `at`; a character has at most 3 bytes after its first."""
-    return next((cut for cut in range(at, at - 4, -1) if data[cut] & 0xC0 != 0x80), at)
-
-
-def _decode(data: bytes, file: epath.Path, offset: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
+    if data.source not in GIVEN:
+        hint = nearest(data.source, GIVEN)
+        raise Refused(f'data.source is "{data.source}", which is none of {", ".join(GIVEN)}.{hint}')
+    Damages(data.damaged)
+    if data.prompt_field and (data.source != "jsonl" or data.prompt_field == data.text_field):
         raise Refused(
-            f"{file} is not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02X}): convert it, for example "
-            "with iconv -t UTF-8, or narrow data.path so that it isn't matched."
-        ) from error
+            f"data.prompt_field={data.prompt_field} is for another field of data.source=jsonl than data.text_field, and "
+            f"these are data.source={data.source} and data.text_field={data.text_field}: change one of them."
+        )
+    try:
+        return READERS[data.source][0](data)
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        where = f"data.path={data.path} of data.source={data.source}"
+        raise Failed(f"{where} can't be listed ({reason}): see to it; the same command goes on.") from error
+
+
+def read(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
+    """The documents of a part, in their order; none is empty, all have UTF-8.
+
+    Raises: Refused, as `damages` does; Failed, where not the file but the system is at fault.
+    """
+    offset = None
+    try:
+        for document in READERS[part.source][1](part, data, damages):
+            offset = document.offset
+            if not document.text:
+                damages(f"{document.name} at {offset}", "has an empty document", "remove it")
+            elif half := _half_pair(document.text):
+                why = f"has U+{half:04X}, half a surrogate pair, which UTF-8 can't hold"
+                damages(f"{document.name} at {offset}", why, "mend it")
+            else:
+                yield document
+    except Refused:
+        raise
+    except Exception as error:  # whatever a library raises for a damaged file: the rest of it is lost
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if _of_system(error):
+            raise Failed(f"{part.path} can't be read ({reason}): see to it; the same command goes on.") from error
+        after = "" if offset is None else f" after the document at {offset}"
+        damages(part.path, f"can't be read{after} ({reason})", "copy the file again")
+
+
+def _of_system(error: Exception) -> bool:
+    """Whether a file may be whole though it can't be read now: for want of memory, a disk, a network or a right.
+
+    A damaged file is told without a number, or has somebody seek where nothing is (EINVAL).
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    system = MemoryError, ConnectionError, TimeoutError
+    return isinstance(error, system) or number not in (None, errno.ENOENT, errno.EINVAL)
+
+
+def _half_pair(text: str) -> int:
+    """The first character that UTF-8 has no bytes for; 0 where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ord(text[error.start])
+    return 0
+
+
+def documents(data: DataConfig, damages: Damages | None = None) -> Iterator[Document]:
+    """All documents of a source, part after part."""
+    damages = damages or Damages(data.damaged)
+    for part in parts(data):
+        yield from read(part, data, damages)

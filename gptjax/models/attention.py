@@ -50,15 +50,42 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
     return a_BTNH if local is splash_attention else checkpoint_name(a_BTNH, "context")
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Attention of T new positions over S cached ones, under an explicit mask."""
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
+    """Attention of one new position a row, T = 1, over the row's cached ones and itself.
+
+    Args:
+      cache: keys and values, each [B, K, S, H], so that a head's lie together; positions_B: the slot that the new one
+        takes, those before it being filled. window: as in `attention`.
+
+    Returns:
+      ([B, 1, N, H], the cache with the new position in it).
+    """
     q_spec = spec("act_batch", "act_seq", "act_heads", "act_head_dim")
     kv_spec = spec("act_batch", "act_seq", "act_kv_heads", "act_head_dim")
+    cache_spec = (spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim"),) * 2
     return jax.shard_map(
-        masked_attention,
-        in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq", "act_seq")),
-        out_specs=q_spec,
-    )(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        functools.partial(cached, window=window),
+        in_specs=(q_spec, kv_spec, kv_spec, cache_spec, spec("act_batch")),
+        out_specs=(q_spec, cache_spec),
+    )(q_BTNH, k_BTKH, v_BTKH, cache, positions_B)
+
+
+def cached(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
+    """`cached_attention` of this device's rows and heads."""
+    B, _, N, H = q_BTNH.shape
+    K, S = cache[0].shape[1:3]
+    rows = jnp.arange(B)
+    keys_BKSH, values_BKSH = (
+        array.at[rows, :, positions_B].set(new_BTKH[:, 0]) for array, new_BTKH in zip(cache, (k_BTKH, v_BTKH))
+    )
+    back_BS = positions_B[:, None] - jnp.arange(S)
+    mask_BS = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
+    q_BKGH = q_BTNH.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS, jnp.finfo(jnp.float32).min)
+    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
+    a_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, values_BKSH)
+    return a_BKGH.reshape(B, 1, N, H), (keys_BKSH, values_BKSH)
 
 
 def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret: bool = False):
@@ -125,11 +152,14 @@ def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
 
 
 def masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Softmax attention under an explicit mask (True where a query may look); the reference of all the others."""
+    """Softmax attention under an explicit mask (True where a query may look); the reference of all the others.
+
+    Values may be of another width than queries and keys.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, -1)

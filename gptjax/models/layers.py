@@ -4,32 +4,61 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.sharding import index, spec
+from gptjax.sharding import gather, index, spec
 
-# One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero.
+# One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero, `widened`
+# how many times more inputs a matrix has than at the base width, by which the optimizer makes its update smaller.
 
 
-def weight(rngs: nnx.Rngs, dtype: str, shape: tuple[int, ...], axes: str, std: float) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, dtype: str, shape: tuple[int, ...], axes: str, std: float, widened: float = 1.0
+) -> nnx.Param:
     names = tuple(axes.split())
     draw = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec(*names))
-    return nnx.Param(draw.astype(dtype), axes=names, decay=True)
+    return nnx.Param(draw.astype(dtype), axes=names, decay=True, widened=widened)
 
 
 def gain(dtype: str, shape: tuple[int, ...], axes: str) -> nnx.Param:
     names = tuple(axes.split())
-    return nnx.Param(jnp.ones(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False)
+    return nnx.Param(jnp.ones(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False, widened=1.0)
 
 
 def bias(dtype: str, shape: tuple[int, ...], axes: str) -> nnx.Param:
     names = tuple(axes.split())
-    return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False)
+    return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False, widened=1.0)
+
+
+class Int8(nnx.Module):
+    """A matrix as int8, with a float32 scale for each of its outputs: int8.py makes it."""
+
+    def __init__(self, values: nnx.Param, scale: nnx.Param):
+        self.values, self.scale = values, scale
+
+
+def product(equation: str, x, matrix: nnx.Param | Int8, **options):
+    """Inside `manual`: x times a matrix in the compute dtype of x; the scales of an int8 one multiply the result.
+
+    The outputs of the matrix are the last dimensions of the result.
+    """
+    if isinstance(matrix, Int8):
+        y = jnp.einsum(equation, x, gather(matrix.values, jnp.int8).astype(x.dtype), **options)
+        return y * gather(matrix.scale, y.dtype)
+    return jnp.einsum(equation, x, gather(matrix, x.dtype), **options)
+
+
+def looked_up_in(table: nnx.Param | Int8, ids_BT, dtype: str):
+    """Inside `manual`: partial rows of a table, as `rows` has them, in the compute dtype."""
+    if isinstance(table, Int8):
+        values_BTD = rows(gather(table.values, jnp.int8), ids_BT).astype(dtype)
+        return values_BTD * rows(gather(table.scale, dtype)[:, None], ids_BT)
+    return rows(gather(table, dtype), ids_BT)
 
 
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
 
-    def __init__(self, kind: str, dtype: str, shape: tuple[int, ...], axes: str, with_bias: bool):
-        self.kind = kind
+    def __init__(self, kind: str, eps: float, dtype: str, shape: tuple[int, ...], axes: str, with_bias: bool):
+        self.kind, self.eps = kind, eps
         self.gain = gain(dtype, shape, axes)
         self.bias = bias(dtype, shape, axes) if kind == "layernorm" and with_bias else None
 
@@ -37,12 +66,12 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * self.gain[...]
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * self.gain[...]
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
 def rows(table_VD, ids_BT):
-    """Inside `manual`, of a table whose rows are cut over `tensor`: the rows with these ids, 0 where another has them."""
+    """Inside `manual`, of a table cut over `tensor`: the rows with these ids, 0 where another device has them."""
     ids_BT = ids_BT - index("tensor") * table_VD.shape[0]
     here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
     return jnp.where(here_BT[..., None], looked_up(table_VD, jnp.where(here_BT, ids_BT, 0)), 0)
@@ -68,9 +97,24 @@ def soft_capped(logits, cap: float):
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def rope(positions_BT, head_dim: int, theta: float):
-    """Rotary embedding (Su et al. 2021, section 3.4.2): cosines and sines, float32 [B, T, 1, H / 2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_frequencies(head_dim: int, theta: float):
+    """Radians a position by which each pair turns (Su et al. 2021, section 3.4.2): float32 [H / 2]."""
+    return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def stretched(frequencies, factor: float, low: float, high: float, length: int):
+    """Frequencies as Llama 3.1 lowers them for a longer context (`apply_scaling` in the code that Meta published).
+
+    A pair that turns at least `high` times within the original `length` stays; one that turns at most `low` times there
+    is slowed down `factor` times; those between are blended, evenly by the number of turns.
+    """
+    turns = length * frequencies / (2 * jnp.pi)
+    stays = jnp.clip((turns - low) / (high - low), 0, 1)
+    return stays * frequencies + (1 - stays) * frequencies / factor
+
+
+def rope(positions_BT, frequencies):
+    """Rotary embedding: cosines and sines, float32 [B, T, 1, H / 2]."""
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -1,6 +1,6 @@
 """How many parameters a configuration has and how many FLOPs it costs, in closed form."""
 
-from gptjax.models.transformer import ModelConfig, padded_vocab
+from gptjax.models.config import ModelConfig, padded_vocab
 
 
 def num_parameters(c: ModelConfig, vocab_size: int, seq_len: int) -> int:

@@ -6,11 +6,10 @@ F mlp_dim, V padded vocabulary, L num_layers.
 All blocks are one `Block` whose weights carry the layers as their leading axis; `jax.lax.scan` runs over it, so the
 program that XLA compiles does not grow with the depth.
 
-Between blocks the residual stream is cut over `tensor` along its sequence; a half-block gathers it, works on its part of
-the heads or of the MLP, and reduce-scatters what it adds.
+Between blocks the residual stream is cut over `tensor` along its sequence; a half-block gathers it, works on its part
+of the heads or of the MLP, and reduce-scatters what it adds.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,106 +17,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.errors import Refused
 from gptjax.models import remat
 from gptjax.models.attention import attention, cached_attention
-from gptjax.models.layers import Norm, bias, dropout, rope, rotate, rows, soft_capped, weight
-from gptjax.sharding import gather, gather_sequence, manual, reduce_sequence, spec
+from gptjax.models.config import ACTIVATIONS, ModelConfig, padded_vocab
+from gptjax.models.layers import (
+    Norm,
+    bias,
+    dropout,
+    looked_up_in,
+    product,
+    rope,
+    rope_frequencies,
+    rotate,
+    soft_capped,
+    stretched,
+    weight,
+)
+from gptjax.sharding import gather_sequence, manual, reduce_sequence, spec
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "swiglu": jax.nn.silu,
-}
-CHOICES = {
-    "norm": ("layernorm", "rmsnorm"),
-    "positions": ("learned", "rope"),
-    "activation": tuple(ACTIVATIONS),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
-}
 EMBEDDING_STD = 0.02  # GPT-2 (Radford et al. 2019); Llama keeps it
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the model. A size of 0 is worked out: see `resolved`."""
-
-    num_layers: int = 6
-    num_heads: int = 6
-    num_kv_heads: int = 0  # 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
-    head_dim: int = 0  # 0: embed_dim / num_heads
-    embed_dim: int = 384
-    mlp_dim: int = 0  # 0: 4 · embed_dim, or 8/3 of it (to a multiple of 64) for swiglu, which has a third matrix
-    dropout: float = 0.0  # of the embedding and of what each half-block adds
-    norm: str = "layernorm"
-    positions: str = "learned"
-    rope_theta: float = 10_000.0
-    activation: str = "gelu"
-    biases: bool = True
-    tied_embeddings: bool = True
-    qk_norm: bool = False  # RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023)
-    sliding_window: int = 0  # positions that a query sees, its own included (Beltagy et al. 2020); 0 is all before it
-    logits_softcap: float = 0.0  # c · tanh(logits / c) (Gemma 2, 2024); 0 is off
-    remat: str = "none"  # what the backward pass finds in memory: models/remat.py
-    isolate_products: bool = False  # lets XLA fuse nothing into matrix products: see `Block.alone`
-    scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
-    dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
-    param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, and rounded to it
-
-    def resolved(self) -> "ModelConfig":
-        """The same with every 0 worked out. Raises: Refused, when the sizes do not fit together."""
-        for key, words in CHOICES.items():
-            if getattr(self, key) not in words:
-                raise Refused(f'model.{key}="{getattr(self, key)}" is unknown: choose one of {", ".join(words)}.')
-        for key in ("num_layers", "num_heads", "embed_dim", "scan_unroll"):
-            if getattr(self, key) < 1:
-                raise Refused(f"model.{key}={getattr(self, key)} must be at least 1.")
-        for key in ("num_kv_heads", "head_dim", "mlp_dim", "sliding_window", "logits_softcap"):
-            if getattr(self, key) < 0:
-                raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
-        remat.parse(self.remat)
-        if self.rope_theta <= 0:
-            raise Refused(f"model.rope_theta={self.rope_theta} must be more than 0: 10000 is usual.")
-        if not 0 <= self.dropout < 1:
-            raise Refused(f"model.dropout={self.dropout} must be at least 0 and below 1.")
-        if not self.head_dim and self.embed_dim % self.num_heads:
-            raise Refused(
-                f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}: "
-                "change one of them, or give model.head_dim."
-            )
-        swiglu_dim = -(-self.embed_dim * 8 // 3 // 64) * 64
-        config = dataclasses.replace(
-            self,
-            num_kv_heads=self.num_kv_heads or self.num_heads,
-            head_dim=self.head_dim or self.embed_dim // self.num_heads,
-            mlp_dim=self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim),
-        )
-        if config.num_heads % config.num_kv_heads:
-            raise Refused(
-                f"model.num_heads={config.num_heads} is not divisible by model.num_kv_heads="
-                f"{config.num_kv_heads}: every key/value head serves the same number of query heads."
-            )
-        if config.positions == "rope" and config.head_dim % 2:
-            raise Refused(f"model.head_dim={config.head_dim} is odd, but rope turns pairs: make it even.")
-        return config
-
-
-# The config key to blame when a weight's dimension does not divide over the mesh; the first that does not is named, and
-# num_kv_heads may only follow num_heads.
-AXIS_KEYS = {
-    "embed": "model.embed_dim",
-    "heads": "model.num_heads",
-    "kv_heads": "model.num_kv_heads",
-    "mlp": "model.mlp_dim",
-    "vocab": "padded vocabulary",
-}
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """The vocabulary as stored: the next multiple of 128, the lanes of a TPU's matrix unit."""
-    return -(-vocab_size // 128) * 128
 
 
 class Block(nnx.Module):
@@ -125,10 +43,10 @@ class Block(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         L, D, N, K, H, F = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-        w = functools.partial(weight, rngs, c.param_dtype)
+        w = functools.partial(weight, rngs, c.param_dtype, widened=c.widened)
         b = functools.partial(bias, c.param_dtype)
-        norm = functools.partial(Norm, c.norm, c.param_dtype, (L, D), "layers norm", c.biases)
-        head_norm = functools.partial(Norm, "rmsnorm", c.param_dtype, (L, H), "layers norm", False)
+        norm = functools.partial(Norm, c.norm, c.norm_eps, c.param_dtype, (L, D), "layers norm", c.biases)
+        head_norm = functools.partial(Norm, "rmsnorm", c.norm_eps, c.param_dtype, (L, H), "layers norm", False)
         residual = (2 * L) ** -0.5  # 2L terms add up in the residual stream (GPT-2, 2019, section 2.3)
         self.config = c
         self.norm_attention = norm()
@@ -187,7 +105,7 @@ class Block(nnx.Module):
 
     def project(self, equation: str, x, weight: nnx.Param, bias: nnx.Param | None = None):
         """A matrix product in the compute dtype, and its bias."""
-        y = self.alone(jnp.einsum(equation, x, gather(weight, x.dtype)))
+        y = self.alone(product(equation, x, weight))
         return y if bias is None else y + bias[...].astype(y.dtype)
 
     def heads(self, x_BTD, rotation, sequence):
@@ -200,6 +118,8 @@ class Block(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        if self.config.query_scale != 1:
+            q_BTNH = q_BTNH * jnp.asarray(self.config.query_scale, q_BTNH.dtype)
         return q_BTNH, k_BTKH, v_BTKH
 
     def mix(self, a_BTNH, sequence):
@@ -221,20 +141,6 @@ class Block(nnx.Module):
         return m_BTD if self.down_bias is None else m_BTD + self.down_bias[...].astype(m_BTD.dtype)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the positions decoded so far, [L, B, S, K, H]; `length` of the S slots are filled.
-
-    A shorter prompt is padded on its left: the row's own tokens begin at slot `start_B`.
-    """
-
-    keys_LBSKH: jax.Array
-    values_LBSKH: jax.Array
-    start_B: jax.Array
-    length: jax.Array
-
-
 class Transformer(nnx.Module):
     """Token ids in, the last hidden states out; `unembedding` is what turns them into logits (see loss.py)."""
 
@@ -246,7 +152,7 @@ class Transformer(nnx.Module):
         self.embedding = w((V, D), "vocab embed", EMBEDDING_STD)
         self.positions = w((seq_len, D), "positions embed", EMBEDDING_STD / 2) if learned else None
         self.blocks = Block(c, rngs)
-        self.norm = Norm(c.norm, c.param_dtype, (D,), "norm", c.biases)
+        self.norm = Norm(c.norm, c.norm_eps, c.param_dtype, (D,), "norm", c.biases)
         self.head = None if c.tied_embeddings else w((V, D), "vocab embed", EMBEDDING_STD)
 
     @property
@@ -258,13 +164,27 @@ class Transformer(nnx.Module):
         """The residual stream before the first block, its sequence cut as `sequence` says."""
 
         def local(self, tokens_BT, positions_BT):
-            x_BTD = rows(gather(self.embedding, self.config.dtype), tokens_BT)
+            x_BTD = looked_up_in(self.embedding, tokens_BT, self.config.dtype)
             if self.positions is not None:
-                x_BTD += rows(gather(self.positions, self.config.dtype), positions_BT)
+                x_BTD += looked_up_in(self.positions, positions_BT, self.config.dtype)
             return reduce_sequence(x_BTD, sequence)
 
         with jax.named_scope("embed"):
             return manual(local, f"act_batch {sequence} act_embed")(self, tokens_BT, positions_BT)
+
+    def rotation(self, positions_BT):
+        """What turns queries and keys, or None where positions are learned."""
+        c = self.config
+        if c.positions != "rope":
+            return None
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta)
+        if c.rope_scaling == "linear":
+            frequencies /= c.rope_factor
+        elif c.rope_scaling == "llama3":
+            frequencies = stretched(
+                frequencies, c.rope_factor, c.rope_low_turns, c.rope_high_turns, c.rope_original_len
+            )
+        return rope(positions_BT, frequencies)
 
     def __call__(self, tokens_BT, positions_BT, segments_BT, dropout_key):
         """Hidden states after the last norm, [B, T, D] in the compute dtype, their sequence cut as `act_stream`.
@@ -275,7 +195,7 @@ class Transformer(nnx.Module):
         """
         c = self.config
         key = dropout_key if c.dropout else None
-        rotation = rope(positions_BT, c.head_dim, c.rope_theta) if c.positions == "rope" else None
+        rotation = self.rotation(positions_BT)
         x_BTD = dropout(self.embed(tokens_BT, positions_BT, "act_stream"), c.dropout, key, c.num_layers)
 
         def layer(x_BTD, block_and_index):
@@ -284,59 +204,88 @@ class Transformer(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, index)
             return block(x_BTD, rotation, layer_key, attend, "act_stream"), None
 
-        # Within a loop nothing can be merged with its recomputation; unrolled whole, there is no loop, and a barrier has
-        # to keep them apart.
+        # Within a loop nothing can be merged with its recomputation; unrolled whole, there is no loop, and a barrier
+        # has to keep them apart.
         apart = c.remat != "none" and c.scan_unroll >= c.num_layers
         layer = jax.checkpoint(layer, policy=remat.policy(c.remat), prevent_cse=apart)
         layers = (self.blocks, jnp.arange(c.num_layers))
         x_BTD, _ = jax.lax.scan(layer, x_BTD, layers, unroll=c.scan_unroll)
-        return self.norm(x_BTD)
+        return self.last(x_BTD)
 
-    def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
-        """A cache for as many rows as `start_B` has and `slots` positions."""
-        c = self.config
-        shape = (c.num_layers, start_B.shape[0], slots, c.num_kv_heads, c.head_dim)
-        axes = spec("layers", "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
-        zeros = jnp.zeros(shape, c.dtype, out_sharding=axes)
-        return Cache(zeros, zeros, start_B, jnp.zeros((), jnp.int32))
+    def last(self, x_BTD):
+        """What the unembedding reads."""
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if self.config.widened == 1 else x_BTD / self.config.widened
 
-    def decode(self, tokens_BT, cache: Cache):
-        """The same for T more tokens after those in the cache.
+    def unstacked(self) -> "Transformer":
+        """The same with a list of blocks in place of stacked ones, for `prefill` and `decode`.
 
-        Returns: hidden states [B, T, D], and the cache with the T tokens in it.
+        There each weight is read once a token, so that to cut a layer's out of the stack first would triple the bytes.
         """
+        if isinstance(self.blocks, nnx.List):
+            return self
+        model = jax.tree.map(lambda leaf: leaf, self)  # modules of its own, with the same arrays
+        model.blocks = nnx.List(one_by_one(self.blocks, self.config.num_layers))
+        return model
+
+    def empty_cache(self, rows: int, slots: int) -> list:
+        """Keys and values of no positions, of each block: zeros [B, K, S, H]."""
         c = self.config
-        T, S = tokens_BT.shape[1], cache.keys_LBSKH.shape[2]
-        slots_T = cache.length + jnp.arange(T)
-        positions_BT = jnp.maximum(slots_T - cache.start_B[:, None], 0)
-        rotation = rope(positions_BT, c.head_dim, c.rope_theta) if c.positions == "rope" else None
-        slots_S = jnp.arange(S)
-        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= cache.start_B[:, None, None])
-        if c.sliding_window:
-            mask_BTS &= slots_S > slots_T[:, None] - c.sliding_window
+        axes = spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim")
+        zeros = lambda: jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), c.dtype, out_sharding=axes)
+        return [(zeros(), zeros()) for _ in range(c.num_layers)]
 
-        def layer(carry, block_and_index):
-            x_BTD, keys, values = carry
-            block, index = block_and_index
+    def prefill(self, tokens_BT):
+        """Of an `unstacked` model: rows from their beginning on.
 
-            def attend(q_BTNH, k_BTKH, v_BTKH):
-                nonlocal keys, values
-                keys = jax.lax.dynamic_update_slice(keys, k_BTKH[None], (index, 0, cache.length, 0, 0))
-                values = jax.lax.dynamic_update_slice(values, v_BTKH[None], (index, 0, cache.length, 0, 0))
-                return cached_attention(q_BTNH, keys[index], values[index], mask_BTS)
+        Returns: hidden states after the last norm [B, T, D], and the T positions as the beginning of a cache.
+        """
+        positions_BT = jax.lax.broadcasted_iota(
+            jnp.int32, tokens_BT.shape, 1, out_sharding=spec("act_batch", "act_seq")
+        )
+        attend = functools.partial(attention, segments_BT=jnp.zeros_like(tokens_BT), window=self.config.sliding_window)
+        cache = []
 
-            return (block(x_BTD, rotation, None, attend, "act_seq"), keys, values), None
+        def attend_and_keep(q_BTNH, k_BTKH, v_BTKH):
+            cache.append((jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)))
+            return attend(q_BTNH, k_BTKH, v_BTKH)
 
-        carry = (self.embed(tokens_BT, positions_BT, "act_seq"), cache.keys_LBSKH, cache.values_LBSKH)
-        (x_BTD, keys, values), _ = jax.lax.scan(layer, carry, (self.blocks, jnp.arange(c.num_layers)))
-        return self.norm(x_BTD), Cache(keys, values, cache.start_B, cache.length + T)
+        return self.through(tokens_BT, positions_BT, [attend_and_keep] * self.config.num_layers), cache
+
+    def decode(self, tokens_B, positions_B, cache: list):
+        """Of an `unstacked` model: one more token a row, each at a position of its own.
+
+        Returns: hidden states after the last norm [B, 1, D], and the cache with the tokens in it.
+        """
+        made = list(cache)
+
+        def attend_at(layer, q_BTNH, k_BTKH, v_BTKH):
+            window = self.config.sliding_window
+            a_BTNH, made[layer] = cached_attention(q_BTNH, k_BTKH, v_BTKH, cache[layer], positions_B, window)
+            return a_BTNH
+
+        attends = [functools.partial(attend_at, layer) for layer in range(len(cache))]
+        return self.through(tokens_B[:, None], positions_B[:, None], attends), made
+
+    def through(self, tokens_BT, positions_BT, attends):
+        """Hidden states after the last norm, of blocks that attend as each is told."""
+        rotation = self.rotation(positions_BT)
+        x_BTD = self.embed(tokens_BT, positions_BT, "act_seq")
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x_BTD = block(x_BTD, rotation, None, attend, "act_seq")
+        return self.last(x_BTD)
 
     def logits(self, x_BD):
         """Scores of the next token from last hidden states: float32 [B, V], padding included."""
 
-        def local(weight, x_BD):
-            table_VD = gather(weight, self.config.dtype)
-            return jnp.einsum("BD,VD->BV", x_BD, table_VD, preferred_element_type=jnp.float32)
+        def local(table_VD, x_BD):
+            return product("BD,VD->BV", x_BD, table_VD, preferred_element_type=jnp.float32)
 
         logits_BV = manual(local, "act_batch act_vocab")(self.unembedding, x_BD)
         return soft_capped(logits_BV, self.config.logits_softcap)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def one_by_one(blocks: Block, num_layers: int) -> list[Block]:
+    """The blocks of a stack."""
+    return [jax.tree.map(lambda leaf: leaf[layer], blocks) for layer in range(num_layers)]

@@ -1,6 +1,8 @@
 """The plan of a config, in words for a terminal."""
 
-GIB, MS = 1 << 30, 1e-3
+from gptjax.topology import GIB
+
+MS = 1e-3
 
 
 def text(plan: dict) -> str:
@@ -88,7 +90,9 @@ def speed(plan: dict) -> list[str]:
     for reach, seconds in by_links.items():
         if seconds:
             lines += [f"  links {reach:<11} {seconds / MS:,.1f} ms a step, all links at their stated bandwidth"]
+    lines += [f"  tokens/s          at most {plan['bound_tokens_per_second']:,.0f}"]
+    if plan["bound_days"] is None:
+        return lines
     return lines + [
-        f"  tokens/s          at most {plan['bound_tokens_per_second']:,.0f}",
         f"  the whole run     at least {plan['bound_days']:,.2f} days, {plan['bound_chip_hours']:,.0f} chip-hours",
     ]

@@ -1,0 +1,8 @@
+"""What `gptjax sweep` varies of the quickstart (NOTES.md, Sweep)."""
+
+
+def get_space():
+    return {
+        "optimizer.peak_learning_rate": ("log", 2e-3, 1e-1),
+        "optimizer.warmup_steps": [10, 30, 60],
+    }

@@ -1,0 +1,53 @@
+"""Archives of Common Crawl: WARC, whose pages' text has to be extracted, and WET, where that was done."""
+
+from collections.abc import Iterator
+
+from etils import epath
+
+from gptjax import extra
+from gptjax.data.documents import RECORD_BYTES, Damages, DataConfig, Document, Part
+from gptjax.data.formats.text import decoded
+
+PAGES = "text/html", "application/xhtml+xml"
+
+
+def read_wet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
+    """The text of each conversion record; offset is the byte of the record in the file, compressed as it is."""
+    for offset, _, content in _records(part, damages, "conversion"):
+        for document in decoded(content, f"{part.path} record at byte {offset}", 0, damages):
+            yield Document(part.path, offset, document.text)
+
+
+def read_warc(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
+    """The text of each page that was fetched, by trafilatura; offset is the byte of the record in the file."""
+    trafilatura = extra.package("trafilatura", "data.source=warc")
+    for offset, record, content in _records(part, damages, "response"):
+        kind = record.http_headers.get_header("Content-Type", "") if record.http_headers else ""
+        if kind.startswith(PAGES):
+            text = trafilatura.extract(content, include_comments=False) if content else ""
+            if text:
+                yield Document(part.path, offset, text)
+            else:
+                damages.without_text += 1
+
+
+def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, object, bytes]]:
+    """Whole records of a kind: the byte at which each begins, itself, and what it holds, as its HTTP headers say."""
+    archives = extra.package("warcio.archiveiterator", f"data.source={part.source}")
+    with epath.Path(part.path).open("rb") as stream:
+        records = archives.ArchiveIterator(stream)
+        for record in records:
+            if record.rec_type != kind:
+                continue
+            content = record.content_stream().read(RECORD_BYTES + 1)
+            while record.raw_stream.read(1 << 20):  # what the limit, or the content's own encoding, left of it
+                pass
+            missing = getattr(record.raw_stream, "limit", "some")  # there is none where the length itself is missing
+            offset = records.get_record_offset()
+            where = f"{part.path} record at byte {offset}"
+            if missing:
+                damages(where, f"was cut ({missing} bytes of it are missing)", "copy the file again")
+            elif len(content) > RECORD_BYTES:
+                damages(where, f"has more than {RECORD_BYTES:,} bytes", "remove it")
+            else:
+                yield offset, record, content

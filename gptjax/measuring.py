@@ -1,0 +1,67 @@
+"""What a run is measured by on its way: the held-out text, and tasks of lm-eval. Training does without: what fails there
+is a warning."""
+
+import jax
+
+from gptjax import extra, hosts
+from gptjax.config import Config
+from gptjax.data.mixture import Corpus
+from gptjax.errors import Preempted, Refused
+from gptjax.evaluate import Evaluation, evaluate
+from gptjax.metrics import Log
+from gptjax.models.transformer import Transformer
+
+
+def load_tasks(config: Config) -> dict:
+    """The tasks of a config, as of `harness.load`; none where it names none. Raises: Refused."""
+    with hosts.together():
+        return _harness().load(config.tasks, config.seq_len) if config.tasks.names else {}
+
+
+def _harness():
+    return extra.package("gptjax.harness", "tasks.names", "eval")
+
+
+def held_out(
+    config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, model: Transformer, step: int, log: Log
+) -> Evaluation | None:
+    """Evaluates, and logs it where that was not done before; a failure is a warning, and None."""
+    try:
+        result = evaluate(
+            model,
+            corpus=corpus,
+            mesh=mesh,
+            seq_len=config.seq_len,
+            batch_size=config.micro_batch_size,
+            max_windows=config.eval_batches * config.batch_size,
+            loss=config.loss,
+        )
+    except (Preempted, Refused):
+        raise
+    except Exception as error:  # out of memory, a compiler's fault, storage: whatever it is, training does without
+        log.failed_evaluation(step, error)
+        return None
+    if step not in log.losses:
+        log.evaluation(step, result)
+    return result
+
+
+def on_tasks(config: Config, tasks: dict, tokenizer, model: Transformer, step: int, log: Log) -> None:
+    """Scores a model on tasks, if there are any and that was not done before; a failure is a warning."""
+    if not tasks or step in log.scored:
+        return
+    try:
+        found = _harness().scores(
+            tasks,
+            model,
+            tokenizer,
+            seq_len=config.seq_len,
+            batch_size=config.micro_batch_size,
+            limit=config.tasks.limit,
+        )
+    except Preempted:
+        raise
+    except Exception as error:
+        log.failed_evaluation(step, error)
+        return
+    log.scores(step, found)

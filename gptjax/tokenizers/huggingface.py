@@ -1,0 +1,219 @@
+"""A tokenizer.json of Hugging Face, read by the `tokenizers` library: byte-level ones, and those that fall back to bytes.
+
+What a file says of truncation, padding, templates and dropout does not hold here, and the text of a special token is
+text like any other. What would change text is refused: by the file's structure where that tells, by a probe, and at
+last by counting the bytes of each text that is encoded.
+"""
+
+import array
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from gptjax import extra, untrusted
+from gptjax.errors import Refused, shown
+from gptjax.tokenizers import exact
+from gptjax.tokenizers.exact import SPACE_SIGN
+
+MODELS = "BPE", "Unigram"
+MAX_VOCAB = 1 << 22
+REMEDY = "give a tokenizer.json that Hugging Face's tokenizers wrote"
+# Of the normalizers, these alone lose nothing: a space as the sign that is turned back, and bytes as characters.
+SPACE_TO_SIGN = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# The characters that stand for bytes in a byte-level vocabulary: those that print for themselves, the others in order
+# from U+0100.
+PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = dict(zip(PRINTED, PRINTED)) | dict(enumerate(sorted({*range(256)} - {*PRINTED}), 0x100))
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json that gives every text back; see gptjax/tokenizer.py for what each kind has."""
+
+    def __init__(self, content: bytes, hash: str, names: Iterable[str], path: str):
+        """Raises: Refused, for what is no such file, or is seen to change text by its structure."""
+        file = untrusted.json_object(content, path, REMEDY)
+        self.opening = _opening(file, path)
+        file = _switched_off(file, path)
+        byte_level, signs = _spelling(file, path)
+        self.hash, self._path = hash, path
+        self._tokenizer = _loaded(file, path)
+        self._tokenizer.encode_special_tokens = True  # as text, that is, and not as themselves
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        pieces = self._tokenizer.get_vocab(with_added_tokens=True)
+        known = {token.content: i for i, token in self._added.items() if token.special}
+        self.special, self.vocab_size = exact.special_ids(known, names, _size(pieces, path))
+        self.end_of_text = exact.end_of_text(self.special, path)
+        self._bytes = [b""] * self.vocab_size
+        for piece, i in pieces.items():
+            if i not in self._added:
+                self._bytes[i] = _byte_level(piece) if byte_level else _fallen_back(piece, signs)
+            elif not self._added[i].special:
+                self._bytes[i] = piece.encode()
+        missing = 256 - len({self._bytes[i] for i in pieces.values()} & {bytes([byte]) for byte in range(256)})
+        if missing:
+            raise Refused(
+                f"{path} has no tokens for {missing} of the 256 bytes, and so none for rare characters: train it with "
+                "initial_alphabet=ByteLevel.alphabet()."
+            )
+        self.token_bytes = np.array([len(content) for content in self._bytes], np.int32)
+        self._space_sign = [pieces.get(f"<0x{byte:02X}>", 0) for byte in SPACE_SIGN.encode()] if signs else None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Raises: Refused, where the text would not come back."""
+        size = len(exact.utf8(text))
+        return self._counted(self._ids(text), text, size)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        sizes = [len(exact.utf8(text)) for text in texts]
+        return [self._counted(ids, text, size) for ids, text, size in zip(self._all_ids(texts), texts, sizes)]
+
+    def encode_sampled(self, text: str, seed: int, alpha: float) -> np.ndarray:
+        raise Refused(
+            "tokenizer.kind=huggingface draws encodings by a generator that takes no seed, so they can't be drawn "
+            "again: use sentencepiece."
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
+
+    def _ids(self, text: str) -> np.ndarray:
+        return next(self._all_ids([text]))
+
+    def _all_ids(self, texts: list[str]) -> Iterator[np.ndarray]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:  # a panic of Rust, as of a regex that takes too long, is no Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise Refused(
+                    f"{self._path} can't be used ({' '.join(str(error).split())[:200]}): {REMEDY}."
+                ) from error
+            raise
+        # In half the time that NumPy takes for a list.
+        return (np.frombuffer(array.array("i", encoding.ids), np.int32) for encoding in encodings)
+
+    def _counted(self, ids: np.ndarray, text: str, size: int) -> np.ndarray:
+        """The ids, if they stand for as many bytes as the text has; else those of the text cut where it may be read
+        as something else. (No special token stands for any.)"""
+        if self.token_bytes[ids].sum() == size:
+            return ids
+        ids = np.concatenate(list(self._cut(text)))
+        if (counted := self.token_bytes[ids].sum()) != size:
+            raise Refused(f"{self._path} changes text (of {size} bytes it leaves {counted}): use another tokenizer.")
+        return ids
+
+    def _cut(self, text: str) -> Iterator[np.ndarray]:
+        """Ids of parts: cut within what looks like a special token or a byte's piece, which a Unigram model takes for
+        one; and the sign of a space as its bytes, since as a piece it would come back as a space."""
+        names = [re.escape(name) for name in self.special if name in text]
+        looks_like = re.compile("|".join(f"(?={name})" for name in (*names, BYTE_PIECE.pattern)))
+        for number, part in enumerate(text.split(SPACE_SIGN) if self._space_sign else [text]):
+            if number:
+                yield np.array(self._space_sign, np.int32)
+            cuts = [0, *(match.start() + 1 for match in looks_like.finditer(part)), len(part)]
+            yield from (self._ids(part[start:stop]) for start, stop in itertools.pairwise(cuts))
+
+
+def lossless(content: bytes, hash: str, names: Iterable[str], path: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json, refused if it is none or changes text."""
+    tokenizer = HuggingFaceTokenizer(content, hash, names, path)
+    added = "".join(f"{token.content} {token.content}a" for token in tokenizer._added.values())
+    for text in (exact.PROBE, f"Aa{exact.PROBE}{added}"):
+        exact.probe(tokenizer, text, path, REMEDY)
+    return tokenizer
+
+
+def _switched_off(file: dict, path: str) -> dict:
+    """A tokenizer.json without what is not about a text's own tokens. Raises: Refused, where parts are missing."""
+    if type(file.get("model")) is not dict:
+        raise Refused(f"{path} is no tokenizer.json (its model is {shown(file.get('model'))}): {REMEDY}.")
+    off = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    kept = {"normalizer": file.get("normalizer"), "pre_tokenizer": file.get("pre_tokenizer")}
+    return file | kept | off | {"model": file["model"] | {"dropout": None}}
+
+
+def _opening(file: dict, path: str) -> list[int]:
+    """The ids that the template of a file puts before a text. Raises: Refused, where it is none."""
+    try:
+        ids = []
+        for part in _parts(file.get("post_processor")):
+            if part["type"] == "TemplateProcessing":
+                for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"]):
+                    ids += part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    except (KeyError, TypeError) as error:
+        raise Refused(f"{path} has a post_processor without {error}: {REMEDY}.") from error
+    if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids):
+        raise Refused(f"{path} has a post_processor that puts {shown(ids)} before a text: {REMEDY}.")
+    return ids
+
+
+def _spelling(file: dict, path: str) -> tuple[bool, bool]:
+    """(whether pieces are spelled in characters that stand for bytes, else whether a sign in them stands for a space).
+
+    Raises: Refused, for what changes text in a way that can be named.
+    """
+    changes = lambda what, remedy: Refused(f"{path} changes text ({what}): {remedy}.")
+    normalizers, pre_tokenizers = (list(_parts(file[key])) for key in ("normalizer", "pre_tokenizer"))
+    for part in normalizers:
+        if part.get("type") not in ("Sequence", "ByteLevel") and part != SPACE_TO_SIGN:
+            name = shown(part.get("type"))
+            raise changes(
+                f"by its normalizer {name}", "take that out of the file, if it was trained without, or use another"
+            )
+    for part in pre_tokenizers:
+        if part.get("type") == "ByteLevel" and part.get("add_prefix_space") is not False:
+            raise changes("ByteLevel puts a space before it", "set add_prefix_space to false in the file")
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never":
+            raise changes("Metaspace puts a space before it", "set prepend_scheme to never in the file")
+    byte_level = any(part.get("type") == "ByteLevel" for part in normalizers + pre_tokenizers)
+    if not byte_level and file["model"].get("byte_fallback") is not True:
+        raise changes("it is neither byte-level nor has byte_fallback, and loses rare characters", "use one that is")
+    signs = SPACE_TO_SIGN in normalizers or any(part.get("type") == "Metaspace" for part in pre_tokenizers)
+    return byte_level, signs and not byte_level
+
+
+def _parts(value) -> Iterator[dict]:
+    """The dicts in nested JSON that have a type."""
+    if type(value) is dict:
+        yield from [value] if "type" in value else []
+        value = list(value.values())
+    for inner in value if type(value) is list else []:
+        yield from _parts(inner)
+
+
+def _loaded(file: dict, path: str):
+    """The library's own tokenizer. Raises: Refused."""
+    library = extra.package("tokenizers", "tokenizer.kind=huggingface")
+    try:
+        tokenizer = library.Tokenizer.from_str(json.dumps(file))
+    except Exception as error:  # it has no other class
+        raise Refused(f"{path} is no tokenizer.json ({' '.join(str(error).split())[:200]}): {REMEDY}.") from error
+    if (model := type(tokenizer.model).__name__) not in MODELS:
+        raise Refused(f"{path} has a {model} model, which does not give text back: use BPE or Unigram.")
+    return tokenizer
+
+
+def _size(pieces: dict[str, int], path: str) -> int:
+    """The largest id + 1. Raises: Refused, where ids are none, too large, or of two pieces."""
+    size = max(pieces.values(), default=-1) + 1
+    if not 0 < size <= MAX_VOCAB:
+        raise Refused(f"{path} has a largest id of {size - 1}, and {MAX_VOCAB - 1} is the most: {REMEDY}.")
+    if len(set(pieces.values())) < len(pieces):
+        raise Refused(f"{path} has {len(pieces)} tokens and {len(set(pieces.values()))} ids: {REMEDY}.")
+    return size
+
+
+def _byte_level(piece: str) -> bytes:
+    try:
+        return piece.translate(BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:  # no piece of bytes, and so in no text
+        return piece.encode()
+
+
+def _fallen_back(piece: str, signs: bool) -> bytes:
+    if byte := BYTE_PIECE.fullmatch(piece):
+        return bytes([int(byte[1], 16)])
+    return (piece.replace(SPACE_SIGN, " ") if signs else piece).encode()

@@ -1,0 +1,128 @@
+"""Where a run's rows go: metrics.jsonl, TensorBoard and a tracker. What fails there is one warning, and the run goes on."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
+
+from gptjax import untrusted
+from gptjax.errors import Refused
+
+MAX_ROW_BYTES = 1 << 20  # what is longer is no row
+FLUSH_SECONDS = 120  # between flushes of the event file; on gs:// each sends it whole
+
+
+class Writers:
+    """Writes the rows of a workdir from a step on."""
+
+    def __init__(self, folder: epath.Path, start: int, bar, tracker: Callable | None = None):
+        """`bar`: prints the warnings. `rows`: those of metrics.jsonl up to `start`, which stay.
+
+        tracker: returns a function of a step and a row (tracking.py).
+        """
+        self._metrics, self._tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
+        self._bar, self._failed = bar, set()
+        self.rows, self._file, self._board, self._track = [], None, None, None
+        with self._or_warn(self._metrics):
+            self.rows = rows_until(self._metrics, start)
+            beside = folder / "metrics.jsonl.partial"
+            beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            beside.replace(self._metrics)
+            self._file = self._metrics.open("ab")
+        with self._or_warn(self._tensorboard):
+            self._board = Board(self._tensorboard, start)
+        if tracker:
+            with self._or_warn("the tracker"):
+                self._track = tracker()
+
+    @contextlib.contextmanager
+    def _or_warn(self, path: epath.Path | str):
+        """A block whose failure, of whatever kind, is told once and ends nothing."""
+        try:
+            yield
+        except Exception as error:
+            if path not in self._failed:
+                self._failed.add(path)
+                reason = f"{type(error).__name__}: {error}"
+                self._bar.print(f"warning: {path} can't be written ({reason}); the run goes on without")
+
+    def write(self, row: dict) -> None:
+        """Writes a row; that of metrics.jsonl also says when, in seconds since 1970."""
+        if self._file:  # rows that a full disk did not take stay in its buffer, as many as fit, and go with a later one
+            with self._or_warn(self._metrics):
+                self._file.write(json.dumps(row | {"time": round(time.time(), 3)}).encode() + b"\n")
+                self._file.flush()
+        if self._board and self._tensorboard not in self._failed:  # after half a record, readers find no other
+            with self._or_warn(self._tensorboard):
+                self._board.write(row)
+        if self._track:
+            with self._or_warn("the tracker"):
+                self._track(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def flush(self) -> None:
+        if self._board and self._tensorboard not in self._failed:
+            with self._or_warn(self._tensorboard):
+                self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        for path, file in ((self._metrics, self._file), (self._tensorboard, self._board)):
+            if file:
+                with self._or_warn(path):
+                    file.close()
+
+
+class Board:
+    """TensorBoard's event file, written by whoever calls.
+
+    The library's SummaryWriter has a thread for it; where that ends, as on a full disk, its callers wait for ever.
+    """
+
+    def __init__(self, folder: epath.Path, start: int):
+        """TensorBoard forgets what other files have from after `start`."""
+        directory_check(str(folder))
+        self._events = EventsWriter(str(folder / "events"), f".{start}")
+        again = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))
+        self.flush()
+
+    def write(self, row: dict) -> None:
+        """The numbers of a row, at its step."""
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def rows_until(path: epath.Path, start: int) -> list[dict]:
+    """The rows of metrics.jsonl up to step `start`: a run that goes on from there writes the later ones again.
+
+    A last line that a kill cut short is dropped with them, and so is what is no row.
+    """
+    return [row for row in each_row(path) if row["step"] <= start]
+
+
+def each_row(path: epath.Path) -> Iterator[dict]:
+    """The rows of metrics.jsonl, one after the other; what is no row with a step is left out."""
+    if not untrusted.is_file(path):
+        return
+    with path.open("rb") as file:
+        while line := file.readline(MAX_ROW_BYTES):
+            with contextlib.suppress(Refused):
+                row = untrusted.json_object(line, path, "it is dropped")
+                if type(row.get("step")) is int:
+                    yield row

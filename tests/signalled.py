@@ -1,0 +1,58 @@
+"""`gptjax train` that gets signals at a chosen moment, from itself; run as a program by the tests of preemption.
+
+    python tests/signalled.py PHASE STEP SECONDS SIGNAL[,SIGNAL…] FLAGS…
+
+So many seconds after it enters the phase for the first time from that step on, the first signal comes, and the others
+1.2 s apart. Prints `signalled TIME while PHASE` at each, in seconds since 1970. With SAVE_SECONDS in the environment
+a save takes at least so long from the phase on.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+from gptjax import cli, heartbeat
+
+phase, step, seconds, names = sys.argv[1:5]
+sys.argv[1:] = ["train", *sys.argv[5:]]
+entered = threading.Event()
+real = heartbeat.phase
+
+
+def send() -> None:
+    entered.wait()
+    time.sleep(float(seconds))
+    for index, name in enumerate(names.split(",")):
+        time.sleep(1.2 if index else 0)
+        print(f"signalled {time.time()} while {heartbeat.beat().phase}", flush=True)
+        os.kill(os.getpid(), signal.Signals[name])
+
+
+@contextlib.contextmanager
+def watched(name: str):
+    with real(name):
+        if name == phase and heartbeat.beat().step >= int(step):
+            entered.set()
+            if not float(seconds):  # in the phase, and not after a short one
+                time.sleep(0.05)
+        yield
+
+
+def slow(real):
+    def rename(source, *to):
+        if entered.is_set() and "step_" in str(source):
+            time.sleep(float(os.environ.get("SAVE_SECONDS", 0)))
+        return real(source, *to)
+
+    return rename
+
+
+os.rename, os.replace = slow(os.rename), slow(os.replace)
+heartbeat.phase = watched
+threading.Thread(target=send, daemon=True).start()
+if phase == "starting":
+    entered.set()
+cli.main()
