@@ -37,10 +37,12 @@ def reason(error: Exception) -> str:
 
 def stored(folder: epath.Path) -> list[str]:
     """The files of a checkpoint's state, as paths in its folder, sorted; a link is listed, not followed."""
-    found = []
+    found, top = [], None
     for where, folders, files in (folder / "state").walk():
+        top = top or where  # on a bucket it has another form than `folder`
+        inside = epath.Path("state") / where.relative_to(top)
         links = [name for name in folders if os.path.islink(where / name)]
-        found += [(where / name).relative_to(folder).as_posix() for name in (*files, *links)]
+        found += [(inside / name).as_posix() for name in (*files, *links)]
     return sorted(found)
 
 

