@@ -4,10 +4,12 @@ A workdir or a store may come from somebody else, or from a disk that lost power
 value or a refusal: no other exception, no waiting on a pipe, and no more memory than its bound allows.
 """
 
+import io
 import json
 import os
 import re
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from etils import epath
 
@@ -36,6 +38,12 @@ def read(path: epath.Path, most: int, remedy: str) -> bytes:
     if len(content) > most:
         raise Refused(f"{path} has more than the {most} bytes that such a file may have: {remedy}.")
     return content
+
+
+def opened(path: epath.Path) -> BinaryIO:
+    """A file to read bytes of. Raises: OSError."""
+    file = path.open("rb")
+    return io.BufferedReader(file) if "://" in str(path) else file  # gcsfs reads lines of any length alone
 
 
 def is_file(path: epath.Path) -> bool:

@@ -141,7 +141,7 @@ def each_row(path: epath.Path) -> Iterator[dict]:
     """The rows of metrics.jsonl, one after the other; what is no row with a step is left out."""
     if not untrusted.is_file(path):
         return
-    with path.open("rb") as file:
+    with untrusted.opened(path) as file:
         while line := file.readline(MAX_ROW_BYTES):
             with contextlib.suppress(Refused):
                 row = untrusted.json_object(line, path, "it is dropped")

@@ -1,5 +1,6 @@
 """Eight CPU devices in this process, compiled programs kept between runs, one small corpus and one short run for all."""
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -51,6 +52,15 @@ def store(corpus, tmp_path_factory):
     """The corpus as a token store of bytes: 257 ids."""
     data = DataConfig(source="text", path=str(corpus), heldout_fraction=0.1)
     return prepare(data, TokenizerConfig(kind="byte"), tmp_path_factory.mktemp("stores") / "store")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def released():
+    """What a file's tests compiled goes with them: each program takes regions of memory, of which Linux gives a process
+    65,530, and XLA crashes where it gets no more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def tree(folder):
@@ -124,6 +134,15 @@ def finished(corpus, tmp_path_factory):
 def copied(finished, tmp_path):
     """A copy of it, to be spoiled."""
     return shutil.copytree(finished, tmp_path / "copied")
+
+
+# Those that take longest, so that none of them is the last to begin while the other process has nothing to do.
+FIRST = "notebooks", "processes", "chaos", "heartbeat", "plan", "preemption", "mup", "convert", "bucket"
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
 
 
 def pytest_addoption(parser):

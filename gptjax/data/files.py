@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-from gptjax import extra
+from gptjax import extra, untrusted
 from gptjax.data.documents import END, PART_BYTES, RECORD_BYTES, Damages, DataConfig, Part
 from gptjax.errors import Refused
 
@@ -79,7 +79,7 @@ def matching(path: str) -> list[epath.Path]:
 
 def opened(path: str) -> BinaryIO:
     """A file's bytes, decompressed where its name says that it is compressed."""
-    file = epath.Path(path).open("rb")
+    file = untrusted.opened(epath.Path(path))
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
