@@ -3,10 +3,13 @@
 import contextlib
 import json
 import resource
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
@@ -95,3 +98,9 @@ def test_a_failure_while_starting_keeps_the_old_rows(tmp_path):
         writers.write({"step": 10, "loss": 1.0})
         writers.close()
     assert len(told) == 1 and (tmp_path / "metrics.jsonl").read_text() == old
+
+
+def test_no_start_pays_for_torch():
+    pytest.importorskip("torch")
+    script = "import sys, gptjax.train; assert 'torch' not in sys.modules; import torch"
+    subprocess.run([sys.executable, "-c", script], check=True)
