@@ -235,7 +235,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                     last = step
                     break
                 if step in traced[:1]:
-                    with log.paused():
+                    with log.paused(), heartbeat.phase("tracing"):
                         trace.enter_context(metrics.trace(folder / "profile"))
                 step_fn = steps[data.phase(recovery.batch_index(watch.ledger, step)).shape]
                 checked = due(step + 1, config.recovery.sdc_check_every)
@@ -248,7 +248,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                         state, step_metrics = advance(state, batch)
                 log.push(step + 1, step_metrics)
                 if step in traced[-1:]:
-                    with log.paused():
+                    with log.paused(), heartbeat.phase("tracing"):
                         trace.close()
                 if step + 1 == last or due(step + 1, config.checkpoint_every) or checkpoints.failed(step + 1):
                     with log.paused(), heartbeat.phase("saving"):  # from here on the watch has seen all losses
