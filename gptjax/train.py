@@ -33,7 +33,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import curriculum, stream
 from gptjax.data.mixture import Corpus
-from gptjax.errors import Preempted, Refused
+from gptjax.errors import Failed, Preempted, Refused
 from gptjax.models.size import flops_per_token
 from gptjax.update import TrainState, abstract_state, compile_step, init_state, weights
 
@@ -112,7 +112,14 @@ def run(job: Job, began: float) -> None:
             break
         except recovery.GoBack as trouble:
             checkpoints.wait()
-            ledger = recovery.skipping(trouble, checkpoints.verified(), config.recovery.max_returns)
+            good, there = checkpoints.verified(), checkpoints.steps()
+            if there and not good:  # storage that is lost for a while, most likely
+                raise Failed(
+                    f"The run has to go back, because {trouble.reason}, but none of the {len(there)} checkpoints in "
+                    f"{checkpoints.folder} can be read, so nothing is removed: see gptjax checkpoint verify, and run the "
+                    "same command again once they can."
+                ) from trouble
+            ledger = recovery.skipping(trouble, good, config.recovery.max_returns)
             newest = ledger[-1]["step"]
             removed = checkpoints.remove_after(newest)
             print(recovery.way_back(trouble, ledger[-1], removed), flush=True)
@@ -164,9 +171,8 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
         seen = saved["recovery"]
         print(f"going on from the checkpoint of step {start}", flush=True)
     else:
-        if ledger is None:
-            with hosts.together():
-                workdir.check_never_saved(folder)
+        with hosts.together():
+            workdir.check_never_saved(folder)
         if config.init_from:
             with heartbeat.phase("restoring"):
                 state = transfer.begin(config, vocab_size, job.mesh)
