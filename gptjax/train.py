@@ -202,8 +202,12 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
     batches = train_batches(config, data, job.mesh, start, watch.ledger)
     traced = [step for step in job.profile if step >= start]
     due = lambda step, every: every and step % every == 0
-    said = lambda: job.run | {"recovery": watch.saved(), "phases": curriculum.saved(data.phases)}
     losses = lambda: log.losses if config.stopping.patience else {}  # by which the best checkpoint stays
+    said = lambda: {
+        "run": job.run | {"recovery": watch.saved(), "phases": curriculum.saved(data.phases)},
+        "losses": losses(),
+        "rotate": not watch.in_doubt,  # it may have to go back to one of those that are there
+    }
     held_out = lambda step: measuring.held_out(config, job.corpus, job.mesh, weights(state), step, log)
     on_tasks = lambda step: measuring.on_tasks(config, job.tasks, job.corpus.tokenizer, weights(state), step, log)
 
@@ -232,7 +236,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                         held_out(step)
                         if stopping.best(losses(), log.losses) == step != saved and not watch.in_doubt:
                             with heartbeat.phase("saving"):
-                                checkpoints.save(saved := step, state, said(), losses())
+                                checkpoints.save(saved := step, state, **said())
                 if step and due(step, config.tasks.every):
                     with log.paused():
                         on_tasks(step)
@@ -259,24 +263,24 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                 if step + 1 == last or due(step + 1, config.checkpoint_every) or checkpoints.failed(step + 1):
                     with log.paused(), heartbeat.phase("saving"):  # from here on the watch has seen all losses
                         if step + 1 == last or not watch.in_doubt:
-                            checkpoints.save(saved := step + 1, state, said(), losses())
+                            checkpoints.save(saved := step + 1, state, **said())
                         else:
                             bar.print(f"step {step + 1} is not saved, since the run may have to go back to before it")
                 log.saved(checkpoints.saved())
             if saved < last:  # it ends early
                 with log.paused(), heartbeat.phase("saving"):
-                    checkpoints.save(saved := last, state, said(), losses())
+                    checkpoints.save(saved := last, state, **said())
             evaluation = held_out(last)
             on_tasks(last)
             with heartbeat.phase("saving"):
-                checkpoints.insist(last, state, said(), losses())
+                checkpoints.insist(last, state, **said())
             preemption.tick()  # before the samples, when everything is saved
         except Preempted as stop:
             done = int(state.step)
             with log.paused(), heartbeat.phase("saving"):
                 if done > saved:
-                    checkpoints.save(done, state, said(), losses())
-                checkpoints.insist(done, state, said(), losses())
+                    checkpoints.save(done, state, **said())
+                checkpoints.insist(done, state, **said())
             reached = f"step {done} is saved" if done else "no step was done"
             raise Preempted(f"{stop}: {reached}, and the same command goes on from there") from None
         finally:
