@@ -165,9 +165,9 @@ class Checkpoints:
                 try:
                     for other in reversed(later):
                         rotation.remove(self._at(other))
-                except OSError as error:
+                except Exception as error:  # of whatever file system
                     raise Refused(
-                        f"{self._at(other)} can't be removed ({error.strerror}): make it writable."
+                        f"{self._at(other)} can't be removed ({manifest.reason(error)}): make it writable."
                     ) from error
         return later
 
@@ -296,7 +296,7 @@ class Checkpoints:
             (folder / rotation.UNFINISHED).touch()
             # The other processes would wait ten minutes for orbax to make it here, should process 0 fail before.
             (folder / "state" / "array_metadatas").mkdir(parents=True)
-        except (OSError, Refused) as error:
+        except Exception as error:  # those of gcsfs and google-auth are no OSError
             return manifest.reason(error)
         return ""
 

@@ -10,7 +10,6 @@ import jax
 from etils import epath
 
 from gptjax import heartbeat, hosts, manifest, rotation
-from gptjax.errors import Refused
 
 
 class _Failure(Exception):
@@ -69,8 +68,8 @@ class Save(threading.Thread):
         if hosts.first():
             with (
                 heartbeat.background("rotating"),
-                contextlib.suppress(OSError, Refused),
-            ):  # what can't be removed now is by the next save
+                contextlib.suppress(Exception),  # what can't be removed now, for whatever reason, is by the next save
+            ):
                 self._tidy()
 
     def _commit(self) -> None:

@@ -116,8 +116,8 @@ def run(job: Job, began: float) -> None:
             if there and not good:  # storage that is lost for a while, most likely
                 raise Failed(
                     f"The run has to go back, because {trouble.reason}, but none of the {len(there)} checkpoints in "
-                    f"{checkpoints.folder} can be read, so nothing is removed: see gptjax checkpoint verify, and run the "
-                    "same command again once they can."
+                    f"{checkpoints.folder} can be read, so nothing is removed: see gptjax checkpoint verify, and run "
+                    "the same command again once they can."
                 ) from trouble
             ledger = recovery.skipping(trouble, good, config.recovery.max_returns)
             newest = ledger[-1]["step"]

@@ -1,4 +1,4 @@
-"""What the thread that answers signals does, one call at a time; whole runs are in test_preemption and test_heartbeat."""
+"""The thread that answers signals, one call at a time; whole runs are in test_preemption and test_heartbeat."""
 
 import ast
 import pathlib
