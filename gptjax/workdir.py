@@ -217,7 +217,9 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Corp
 def make_corpus(config: Config, folder: epath.Path) -> Corpus:
     """The stores of a run in `folder`: those of its mixture, or the one that is made of its source. Raises: Refused."""
     where, beats = store_folder(config.data.store, folder), folder / heartbeat.FOLDER
-    new = [path for path in (where, beats, *where.parents, folder, *folder.parents) if not path.exists()]
+    # A bucket keeps no empty folders, and the last of its parents is the list of all buckets.
+    around = [path for each in (where, folder) if "://" not in str(each) for path in (each, *each.parents)]
+    new = [path for path in (where, beats, *around) if not path.exists()]
     made = False
     try:
         if config.mixture.stores:
