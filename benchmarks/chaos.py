@@ -5,8 +5,9 @@
 One run is left alone: its losses are what all others must have. Each other run is killed when it says that it is in the
 phase whose turn it is (and a random moment later), started again in the same workdir, and so on until it ends; then the
 next begins in a new one. What is printed, by the phase in which the kill came: kills; after how many the next start
-went on by itself, from a checkpoint that it verified or from the beginning where there was none yet; and after how many
-all losses that were logged until then, and after, equal those of the run left alone. It ends with code 1 if any differs.
+went on by itself, from the newest checkpoint that was whole or from the beginning where there was none yet, and did
+not hang; and after how many all losses that were logged until then, and after, equal those of the run left alone. It
+ends with code 1 if any differs.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -62,10 +64,29 @@ def said(folder: pathlib.Path, pid: int) -> tuple[str, str]:
     return (beat["phase"], beat["background"]) if beat["pid"] == pid else ("", "")
 
 
-def killed(argv: list[str], folder: pathlib.Path, target: str, delay: float, limit: float = 120) -> tuple[int, str]:
+def newest(folder: pathlib.Path) -> int:
+    """The step of the newest checkpoint that has its manifest, which is written last; 0 where there is none."""
+    found = folder.glob("checkpoints/step_????????/manifest.json")
+    return max((int(path.parent.name[-8:]) for path in found), default=0)
+
+
+def resumed(code: int | None, phase: str, log: str, step: int) -> bool:
+    """Whether a start that ended so, in a phase, went on from a step's checkpoint, or was killed before it could."""
+    if code not in (0, -signal.SIGKILL):
+        return False
+    words = r"^(?:going on from the checkpoint of|The run in .* is complete at) step (\d+)"
+    told = re.findall(words, log, re.MULTILINE)
+    before = code != 0 and phase in ("starting", "preparing data", "restoring")
+    return before and not told or told[:1] == [str(step)] * (step > 0)
+
+
+def killed(
+    argv: list[str], folder: pathlib.Path, target: str, delay: float, limit: float = 120
+) -> tuple[int | None, str]:
     """Starts a run and kills it `delay` seconds after it says that it is in a phase ("any": after it began to train).
 
-    Returns its exit code (-9 if the kill came in time) and the phase that it was in at the end.
+    Returns its exit code (-9 if the kill came in time; None if it had not ended at the limit) and the phase that it was
+    in at the end.
     """
     log = folder.with_name("log.txt").open("w")
     process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
@@ -80,8 +101,10 @@ def killed(argv: list[str], folder: pathlib.Path, target: str, delay: float, lim
             phase = background or main or phase
             break
         time.sleep(0.0005)
+    hung = process.poll() is None and time.monotonic() >= until
     process.send_signal(signal.SIGKILL)
-    return process.wait(), phase
+    code = process.wait()
+    return (None if hung else code), phase
 
 
 def chaos(kills: int, seed: int, folder: pathlib.Path) -> list[tuple[str, int, int, int]]:
@@ -99,29 +122,30 @@ def chaos(kills: int, seed: int, folder: pathlib.Path) -> list[tuple[str, int, i
     assert sorted(expected) == list(range(1, STEPS + 1))
 
     counts = collections.defaultdict(lambda: [0, 0, 0])
-    run, done, last, turns = 0, 0, "", itertools.cycle(TURNS)
+    run, done, last, saved, turns = 0, 0, "", 0, itertools.cycle(TURNS)
     while done < kills or last:
         workdir = folder / f"run{run}" / "run"
         workdir.parent.mkdir(exist_ok=True)
         target = "none" if done == kills or last == "sampling" else next(turns)
         delay = rng.random() * {"starting": 3, "any": 2, "compiling": 2}.get(target, 0.02 if target in SAVING else 0.2)
         code, phase = killed(command(workdir, corpus), workdir, target, delay)
-        went_on = code in (0, -signal.SIGKILL)
+        log = workdir.with_name("log.txt").read_text()
+        went_on = resumed(code, phase, log, saved)
         found = losses(workdir)
         same = all(expected[step] == loss for step, loss in found.items()) and (code != 0 or len(found) == STEPS)
         if last:
             counts[last][1] += went_on
             counts[last][2] += same
         if not (went_on and same):
-            log = workdir.with_name("log.txt").read_text()
-            print(f"run {run}, exit code {code}, losses {'equal' if same else 'DIFFER'}:\n{log}", flush=True)
+            how = f"exit code {code}, after step {saved} was saved, losses {'equal' if same else 'DIFFER'}"
+            print(f"run {run}, {how}:\n{log}", flush=True)
         last = phase if code == -signal.SIGKILL else ""
         if last:
-            done += 1
+            done, saved = done + 1, newest(workdir)
             counts[last][0] += 1
             print(f"kill {done} of {kills}: {phase}, after step {max(found, default=0)}", flush=True)
         else:
-            run += 1
+            run, saved = run + 1, 0
     return [(phase, *counts[phase]) for phase in sorted(counts)]
 
 

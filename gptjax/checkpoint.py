@@ -165,9 +165,9 @@ class Checkpoints:
                 try:
                     for other in reversed(later):
                         rotation.remove(self._at(other))
-                except OSError as error:
+                except Exception as error:  # of whatever file system
                     raise Refused(
-                        f"{self._at(other)} can't be removed ({error.strerror}): make it writable."
+                        f"{self._at(other)} can't be removed ({manifest.reason(error)}): make it writable."
                     ) from error
         return later
 
@@ -239,7 +239,9 @@ class Checkpoints:
 
     # Writing
 
-    def save(self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({})) -> None:
+    def save(
+        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+    ) -> None:
         """Copies the state off the devices and writes it in the background, once the save before it has ended.
 
         What is in the way of it is renamed: damaged checkpoints that were passed over, or one of this step. A save that
@@ -247,7 +249,7 @@ class Checkpoints:
 
         Args:
           run: what the manifest says of the run; JSON values. losses: on held-out text, by step; the checkpoint with the
-            lowest stays, whatever the config says.
+            lowest stays, whatever the config says. rotate: whether those go that the config does not keep.
         """
         began = time.perf_counter()
         self.wait()
@@ -270,6 +272,7 @@ class Checkpoints:
             content,
             self._config,
             dict(losses),
+            rotate,
         )
 
     def _write(self, folder: epath.Path, copies: dict) -> list:
@@ -293,7 +296,7 @@ class Checkpoints:
             (folder / rotation.UNFINISHED).touch()
             # The other processes would wait ten minutes for orbax to make it here, should process 0 fail before.
             (folder / "state" / "array_metadatas").mkdir(parents=True)
-        except (OSError, Refused) as error:
+        except Exception as error:  # those of gcsfs and google-auth are no OSError
             return manifest.reason(error)
         return ""
 
@@ -333,7 +336,9 @@ class Checkpoints:
         saved, self._saved = self._saved, []
         return saved
 
-    def insist(self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({})) -> None:
+    def insist(
+        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+    ) -> None:
         """Returns when the last save is on disk; where it failed, it is tried again 1, 2 and 4 seconds later.
 
         Raises: Failed.
@@ -342,7 +347,7 @@ class Checkpoints:
         for seconds in (1, 2, 4):
             if self._failures:
                 time.sleep(seconds)
-                self.save(step, state, run, losses)
+                self.save(step, state, run, losses, rotate)
                 self.wait()
         if self._failures:
             raise Failed(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import numpy as np
 from gptjax import heartbeat, hosts, preemption, sharding
 from gptjax.data import stream
 from gptjax.data.mixture import Corpus
-from gptjax.data.store import Store
 from gptjax.errors import Failed, Refused
 from gptjax.loss import LossConfig, Sums, next_token_sums
 from gptjax.models.transformer import Transformer
@@ -98,13 +97,18 @@ def evaluate(
       Failed: where they have no tokens with a loss, but only prompts.
       Unreadable: on all processes, where one of them could not read its rows.
     """
-    sums, failures = {}, []
-    for name, store in corpus.stores.items():
-        sums[name], failure = _sums(model, store, mesh, seq_len, batch_size, max_windows, loss)
-        failures.append(failure)
-    for process, failure in enumerate(hosts.exchange(next(filter(None, failures), ""))):
-        if failure:
-            raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {failure}")
+    shards = sharding.row_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+    rows = sharding.local_rows(mesh, batch_size, 1)
+    batches, failure = {}, ""
+    try:
+        for name, store in corpus.stores.items():
+            batches[name] = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)
+    except Exception as error:  # an index that is damaged; the others would wait for this process in the first step
+        failure = f"{type(error).__name__}: {error}"
+    _raise_on_all(failure)
+    sums, failure = _sums(model, corpus, batches, rows, mesh, seq_len, batch_size, max_windows, loss)
+    _raise_on_all(failure)
     with heartbeat.phase("evaluating"), heartbeat.waiting():
         found = {name: np.sum(jax.device_get(each), axis=0, dtype=np.float64) for name, each in sums.items()}
     if min(each[2] for each in found.values()) == 0:
@@ -113,39 +117,50 @@ def evaluate(
     return _evaluation(*np.sum(list(found.values()), axis=0))._replace(sources=sources)
 
 
+def _raise_on_all(failure: str) -> None:
+    """Raises: Unreadable, on all processes, where this or another one has a failure."""
+    for process, failure in enumerate(hosts.exchange(failure)):
+        if failure:
+            raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {failure}")
+
+
 def _evaluation(nll: float, correct: float, tokens: float, size: float) -> Evaluation:
     return Evaluation(float(nll / tokens), float(nll / math.log(2) / size), float(correct / tokens), int(tokens))
 
 
 def _sums(
     model: Transformer,
-    store: Store,
+    corpus: Corpus,
+    batches: Mapping[str, Sequence[stream.Batch]],
+    rows: np.ndarray,
     mesh: jax.sharding.Mesh,
     seq_len: int,
     batch_size: int,
     max_windows: int,
     loss: LossConfig,
-) -> tuple[list, str]:
-    """`eval_step` of each batch of a store, and why one could not be read, or an empty string."""
-    shards = sharding.row_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    rows = sharding.local_rows(mesh, batch_size, 1)
-    batches = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)
-    token_bytes = hosts.put(store.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
-    vocab_size = store.tokenizer.vocab_size
-    windows = max_windows or len(batches) * batch_size
-    sums, failure = [], ""
-    for index in range(min(len(batches), -(-windows // batch_size))):
-        try:
-            batch = batches[index]
-        except Exception as error:  # TensorStore raises many kinds; the others wait for these rows in the sums
-            failure, batch = f"{type(error).__name__}: {error}", stream.padding(len(rows), seq_len)
-        # The same windows are read however many fit into a batch.
-        counted = (index * batch_size + rows < windows).astype(np.float32)
-        batch = batch._replace(weights=batch.weights * counted[:, None])
-        batch = sharding.place(batch, rows, mesh, batch_size, 1)
-        preemption.tick()
-        # The first call compiles, which may take long.
-        with heartbeat.phase("evaluating" if index else "compiling the evaluation"), heartbeat.waiting():
-            sums.append(eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss))
+) -> tuple[dict[str, list], str]:
+    """`eval_step` of each batch by store, and why one could not be read, or an empty string."""
+    token_bytes = hosts.put(corpus.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
+    vocab_size = corpus.tokenizer.vocab_size
+    windows = {name: max_windows or len(its) * batch_size for name, its in batches.items()}
+    number = {name: min(len(its), -(-windows[name] // batch_size)) for name, its in batches.items()}
+    todo = [(name, index) for name in batches for index in range(number[name])]
+    sums, failure, before = {name: [] for name in batches}, "", None
+    # The first call compiles, which may take long; from then on they come at a steady pace.
+    for steady, part in enumerate((todo[:1], todo[1:])):
+        with heartbeat.phase("evaluating" if steady else "compiling the evaluation"):
+            for name, index in part:
+                try:
+                    batch = batches[name][index]
+                except Exception as error:  # TensorStore raises many kinds; the others wait for these rows in the sums
+                    failure, batch = f"{type(error).__name__}: {error}", stream.padding(len(rows), seq_len)
+                # The same windows are read however many fit into a batch.
+                counted = (index * batch_size + rows < windows[name]).astype(np.float32)
+                batch = batch._replace(weights=batch.weights * counted[:, None])
+                batch = sharding.place(batch, rows, mesh, batch_size, 1)
+                preemption.tick()
+                with heartbeat.waiting():
+                    its = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)
+                    jax.block_until_ready(before)  # so that two are in flight at most
+                sums[name].append(before := its)
     return sums, failure

@@ -264,11 +264,14 @@ def exchange(value, name: str = "") -> list:
     """
     if not jax.distributed.is_initialized():
         return [value]
-    store, key = global_state.client, f"gptjax/{name or next(_rounds)}"
+    store, number = global_state.client, None if name else next(_rounds)
+    key = f"gptjax/{name or number}"
     store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     if first():
         values = [_wait_for(f"{key}/{process}") for process in range(jax.process_count())]
         store.key_value_set(f"{key}/all", json.dumps([json.loads(text) for text in values]))
+        if number:  # all have come to this round, so all have read the one before
+            store.key_value_delete(f"gptjax/{number - 1}/")
     return json.loads(_wait_for(f"{key}/all"))
 
 

@@ -140,25 +140,37 @@ def differences(found: dict) -> str:
 def prune(workdir: epath.Path, keep: int, dry_run: bool) -> None:
     """Removes all but the newest `keep` that verify, also what is damaged, put aside or left by a kill; prints each.
 
-    Raises: Refused, where none verifies or a run is at work, or for a `keep` below 1.
+    The best stays too, if it verifies, where the run keeps it.
+
+    Raises: Refused, where none verifies, a run is at work or one can't be removed, or for a `keep` below 1.
     """
     if keep < 1:
         raise Refused(f"--keep={keep} must be at least 1: the newest checkpoint that verifies stays.")
     checkpoints_of(workdir)  # refused before a lock is made
     with contextlib.nullcontext() if dry_run else owner.owned(workdir):
-        _prune(*checkpoints_of(workdir), keep, dry_run)
+        folder, steps = checkpoints_of(workdir)
+        _prune(folder, steps, keep, _best(workdir, steps), dry_run)
 
 
-def _prune(folder: epath.Path, steps: list[int], keep: int, dry_run: bool) -> None:
+def _best(workdir: epath.Path, steps: list[int]) -> int:
+    """The step that a run with early stopping keeps, as `rotate` does; 0 where there is none."""
+    config = flatten(read_config(workdir)) if (workdir / "config.json").exists() else {}
+    return stopping.best(losses(workdir), steps) if config.get("stopping.patience") else 0
+
+
+def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: bool) -> None:
     kept = []
     for step in reversed(steps):
-        if len(kept) < keep and not _damage(folder, step):
+        if (len(kept) < keep or step == best) and not _damage(folder, step):
             kept.append(step)
     if not kept:
         raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: see them by ls.")
     _, left = rotation.found(folder)
     for path in [*left, *rotation.aside(folder), *(rotation.at(folder, step) for step in steps if step not in kept)]:
-        if not dry_run:
-            rotation.remove(path)
+        try:
+            if not dry_run:
+                rotation.remove(path)
+        except Exception as error:  # of whatever file system
+            raise Refused(f"{path} can't be removed ({manifest.reason(error)}): make it writable.") from error
         print(f"{'would remove' if dry_run else 'removed'} {path.name}", flush=True)
     print(f"kept {', '.join(rotation.at(folder, step).name for step in sorted(kept))}", flush=True)

@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 from gptjax import heartbeat, preemption, watchdog
@@ -34,8 +35,9 @@ from gptjax.heartbeat import Beat
 from gptjax.watchdog import WatchdogConfig
 
 SIGNALS = signal.SIGTERM, signal.SIGINT
-# Phases with something unsaved: there the main thread stops at a tick. In all others nothing is lost by ending at once.
-STOPS = "training", "compiling the evaluation", "evaluating", "saving"
+# Phases with nothing unsaved, where ending at once loses nothing. In all others the main thread stops at a tick. A run
+# also compiles where it goes back, to what is saved.
+SAVED = "starting", "preparing data", "compiling", "restoring", "sampling"
 SAME_SECONDS = 1.0  # some launchers send a signal to a process and to its group, which is no second request
 REFUSED_SECONDS = 2.0  # a refusal is mostly one of all, each of which tells it by itself
 FAREWELL_SECONDS = 3.0  # for others to hear why; when process 0 ends, JAX aborts them within 0.1 s
@@ -91,6 +93,14 @@ class Lifeline(threading.Thread):
         self.join(FAREWELL_SECONDS)
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # without this thread nobody would hear a signal, nor the other processes
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exc()
+            os._exit(TRY_AGAIN)
+
+    def _serve(self) -> None:
         beaten = time.monotonic()
         while self._leaving is None:
             for key, _ in self._selector.select(max(0.0, self._due - time.monotonic())):
@@ -176,17 +186,19 @@ class Lifeline(threading.Thread):
 
     def _hear(self) -> None:
         for number in self._ear.recv(64):
-            if number and self._asked_at is None:
+            if number not in SIGNALS:  # to be woken, or another one that Python handles
+                continue
+            if self._asked_at is None:
                 self._asked_at = time.monotonic()
                 self._ask(signal.Signals(number).name)
-            elif number and time.monotonic() - self._asked_at > SAME_SECONDS:
+            elif time.monotonic() - self._asked_at > SAME_SECONDS:
                 say(f"a second {signal.Signals(number).name}: ending at once; {ON_DISK}")
                 os._exit(TRY_AGAIN)
 
     def _ask(self, name: str) -> None:
         own = heartbeat.beat()
         why = f"{name} on {own.host}" + (f" (process {own.process})" if self.peers else "")
-        if own.phase not in STOPS:
+        if own.phase in SAVED:
             self._tell_all({"end": [f"was ended by {name}", TRY_AGAIN]})
             say(f"{why} while {own.phase}: nothing is unsaved, and {ON_DISK}")
             in_time(heartbeat.withdraw)
@@ -244,7 +256,8 @@ _line = None
 
 def say(sentence: str) -> None:
     """On stderr, of any process and from any thread."""
-    print(f"gptjax: {sentence}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        print(f"gptjax: {sentence}", file=sys.stderr, flush=True)
 
 
 def in_time(function: Callable[[], None]) -> None:
@@ -293,10 +306,7 @@ def alive():
         raise
     finally:
         line.leave(sentence, code)
-        if in_order:
-            in_time(heartbeat.withdraw)
-        else:
-            heartbeat.end()
+        in_time(heartbeat.withdraw if in_order else heartbeat.end)
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -15,6 +15,7 @@ import re
 from etils import epath
 
 from gptjax import untrusted
+from gptjax.errors import shown
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -77,15 +78,26 @@ def _encoded(content: dict) -> bytes:
     return json.dumps({"sha256": digest} | content, indent=1).encode() + b"\n"
 
 
+@contextlib.contextmanager
+def _reading(path: str):
+    """A block that reads a file of a checkpoint. Raises: Damaged, where it can't be read."""
+    try:
+        yield
+    except (Damaged, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing") from error
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
+        raise Damaged(f"{path} can't be read ({reason(error)})") from error
+
+
 def read(folder: epath.Path, step: int) -> dict:
     """The manifest of a step's folder, as it was written. Raises: Damaged."""
-    try:
+    with _reading(NAME):
         if not untrusted.is_file(folder / NAME):
             raise Damaged(f"{NAME} is missing")
         with (folder / NAME).open("rb") as file:
             text = file.read(MAX_BYTES)
-    except OSError as error:
-        raise Damaged(f"{NAME} can't be read ({reason(error)})") from error
     try:
         content = json.loads(text)
         del content["sha256"]
@@ -128,21 +140,18 @@ def check_sizes(folder: epath.Path, content: dict, share: int = 0, shares: int =
     """
     files = content["files"]
     for path in sorted(files)[share::shares]:
-        if any(os.path.islink(folder / part) for part in (path, *pathlib.PurePosixPath(path).parents[:-1])):
-            raise Damaged(f"{path} is a link")
-        try:
+        with _reading(path):
+            if any(os.path.islink(folder / part) for part in (path, *pathlib.PurePosixPath(path).parents[:-1])):
+                raise Damaged(f"{path} is a link")
             size = (folder / path).stat().length
-        except FileNotFoundError as error:
-            raise Damaged(f"{path} is missing") from error
-        except OSError as error:
-            raise Damaged(f"{path} can't be read ({reason(error)})") from error
-        if not untrusted.is_file(folder / path):
-            raise Damaged(f"{path} is not a file")
-        if size != files[path]["bytes"]:
-            raise Damaged(f"{path} has {size:,} bytes of {files[path]['bytes']:,}")
-    others = sorted(set(stored(folder)) - files.keys()) if share == 0 else ()
+            if not untrusted.is_file(folder / path):
+                raise Damaged(f"{path} is not a file")
+            if size != files[path]["bytes"]:
+                raise Damaged(f"{path} has {size:,} bytes of {files[path]['bytes']:,}")
+    with _reading("state"):
+        others = sorted(set(stored(folder)) - files.keys()) if share == 0 else ()
     if others:
-        raise Damaged(f"{others[0]} is not in {NAME}")
+        raise Damaged(f"{shown(others[0])} is not in {NAME}")
 
 
 def verify(folder: epath.Path, step: int, share: int = 0, shares: int = 1) -> dict:
@@ -153,11 +162,8 @@ def verify(folder: epath.Path, step: int, share: int = 0, shares: int = 1) -> di
     content = read(folder, step)
     check_sizes(folder, content, share, shares)
     for path, file in sorted(content["files"].items())[share::shares]:
-        try:
-            with (folder / path).open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise Damaged(f"{path} can't be read ({reason(error)})") from error
+        with _reading(path), (folder / path).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != file["sha256"]:
             raise Damaged(f"{path} is not what was written: its hash differs")
     return content

@@ -6,7 +6,7 @@ import jax
 from gptjax import extra, hosts
 from gptjax.config import Config
 from gptjax.data.mixture import Corpus
-from gptjax.errors import Preempted, Refused
+from gptjax.errors import Preempted
 from gptjax.evaluate import Evaluation, evaluate
 from gptjax.metrics import Log
 from gptjax.models.transformer import Transformer
@@ -36,9 +36,9 @@ def held_out(
             max_windows=config.eval_batches * config.batch_size,
             loss=config.loss,
         )
-    except (Preempted, Refused):
+    except Preempted:
         raise
-    except Exception as error:  # out of memory, a compiler's fault, storage: whatever it is, training does without
+    except Exception as error:  # out of memory, a compiler's fault, a damaged file: training does without
         log.failed_evaluation(step, error)
         return None
     if step not in log.losses:

@@ -18,6 +18,7 @@ from gptjax import hosts, untrusted
 from gptjax.errors import Refused
 
 SILENT_SECONDS = 30  # on a bucket: an owner that writes no beat for so long is gone; three beats and more
+SETTLE_SECONDS = 2.0  # without locks: after it, of two that start together, only who wrote last finds its own name
 
 
 @contextlib.contextmanager
@@ -43,12 +44,13 @@ def locked(folder: epath.Path, state: str, remedy: str):
 
     Raises: Refused.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A bucket keeps no empty folders, and the last of its parents is the list of all buckets.
+    new = [] if "://" in str(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _lock(folder, state, remedy)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the lock goes with the process; a full or lost disk is told elsewhere
+        with contextlib.suppress(Exception):  # the lock goes with the process; a full or lost disk is told elsewhere
             (folder / "owner.json").unlink(missing_ok=True)
             for path in new:  # of one that was refused before it wrote
                 if path.exists() and not any(path.iterdir()):
@@ -67,18 +69,22 @@ def _lock(folder: epath.Path, state: str, remedy: str) -> int | None:
             raise BlockingIOError
         try:
             path.write_text(json.dumps(me))
-        except OSError:  # a full disk: nothing is held by who goes no further
-            path.unlink()
+        except Exception:  # a full disk: nothing is held by who goes no further
+            path.unlink(missing_ok=True)
             if lock is not None:
                 os.close(lock)
             raise
+        if lock is None:
+            time.sleep(SETTLE_SECONDS)
+            if _read(path) != me:
+                raise BlockingIOError
         return lock
     except BlockingIOError:
         other = _read(path)
         host, process = other.get("host", "unknown"), other.get("pid", "unknown")
         raise Refused(f"{folder} {state} host {host}, process {process}: {remedy}.") from None
-    except OSError as error:
-        raise Refused(f"{path} can't be written ({error.strerror or error}): {remedy}.") from error
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
+        raise Refused(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
 
 
 def _flock(path: epath.Path) -> int | None:
@@ -92,7 +98,7 @@ def _flock(path: epath.Path) -> int | None:
                 return lock
         except OSError as error:
             os.close(lock)
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 return None
             raise
         os.close(lock)

@@ -242,5 +242,5 @@ class Watch:
                 beside = self._path.with_name(self._path.name + ".partial")
                 beside.write_bytes(b"".join(kept))
                 beside.replace(self._path)
-        except OSError as error:
+        except Exception as error:  # of whatever file system
             print(f"warning: {self._path} can't be brought up to date ({error})", flush=True)

@@ -30,7 +30,7 @@ def found(folder: epath.Path) -> tuple[list[int], list[epath.Path]]:
                 left.append(path)
             else:
                 steps.append(int(named[1]))
-    except OSError as error:
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
         raise Refused(f"{folder} can't be read ({manifest.reason(error)}): give another --workdir.") from error
     return sorted(steps), sorted(left)
 

@@ -10,7 +10,6 @@ import jax
 from etils import epath
 
 from gptjax import heartbeat, hosts, manifest, rotation
-from gptjax.errors import Refused
 
 
 class _Failure(Exception):
@@ -33,17 +32,24 @@ class Save(threading.Thread):
         self._checkpoints, self._folder = folder, rotation.at(folder, step)
 
     def begin(
-        self, write: Callable[[], list], merge: Callable[[], None], content: dict, config, losses: Mapping[int, float]
+        self,
+        write: Callable[[], list],
+        merge: Callable[[], None],
+        content: dict,
+        config,
+        losses: Mapping[int, float],
+        rotate: bool,
     ) -> None:
         """Starts the thread.
 
         Args:
           write: begins to write the arrays' files, and returns what is waited for them with, `result()` each.
           merge: makes one store of what several processes wrote, on process 0. content: of the manifest, without its
-          files. config: a CheckpointConfig. losses: by step; the checkpoint with the lowest stays.
+          files. config: a CheckpointConfig. losses: by step; the checkpoint with the lowest stays. rotate: whether any
+          are removed.
         """
         self._write, self._merge, self._content = write, merge, content
-        self._config, self._losses = config, losses
+        self._config, self._losses, self._rotate = config, losses, rotate
         self.blocked_seconds = time.perf_counter() - self.began
         self.start()
 
@@ -62,8 +68,8 @@ class Save(threading.Thread):
         if hosts.first():
             with (
                 heartbeat.background("rotating"),
-                contextlib.suppress(OSError, Refused),
-            ):  # what can't be removed now is by the next save
+                contextlib.suppress(Exception),  # what can't be removed now, for whatever reason, is by the next save
+            ):
                 self._tidy()
 
     def _commit(self) -> None:
@@ -105,4 +111,5 @@ class Save(threading.Thread):
             rotation.clear(self._folder)
         else:
             (self._folder / rotation.UNFINISHED).unlink()
-            rotation.rotate(self._checkpoints, self._config.keep, self._config.keep_every, self._losses)
+            if self._rotate:
+                rotation.rotate(self._checkpoints, self._config.keep, self._config.keep_every, self._losses)

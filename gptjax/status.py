@@ -1,13 +1,13 @@
 """What the processes of a run do now, as WORKDIR/hosts tells it, and which of them the others wait for."""
 
+import contextlib
 import dataclasses
-import json
 import socket
 import time
 
 from etils import epath
 
-from gptjax import heartbeat, untrusted
+from gptjax import heartbeat, untrusted, writers
 from gptjax.errors import Refused
 
 MAX_BYTES = 1 << 16  # of a beat
@@ -56,12 +56,8 @@ def _slowest(running: list[dict]) -> dict | None:
 
 def _last_step(path: epath.Path) -> int | None:
     steps = []
-    for line in path.read_bytes().splitlines() if untrusted.is_file(path) else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the last may be cut short
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
+    with contextlib.suppress(Exception):  # of whatever file system: it tells what it can
+        for row in writers.each_row(path):
             steps.append(row["step"])
     return max(steps, default=None)
 

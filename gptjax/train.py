@@ -33,7 +33,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import curriculum, stream
 from gptjax.data.mixture import Corpus
-from gptjax.errors import Preempted, Refused
+from gptjax.errors import Failed, Preempted, Refused
 from gptjax.models.size import flops_per_token
 from gptjax.update import TrainState, abstract_state, compile_step, init_state, weights
 
@@ -112,7 +112,14 @@ def run(job: Job, began: float) -> None:
             break
         except recovery.GoBack as trouble:
             checkpoints.wait()
-            ledger = recovery.skipping(trouble, checkpoints.verified(), config.recovery.max_returns)
+            good, there = checkpoints.verified(), checkpoints.steps()
+            if there and not good:  # storage that is lost for a while, most likely
+                raise Failed(
+                    f"The run has to go back, because {trouble.reason}, but none of the {len(there)} checkpoints in "
+                    f"{checkpoints.folder} can be read, so nothing is removed: see gptjax checkpoint verify, and run "
+                    "the same command again once they can."
+                ) from trouble
+            ledger = recovery.skipping(trouble, good, config.recovery.max_returns)
             newest = ledger[-1]["step"]
             removed = checkpoints.remove_after(newest)
             print(recovery.way_back(trouble, ledger[-1], removed), flush=True)
@@ -164,9 +171,8 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
         seen = saved["recovery"]
         print(f"going on from the checkpoint of step {start}", flush=True)
     else:
-        if ledger is None:
-            with hosts.together():
-                workdir.check_never_saved(folder)
+        with hosts.together():
+            workdir.check_never_saved(folder)
         if config.init_from:
             with heartbeat.phase("restoring"):
                 state = transfer.begin(config, vocab_size, job.mesh)
@@ -196,8 +202,12 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
     batches = train_batches(config, data, job.mesh, start, watch.ledger)
     traced = [step for step in job.profile if step >= start]
     due = lambda step, every: every and step % every == 0
-    said = lambda: job.run | {"recovery": watch.saved(), "phases": curriculum.saved(data.phases)}
     losses = lambda: log.losses if config.stopping.patience else {}  # by which the best checkpoint stays
+    said = lambda: {
+        "run": job.run | {"recovery": watch.saved(), "phases": curriculum.saved(data.phases)},
+        "losses": losses(),
+        "rotate": not watch.in_doubt,  # it may have to go back to one of those that are there
+    }
     held_out = lambda step: measuring.held_out(config, job.corpus, job.mesh, weights(state), step, log)
     on_tasks = lambda step: measuring.on_tasks(config, job.tasks, job.corpus.tokenizer, weights(state), step, log)
 
@@ -226,7 +236,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                         held_out(step)
                         if stopping.best(losses(), log.losses) == step != saved and not watch.in_doubt:
                             with heartbeat.phase("saving"):
-                                checkpoints.save(saved := step, state, said(), losses())
+                                checkpoints.save(saved := step, state, **said())
                 if step and due(step, config.tasks.every):
                     with log.paused():
                         on_tasks(step)
@@ -235,7 +245,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                     last = step
                     break
                 if step in traced[:1]:
-                    with log.paused():
+                    with log.paused(), heartbeat.phase("tracing"):
                         trace.enter_context(metrics.trace(folder / "profile"))
                 step_fn = steps[data.phase(recovery.batch_index(watch.ledger, step)).shape]
                 checked = due(step + 1, config.recovery.sdc_check_every)
@@ -248,29 +258,29 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                         state, step_metrics = advance(state, batch)
                 log.push(step + 1, step_metrics)
                 if step in traced[-1:]:
-                    with log.paused():
+                    with log.paused(), heartbeat.phase("tracing"):
                         trace.close()
                 if step + 1 == last or due(step + 1, config.checkpoint_every) or checkpoints.failed(step + 1):
                     with log.paused(), heartbeat.phase("saving"):  # from here on the watch has seen all losses
                         if step + 1 == last or not watch.in_doubt:
-                            checkpoints.save(saved := step + 1, state, said(), losses())
+                            checkpoints.save(saved := step + 1, state, **said())
                         else:
                             bar.print(f"step {step + 1} is not saved, since the run may have to go back to before it")
                 log.saved(checkpoints.saved())
             if saved < last:  # it ends early
                 with log.paused(), heartbeat.phase("saving"):
-                    checkpoints.save(saved := last, state, said(), losses())
+                    checkpoints.save(saved := last, state, **said())
             evaluation = held_out(last)
             on_tasks(last)
             with heartbeat.phase("saving"):
-                checkpoints.insist(last, state, said(), losses())
+                checkpoints.insist(last, state, **said())
             preemption.tick()  # before the samples, when everything is saved
         except Preempted as stop:
             done = int(state.step)
             with log.paused(), heartbeat.phase("saving"):
                 if done > saved:
-                    checkpoints.save(done, state, said(), losses())
-                checkpoints.insist(done, state, said(), losses())
+                    checkpoints.save(done, state, **said())
+                checkpoints.insist(done, state, **said())
             reached = f"step {done} is saved" if done else "no step was done"
             raise Preempted(f"{stop}: {reached}, and the same command goes on from there") from None
         finally:

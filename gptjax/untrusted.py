@@ -33,7 +33,9 @@ def read(path: epath.Path, most: int, remedy: str) -> bytes:
             raise Refused(f"{path} is {'no file' if path.exists() else 'missing'}: {remedy}.")
         with path.open("rb") as file:
             content = file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except Refused:
+        raise
+    except Exception as error:  # ValueError: a name that no file can have; those of gcsfs are no OSError
         raise Refused(f"{path} can't be read ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
     if len(content) > most:
         raise Refused(f"{path} has more than the {most} bytes that such a file may have: {remedy}.")

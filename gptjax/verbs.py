@@ -29,7 +29,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from etils import epath
 
     from gptjax import hosts, workdir
-    from gptjax.evaluate import TasksConfig, check, evaluate
+    from gptjax.evaluate import TasksConfig, Unreadable, check, evaluate
     from gptjax.models import int8
 
     tasks = TasksConfig(args.tasks, args.tasks_folder, limit=args.limit, num_fewshot=args.num_fewshot)
@@ -47,16 +47,20 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"{next(iter(corpus.stores.values())).folder} was made by tokenizer {corpus.tokenizer.hash[:12]}, and "
                 f"step {run.step} was trained with {run.tokenizer.hash[:12]}: put back the store of that run."
             )
-    with jax.set_mesh(run.mesh):
-        result = evaluate(
-            int8.rounded(run.model) if args.weights == "int8" else run.model,
-            corpus=corpus,
-            mesh=run.mesh,
-            seq_len=run.config.seq_len,
-            batch_size=run.config.micro_batch_size,
-            max_windows=run.config.eval_batches * run.config.batch_size,
-            loss=run.config.loss,
-        )
+    try:
+        with jax.set_mesh(run.mesh):
+            result = evaluate(
+                int8.rounded(run.model) if args.weights == "int8" else run.model,
+                corpus=corpus,
+                mesh=run.mesh,
+                seq_len=run.config.seq_len,
+                batch_size=run.config.micro_batch_size,
+                max_windows=run.config.eval_batches * run.config.batch_size,
+                loss=run.config.loss,
+            )
+    except Unreadable as error:
+        reason = str(error).rstrip(".")
+        raise Refused(f"A whole copy of its store is needed to evaluate step {run.step}: {reason}.") from error
     row = {"step": run.step} | _row(result)
     if result.sources:
         row["sources"] = {name: _row(each) for name, each in result.sources.items()}

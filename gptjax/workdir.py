@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as configs
-from gptjax import heartbeat, hosts, rotation, sharding, stopping, tokenizer, untrusted, writers
+from gptjax import heartbeat, hosts, manifest, rotation, sharding, stopping, tokenizer, untrusted, writers
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import augment, mixture
@@ -73,7 +73,7 @@ def check_empty(folder: epath.Path) -> None:
 
 def check_never_saved(folder: epath.Path) -> None:
     """A run without a checkpoint has begun just now, and not lost those that it had. Raises: Refused."""
-    saved = [row["step"] for row in writers.rows_until(folder / "metrics.jsonl", sys.maxsize) if "save_seconds" in row]
+    saved = [row["step"] for row in _rows(folder, sys.maxsize) if "save_seconds" in row]
     if saved:
         raise Refused(
             f"{folder / 'checkpoints'} holds no checkpoint, but metrics.jsonl says that this run saved step "
@@ -217,7 +217,9 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Corp
 def make_corpus(config: Config, folder: epath.Path) -> Corpus:
     """The stores of a run in `folder`: those of its mixture, or the one that is made of its source. Raises: Refused."""
     where, beats = store_folder(config.data.store, folder), folder / heartbeat.FOLDER
-    new = [path for path in (where, beats, *where.parents, folder, *folder.parents) if not path.exists()]
+    # A bucket keeps no empty folders, and the last of its parents is the list of all buckets.
+    around = [path for each in (where, folder) if "://" not in str(each) for path in (each, *each.parents)]
+    new = [path for path in (where, beats, *around) if not path.exists()]
     made = False
     try:
         if config.mixture.stores:
@@ -286,8 +288,20 @@ class Run(NamedTuple):
 
 def losses(folder: epath.Path, until: int = sys.maxsize) -> dict[int, float]:
     """On the held-out text, by step up to `until`, as metrics.jsonl has them; the same on all processes."""
-    rows = lambda: writers.rows_until(folder / "metrics.jsonl", until)
-    return dict(hosts.shared(lambda: [*stopping.evaluations(rows()).items()]))
+    found = {}
+    with hosts.together():
+        if hosts.first():
+            found = stopping.evaluations(_rows(folder, until))
+    return dict(hosts.shared(lambda: [*found.items()]))
+
+
+def _rows(folder: epath.Path, until: int) -> list[dict]:
+    """Of metrics.jsonl, up to a step. Raises: Refused."""
+    path = folder / "metrics.jsonl"
+    try:
+        return writers.rows_until(path, until)
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
+        raise Refused(f"{path} can't be read ({manifest.reason(error)}): run the command again once it can.") from error
 
 
 def chosen(checkpoints: Checkpoints, folder: epath.Path, step: int | str) -> int:

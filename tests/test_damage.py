@@ -1,8 +1,11 @@
 """Every kind of damage to a checkpoint, and what happens: `pytest tests/test_damage.py -s | grep '|'` is the table."""
 
+import contextlib
 import json
 import os
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +103,8 @@ FOLDERS = {
     "an empty folder": (emptied, None),  # nothing is passed over, as by a kill
     "a half-finished save": (half_finished, None),
     "a folder without state": (lambda step: shutil.rmtree(step / "state"), "is missing"),
-    "a file too many": (lambda step: (step / "state/checkpoint").write_text("x"), "state/checkpoint is not in manifest"),
+    "a file too many": (lambda step: (step / "state/checkpoint").write_text("x"), "'state/checkpoint' is not in"),
+    "a file that would clear the screen": (lambda step: (step / "state/\x1b[2J").touch(), r"'state/\x1b[2J' is not in"),
     "a link in place of a file": (lambda step: linked(step / "state/_METADATA"), "state/_METADATA is a link"),
     "a link in place of a folder": (lambda step: linked(step / "state/d"), "is a link"),
     "manifest of another step": (lambda step: shutil.copy(step.parent / "step_00000002/manifest.json", step), "of step 2"),
@@ -191,15 +195,32 @@ def test_a_damaged_folder(folder, capsys, damage):
     told(damage, f"passed over: {reason}" if words else "cleared away by the next save")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-@pytest.mark.parametrize("name", ["manifest.json", "state/_METADATA", "state"])
-def test_what_may_not_be_read(folder, capsys, name):
-    (folder / NEWEST / name).chmod(0)
+@contextlib.contextmanager
+def nobody():
+    """A block in which root is nobody: root reads everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
     try:
-        told(f"{name}: no permission", Checkpoints(folder).newest())
-        assert "can't be read (Permission denied)" in capsys.readouterr().err
+        yield
     finally:
-        (folder / NEWEST / name).chmod(0o700)
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state/_METADATA", "state"])
+def test_what_may_not_be_read(saved, capsys, name):
+    with tempfile.TemporaryDirectory() as where:  # nobody comes through pytest's own
+        os.chmod(where, 0o755)
+        folder = shutil.copytree(saved, f"{where}/checkpoints")
+        unreadable = pathlib.Path(folder) / NEWEST / name
+        unreadable.chmod(0)
+        with nobody():
+            step = Checkpoints(folder).newest()
+        unreadable.chmod(0o700)
+    error = capsys.readouterr().err
+    told(f"{name}: no permission", error.strip().rpartition("checkpoints: ")[2])
+    assert step == 2 and "can't be read (Permission denied)" in error
 
 
 def test_when_none_can_be_used_the_run_is_refused(folder):

@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 from training import GPT2, LLAMA, mesh_of
 
-from gptjax import sharding
+from gptjax import heartbeat, sharding, watchdog
 from gptjax.data import stream
 from gptjax.data.mixture import Corpus
 from gptjax.evaluate import evaluate
 from gptjax.loss import LossConfig
 from gptjax.models.transformer import Transformer
+from gptjax.watchdog import WatchdogConfig
 
 SEQ_LEN = 32
 
@@ -65,6 +66,15 @@ def test_numbers_are_those_of_numpy(expected, store, shape, chunks):
     assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(nll / math.log(2) / split.bytes, rel=1e-5)
     assert found.accuracy == pytest.approx(correct / tokens, abs=1e-9)
+
+
+def test_the_limit_of_a_step_holds_for_its_batches(store):
+    """Each is booked on their phase, and not on the one around."""
+    heartbeat.begin()
+    on_mesh(GPT2, store, (1, 1, 1), batch_size=16)
+    with heartbeat.phase("evaluating"):
+        assert 0 < watchdog.limit(heartbeat.beat(), WatchdogConfig()) == WatchdogConfig().step_seconds
+    assert "starting" not in heartbeat._heart.longest
 
 
 def test_bytes_are_those_of_the_files(store, corpus):

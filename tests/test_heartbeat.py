@@ -229,6 +229,19 @@ def test_status_tells_who_is_slowest_and_who_is_gone(tmp_path):
     assert "unreadable: 4.json" in text and text.endswith("last logged step: 5")
 
 
+def test_status_where_what_was_logged_can_not_be_read(tmp_path, monkeypatch):
+    """It tells what it can; and a file of any length is read a row at a time."""
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
+    for method in ("read_bytes", "open"):
+        assert status.status(epath.Path(tmp_path))["last_step"] == 5
+        monkeypatch.setattr(type(epath.Path(tmp_path)), method, fail)
+    assert status.status(epath.Path(tmp_path))["last_step"] is None
+
+
 def test_status_of_no_run_is_refused(tmp_path):
     with pytest.raises(Refused, match="give the folder of a run"):
         status.status(epath.Path(tmp_path))

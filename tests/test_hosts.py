@@ -1,7 +1,10 @@
 """How processes find one another and agree: what comes before JAX's own service, so threads do for processes."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +58,24 @@ def test_a_disagreement_is_told_to_all_with_the_keys_and_the_processes():
         "The processes disagree on lr (1.0 on process 0, nothing on process 2), seed (0 on process 0, 3 on processes "
         "1, 2): start all with the same command and versions."
     }
+
+
+def test_what_was_exchanged_does_not_stay():
+    """In the coordinator's memory, for as long as the run lasts."""
+    code = """
+import sys
+import jax
+from gptjax import hosts
+jax.distributed.initialize(sys.argv[1], 1, 0)
+assert [hosts.exchange(number) for number in range(50)] == [[number] for number in range(50)]
+assert hosts.exchange("in a thread", "save-1/written") == ["in a thread"]
+hosts.exchange("the last")
+print(*(key for key, _ in hosts.global_state.client.key_value_dir_get("gptjax/")))
+"""
+    argv = [sys.executable, "-c", code, f"127.0.0.1:{free_port()}"]
+    done = subprocess.run(argv, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    kept = ["gptjax/50/0", "gptjax/50/all", "gptjax/save-1/written/0", "gptjax/save-1/written/all"]
+    assert sorted(done.stdout.split()) == kept, done
 
 
 def test_versions_are_compared(monkeypatch):

@@ -4,6 +4,8 @@ import re
 import pytest
 from conftest import tree
 
+from gptjax import manifest, rotation
+
 
 def test_ls(gptjax_main, copied):
     code, out, error = gptjax_main("checkpoint", "ls", f"--workdir={copied}")
@@ -60,6 +62,27 @@ def test_prune(gptjax_main, copied):
     code, out, _ = gptjax_main("checkpoint", "prune", f"--workdir={copied}", "--keep=1")
     assert code == 0 and out == "".join(f"removed {name}\n" for name in gone) + "kept step_00000002\n"
     assert {path.name for path in folder.iterdir()} == {"step_00000002", "somebody's notes"}
+
+
+@pytest.mark.parametrize("patience, kept", [(2, [2, 4]), (0, [4])])
+def test_prune_spares_the_best_where_the_run_keeps_it(gptjax_main, copied, patience, kept):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"stopping": config["stopping"] | {"patience": patience}}))
+    rows = ({"step": 2, "eval_loss": 1.0}, {"step": 4, "eval_loss": 2.0})
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = gptjax_main("checkpoint", "prune", f"--workdir={copied}", "--keep=1")
+    assert code == 0 and f"kept {', '.join(f'step_0000000{step}' for step in kept)}\n" in out
+    assert sorted(int(path.name[-1]) for path in (copied / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("503")])
+def test_prune_where_nothing_can_be_removed(refused, copied, monkeypatch, error):
+    def remove(path):
+        raise error
+
+    monkeypatch.setattr(rotation, "remove", remove)
+    message = refused(copied, "checkpoint", "prune", f"--workdir={copied}", "--keep=1")
+    assert f"step_00000002 can't be removed ({manifest.reason(error)}): make it writable." in message
 
 
 @pytest.mark.parametrize("argv, words", [

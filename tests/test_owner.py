@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import time
 import pytest
 from etils import epath
 
-from gptjax import inspection, owner
+from gptjax import inspection, owner, workdir
+from gptjax.config import Config
+from gptjax.data import prepare as preparation
 from gptjax.errors import Refused
 
 HOLD = """
@@ -77,6 +80,7 @@ def test_where_no_folder_can_be(tmp_path):
 def test_without_locks_an_owner_is_alive_as_long_as_it_beats(tmp_path, monkeypatch):
     """As on a bucket."""
     monkeypatch.setattr(owner, "_flock", lambda path: None)
+    monkeypatch.setattr(owner, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(owner.beating, "__defaults__", (0.5,))
     folder, stop = epath.Path(tmp_path), threading.Event()
     (folder / "hosts").mkdir()
@@ -94,6 +98,42 @@ def test_without_locks_an_owner_is_alive_as_long_as_it_beats(tmp_path, monkeypat
     thread.join()
     with owner.owned(folder):
         assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_of_two_that_start_together_without_locks_one_is_refused(tmp_path, monkeypatch, number):
+    """Both find no owner.json; who wrote last stays."""
+    path = tmp_path / "run" / "owner.json"
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    def wait(seconds):
+        assert json.loads(path.read_text())["pid"] == os.getpid() and seconds == owner.SETTLE_SECONDS
+        path.write_text('{"host": "far", "pid": 7}')
+
+    monkeypatch.setattr(owner.fcntl, "flock", flock)
+    monkeypatch.setattr(owner.time, "sleep", wait)
+    monkeypatch.setattr(owner, "beating", lambda folder: False)
+    with pytest.raises(Refused, match="belongs to a run on host far, process 7"), owner.owned(epath.Path(path.parent)):
+        pass
+    assert json.loads(path.read_text())["pid"] == 7
+
+
+def test_a_start_on_a_bucket_does_not_ask_for_all_buckets(monkeypatch):
+    """`gs://` itself is among the parents of `gs://bucket/run`, and to list it takes rights that nobody has."""
+    folder, asked = epath.Path("gs://bucket/run"), []
+
+    def refuse(*_):
+        raise Refused("the text")
+
+    monkeypatch.setattr(type(folder), "exists", lambda path: asked.append(str(path)))
+    monkeypatch.setattr(type(folder), "unlink", lambda path, missing_ok: None)
+    monkeypatch.setattr(owner, "_lock", lambda *_: None)
+    monkeypatch.setattr(preparation, "prepared", refuse)
+    with pytest.raises(Refused, match="the text"), owner.owned(folder):
+        workdir.make_corpus(Config(), folder)
+    assert all(path.startswith("gs://bucket/run/") for path in asked), asked
 
 
 def test_nothing_is_pruned_under_a_run(other, tmp_path):

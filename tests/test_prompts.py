@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -174,6 +175,21 @@ def test_prompts_that_can_not_be_are_refused(data, tmp_path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(Refused, match="train/prompts is not as it was written .*: copy the whole store"):
         Store.open(store.folder).split("train").in_prompts(np.array([0]), np.array([5]))
+
+
+def test_a_damaged_index_of_the_held_out_rows_ends_no_run(pairs, data, gptjax_main, tmp_path):
+    """They are packed by it; `gptjax eval` refuses them."""
+    store = shutil.copytree(pairs.folder, tmp_path / "store")
+    path = store / "heldout/document_starts/c/0"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    more = (f"--config.data.store={store}", "--config.data.source=jsonl", "--config.data.text_field=answer")
+    more += ("--config.data.prompt_field=question", "--config.data.heldout_fraction=0.2")
+    code, out, error = gptjax_main(*training(data.path, tmp_path / "run", *more))
+    assert code == 0, error
+    why = "the held-out rows of process 0 of 1: Refused: "
+    assert f"step 4 could not be evaluated (Unreadable: {why}" in out and "heldout/document_starts is not as" in out
+    code, _, error = gptjax_main("eval", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and error.count("\n") == 1 and why in error
 
 
 def test_a_store_without_prompts_is_as_before(store):

@@ -17,10 +17,10 @@ from etils import epath
 from test_run import command, environment, losses, rows, small
 from training import GPT2, LLAMA, data_of, mesh_of, run, tiny
 
-from gptjax import recovery, train, update
+from gptjax import heartbeat, manifest, preemption, recovery, train, update
 from gptjax.checkpoint import CheckpointConfig, Checkpoints, named_leaves
 from gptjax.data import stream
-from gptjax.errors import Failed, Refused
+from gptjax.errors import Failed, Preempted, Refused
 from gptjax.optimizer import OptimizerConfig
 from gptjax.recovery import NOTHING, GoBack, RecoveryConfig, Watch, batch_index, skipping
 
@@ -378,6 +378,42 @@ def test_with_nothing_to_go_back_to_it_begins_anew_and_not_for_ever(corpus, tmp_
     printed = capsys.readouterr().out
     assert "going back to step 0, past batches 0 to 4" in printed
     assert "going back to step 0, past batches 5 to 7" in printed
+
+
+def test_where_no_checkpoint_can_be_read_it_does_not_go_back(corpus, tmp_path, monkeypatch):
+    """Storage that is lost for a while is not to cost the run what it saved."""
+
+    def lost(*_):
+        raise manifest.Damaged("state can't be read (Input/output error)")
+
+    poisoned.poison(BAD, poisoned.not_finite, monkeypatch.setattr)
+    monkeypatch.setattr(manifest, "verify", lost)
+    with pytest.raises(Failed, match="none of the 1 checkpoints in .* can be read, so nothing is removed"):
+        train.train(run_of(corpus), epath.Path(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4]
+
+
+def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, tmp_path, monkeypatch):
+    """Stopped again and again, it still has what it must go back to, and comes to the same."""
+    config = run_of(corpus, checkpoint=CheckpointConfig(keep=1))
+    poisoned.poison(BAD, poisoned.not_finite, monkeypatch.setattr)
+    for last in (6, 7):
+        with monkeypatch.context() as patch:
+            real = preemption.tick
+
+            def tick():
+                if heartbeat.beat().step >= last:
+                    raise Preempted("told to")
+                real()
+
+            patch.setattr(preemption, "tick", tick)
+            with pytest.raises(Preempted, match=f"told to: step {last} is saved"):
+                train.train(config, epath.Path(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4, 6, 7]
+    train.train(config, epath.Path(tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(went_back[0])
+    assert remembered(tmp_path / "run") == remembered(went_back[0])
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [12]
 
 
 def test_a_save_waits_while_in_doubt(corpus, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ import gptjax
 from gptjax import measuring, sharding, train, update, workdir
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.prepare import DataConfig
-from gptjax.errors import Refused
+from gptjax.errors import Preempted, Refused
 from gptjax.models.config import ModelConfig
 from gptjax.sharding import MeshConfig
 
@@ -264,7 +264,7 @@ def test_a_save_comes_before_the_evaluation_of_the_same_step(corpus, tmp_path, m
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [6, 8]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Refused])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Preempted])
 def test_what_is_no_failure_of_an_evaluation_ends_the_run(corpus, tmp_path, monkeypatch, error):
     def evaluate(*_, **__):
         raise error("told to")
@@ -272,6 +272,15 @@ def test_what_is_no_failure_of_an_evaluation_ends_the_run(corpus, tmp_path, monk
     monkeypatch.setattr(measuring, "evaluate", evaluate)
     with pytest.raises(error, match="told to"):
         train.train(small(corpus, eval_every=1), epath.Path(tmp_path / "run"))
+
+
+def test_a_refusal_of_an_evaluation_is_a_warning(corpus, tmp_path, monkeypatch, capsys):
+    def evaluate(*_, **__):
+        raise Refused("a file that is damaged")
+
+    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    train.train(small(corpus), epath.Path(tmp_path / "run"))
+    assert "step 6 could not be evaluated (Refused: a file that is damaged)" in capsys.readouterr().out
 
 
 def test_held_out_tokens_that_are_damaged(finished, corpus, tmp_path, capsys):

@@ -16,8 +16,9 @@ from conftest import training, tree
 from etils import epath
 from test_run import environment, losses, rows
 
-from gptjax import manifest, rotation
+from gptjax import manifest, rotation, workdir
 from gptjax.checkpoint import CheckpointConfig, Checkpoints
+from gptjax.errors import Refused
 from gptjax.saving import Save
 
 RUN = {"config": {"seed": 3}}
@@ -123,6 +124,82 @@ def test_a_failure_in_the_background_needs_no_privilege(tmp_path, capsys):
     assert verified(folder) == [1, 2]
 
 
+class Outage(Exception):
+    """As those of gcsfs and google-auth, which are no OSError."""
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """A block in which a method of all paths fails as on a bucket that can't be reached."""
+
+    @contextlib.contextmanager
+    def outage(method):
+        def fail(*_, **__):
+            raise Outage("503")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path("/")), method, fail)
+            yield
+
+    return outage
+
+
+@pytest.mark.parametrize("method", ["mkdir", "iterdir", "touch", "replace"])
+def test_an_outage_of_a_bucket_is_a_warning_and_a_retry(outage, tmp_path, capsys, method):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state(1), RUN)
+        checkpoints.wait()
+        with outage(method):
+            checkpoints.save(2, state(2), RUN)
+            checkpoints.wait()
+        error = capsys.readouterr().err
+        assert "step 2 was not saved" in error and "503" in error and error.count("\n") == 1
+        checkpoints.save(3, state(3), RUN)
+    assert verified(folder) == [1, 3]
+
+
+def test_an_outage_while_rotating_costs_nothing(outage, tmp_path, capsys, monkeypatch):
+    raised, real = [], rotation.rotate
+
+    def rotate(*args):
+        with outage("rmtree"):
+            real(*args)
+
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setattr(rotation, "rotate", rotate)
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=1)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step), RUN)
+            checkpoints.wait()
+        assert checkpoints.newest() == 2 and capsys.readouterr().err == "" and not raised
+
+
+@pytest.mark.parametrize("method, words", [
+    ("open", r"of step 1, manifest.json can't be read \(Outage: 503\)"),
+    ("stat", r"of step 1, state/\S+ can't be read \(Outage: 503\)"),
+    ("iterdir", r"checkpoints can't be read \(Outage: 503\)"),
+])  # fmt: skip
+def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, words):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1), RUN)
+        checkpoints.wait()
+        with outage(method), pytest.raises(Refused, match=words):
+            checkpoints.newest()
+        with outage(method), contextlib.suppress(Refused):
+            checkpoints.run(1)
+        with outage("unlink"), pytest.raises(Refused, match=r"step_00000001 can't be removed \(Outage: 503\)"):
+            checkpoints.remove_after(0)
+
+
+def test_an_outage_of_what_was_logged_is_a_refusal(outage, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.5}\n')
+    assert workdir.losses(epath.Path(tmp_path)) == {2: 1.5}
+    for read in (workdir.losses, workdir.check_never_saved):
+        with outage("open"), pytest.raises(Refused, match=r"metrics.jsonl can't be read \(Outage: 503\)"):
+            read(epath.Path(tmp_path))
+
+
 def test_a_failed_save_is_tried_again_after_1_2_4_8_steps(tmp_path):
     tried = []
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -198,7 +275,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(disk, gptjax_main, corpu
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="it is read from /proc")
 def test_memory_stays_over_two_hundred_saves(tmp_path):
-    """After the last as after the tenth, within 5 %; in a process that does nothing else, where a leak shows."""
+    """After the last at most 5 % more than after the tenth; in a process that does nothing else, where a leak shows."""
     code = """
 import pathlib, sys
 import jax.numpy as jnp
@@ -214,4 +291,4 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     done = subprocess.run(argv, env=environment(1), capture_output=True, text=True, check=True)
     tenth, last = map(int, done.stdout.split())
     print(f"\nafter save 10 {tenth / 1e3:,.0f} MB, after save 200 {last / 1e3:,.0f} MB")
-    assert last == pytest.approx(tenth, rel=0.05)
+    assert last < 1.05 * tenth
