@@ -14,7 +14,7 @@ import time
 
 from etils import epath
 
-from gptjax import hosts, untrusted
+from gptjax import hosts, manifest, untrusted
 from gptjax.errors import Refused
 
 SILENT_SECONDS = 30  # on a bucket: an owner that writes no beat for so long is gone; three beats and more
@@ -84,7 +84,9 @@ def _lock(folder: epath.Path, state: str, remedy: str) -> int | None:
         host, process = other.get("host", "unknown"), other.get("pid", "unknown")
         raise Refused(f"{folder} {state} host {host}, process {process}: {remedy}.") from None
     except Exception as error:  # those of gcsfs and google-auth are no OSError
-        raise Refused(f"{path} can't be written ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
+        raise Refused(
+            f"{path} can't be written ({manifest.reason(error)}): make it writable, or give another folder."
+        ) from error
 
 
 def _flock(path: epath.Path) -> int | None:
