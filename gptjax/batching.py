@@ -83,7 +83,7 @@ class Batching(threading.Thread):
 
     def warm_up(self) -> None:
         """Compiles what a first short prompt needs."""
-        prompt = Prompt([self._tokenizer.end_of_text], 2, Sampling(), 0, 0)
+        prompt = Prompt([self._tokenizer.begin], 2, Sampling(), 0, 0)
         with jax.set_mesh(self._mesh):
             self._decoder.begin({0: prompt})
             self._decoder.step([], STEPS)

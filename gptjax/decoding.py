@@ -26,7 +26,7 @@ CHUNK = 32
 class Prompt(NamedTuple):
     """What a row is to go on from."""
 
-    ids: list[int]  # at least one; of a whole document with the end-of-text that opens it
+    ids: list[int]  # at least one; of a whole document with the `begin` that opens it
     max_tokens: int
     sampling: Sampling
     seed: int
@@ -78,7 +78,7 @@ class Decoder:
         for place, prompt in enumerate(given):
             tokens[place, : len(prompt.ids)] = prompt.ids
             seen[place, prompt.ids] = True
-        seen[:, self._tokenizer.end_of_text] = False  # what opens a document was not said
+        seen[:, self._tokenizer.begin] = False  # what opens a document was not said
         origin = np.full(self.rows, -1, np.int32)
         origin[rows] = np.arange(len(rows))
         column = lambda numbers, dtype: self._put(np.array(list(numbers), dtype))

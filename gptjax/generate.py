@@ -53,7 +53,7 @@ def grow(
     """`generate`, that shows after each so many `steps` what there is; always the same objects."""
     if not all(stop):
         raise Refused('--stop="" is at the beginning of any text: leave it out.')
-    prompts = prompts if opened else [[tokenizer.end_of_text, *prompt] for prompt in prompts]
+    prompts = prompts if opened else [[tokenizer.begin, *prompt] for prompt in prompts]
     check(prompts, seq_len, max_tokens, sampling, seed)
     rows = [Continuation(tokenizer, max_tokens, stop) for _ in prompts]
     if not prompts:

@@ -29,7 +29,6 @@ from gptjax.evaluate import TasksConfig
 from gptjax.generate import Sampling
 from gptjax.loss import next_token_scores
 from gptjax.models.transformer import Transformer
-from gptjax.tokenizers.exact import BEGINS
 
 MIN_LENGTH = 64  # of a compiled program; the others have twice that, four times, … up to the context
 FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples come before a question
@@ -170,8 +169,7 @@ class LanguageModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What the first token of a text is predicted from."""
-        begins = [self._text.special[name] for name in BEGINS if name in self._text.special]
-        return [*self._text.opening, *begins, self._text.end_of_text][0]
+        return self._text.begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         opening = () if add_special_tokens is False else self._text.opening

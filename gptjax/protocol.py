@@ -142,7 +142,7 @@ def parse(body: bytes, model: str, tokenizer, seq_len: int, free_seed: int) -> C
             raise Bad(str(refusal), "prompt") from refusal
         if max(ids, default=0) >= tokenizer.vocab_size:
             raise Bad(f"prompt has token {max(ids)}, and the vocabulary {tokenizer.vocab_size}.", "prompt")
-        ids = [tokenizer.end_of_text, *ids]
+        ids = [tokenizer.begin, *ids]
         try:
             check([ids], seq_len, values["max_tokens"], sampling, seed)
         except Refused as refusal:

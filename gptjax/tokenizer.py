@@ -3,7 +3,9 @@
 Every kind gives every text back unchanged, or refuses, and has
 
     vocab_size: number of ids, the largest + 1.
-    end_of_text: the id that opens every document, and so the one that is predicted where one ends.
+    end_of_text: the id that opens every document in a store, and so the one that is predicted where one ends.
+    begin: the id that a model is given in its place, from which it predicts the first token of a document; end_of_text,
+        but for published tokenizers that have one of its own, such as Llama's.
     opening: the ids that its own file puts before a text for others to read, as a tokenizer.json with a template does.
     special: ids by name that no text encodes to, end-of-text and the `special_tokens` of the config among them.
     token_bytes: int32 [vocab_size], how many UTF-8 bytes an id stands for, 0 for special ones. The sum over a text's

@@ -259,6 +259,24 @@ def test_rows_take_prompts_at_any_time(llama):
     assert rows[0].tokens == alone[0][:3]
 
 
+class Begun(ByteTokenizer):
+    begin = 70
+
+
+def test_a_document_opens_with_the_token_that_the_tokenizer_has_for_it(llama):
+    """As `<s>` is Llama's; and that token was not said, while the end-of-text of a prompt was."""
+    ask = lambda tokenizer, prompts, **more: generate(
+        llama, prompts, tokenizer, seq_len=SEQ_LEN, max_tokens=12, seed=0, **more
+    )
+    begun, sampling = [[70, *prompt] for prompt in PROMPTS], Sampling(temperature=0, repetition_penalty=1e6)
+    made = ask(Begun(""), PROMPTS, sampling=GREEDY)
+    assert made == ask(TOKENIZER, begun, sampling=GREEDY, opened=True) != ask(TOKENIZER, PROMPTS, sampling=GREEDY)
+    decoder = Decoder(llama.unstacked(), Begun(""), 1, SEQ_LEN)
+    decoder.begin({0: Prompt([70, 1, 256], 5, sampling, 0, 0)})
+    seen = np.flatnonzero(decoder._state.seen_BV[0])
+    assert {1, 256} < set(seen.tolist()) and len(seen) == 3
+
+
 def test_no_request_compiles_anew(llama):
     """Other numbers, and prompts of other lengths up to the same multiple."""
     decoder = Decoder(llama.unstacked(), TOKENIZER, 2, SEQ_LEN)

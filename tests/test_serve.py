@@ -15,6 +15,9 @@ import time
 import openai
 import pytest
 
+from gptjax import protocol
+from gptjax.tokenizer import ByteTokenizer
+
 
 @contextlib.contextmanager
 def serving(workdir, *more):
@@ -145,6 +148,13 @@ def test_bad_requests_are_told_why(server, change, param, words):
     error = answer["error"]
     assert status == (404 if param == "model" else 400) and error["param"] == param
     assert words in error["message"] and error["type"] and "\n" not in error["message"]
+
+
+def test_a_prompt_opens_with_the_token_that_the_tokenizer_has_for_it():
+    tokenizer = ByteTokenizer("")
+    tokenizer.begin = 7
+    asked = protocol.parse(b'{"model": "m", "prompt": "ab", "echo": true}', "m", tokenizer, 32, 0)
+    assert asked.prompts[0].ids == [7, 97, 98] and asked.echoed == ["ab"]
 
 
 def test_what_is_no_request(server, client):

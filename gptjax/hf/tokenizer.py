@@ -117,8 +117,7 @@ def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str]:
 def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict[str, int], str]:
     """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
     names = {i: name for name, i in known.special.items()}
-    begin = next((known.special[name] for name in exact.BEGINS if name in known.special), known.end_of_text)
-    ends = {"bos_token_id": begin, "eos_token_id": known.end_of_text}
+    ends = {"bos_token_id": known.begin, "eos_token_id": known.end_of_text}
     best, note = 0.0, ""
     if isinstance(known, HuggingFaceTokenizer):
         content = _with_names(json.loads(files["huggingface.json"]), known)
@@ -131,7 +130,7 @@ def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict
         content = made[differing.index(best)]
         note = f"tokenizer.json gives other ids than here for {best:.2%} of texts, where two segmentations are as good."
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"bos_token": names[begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
+    config |= {"bos_token": names[known.begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
     encoded = {"tokenizer.json": content, "tokenizer_config.json": config}
     return {name: (json.dumps(text) + "\n").encode() for name, text in encoded.items()}, ends, note if best else ""
 
