@@ -34,9 +34,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     tasks = TasksConfig(args.tasks, args.tasks_folder, limit=args.limit, num_fewshot=args.num_fewshot)
     check(tasks)
+    for key, value in (("tasks_folder", ""), ("limit", 0), ("num_fewshot", -1)):
+        if not args.tasks and getattr(args, key) != value:
+            raise Refused(f"--{key}={getattr(args, key)} is about tasks, and --tasks names none: name some there.")
     join(args, {})
     folder = epath.Path(args.workdir)
     run = workdir.load(folder, args.step)
+    if args.weights == "int8":
+        with jax.set_mesh(run.mesh):
+            run = run._replace(model=int8.rounded(run.model))
     if args.tasks:
         print(score(run, tasks, args.json))
         return
@@ -49,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
             )
     with jax.set_mesh(run.mesh):
         result = evaluate(
-            int8.rounded(run.model) if args.weights == "int8" else run.model,
+            run.model,
             corpus=corpus,
             mesh=run.mesh,
             seq_len=run.config.seq_len,

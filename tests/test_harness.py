@@ -229,6 +229,10 @@ def test_tasks_and_probes_on_the_command_line(folder, finished, gptjax_main):
         assert tasks["gptjax_pairs"][metric] == pytest.approx(mean) and 0 < mean < 1
     code, out, _ = gptjax_main("eval", *names)
     assert code == 0 and out.startswith("step 4\n") and f"acc {tasks['labels']['acc']:.4f}" in out
+    code, out, _ = gptjax_main("eval", *names, "--json", "--weights=int8")
+    rounded = json.loads(out)["tasks"]["gptjax_pairs"]["difference"]
+    assert code == 0 and rounded != tasks["gptjax_pairs"]["difference"]
+    assert rounded == pytest.approx(tasks["gptjax_pairs"]["difference"], rel=0.2)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -250,6 +254,11 @@ def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words)
         (tmp_path / f"{name}.yaml").write_text(head.replace("task: answers", f"task: {name}").replace(*change))
     (tmp_path / "labels.yaml").write_text((folder / "labels.yaml").read_text())
     assert words in refused(finished, "eval", f"--workdir={finished}", f"--tasks_folder={tmp_path}", *flags)
+
+
+@pytest.mark.parametrize("flag", ["--limit=2", "--num_fewshot=0", "--tasks_folder=."])
+def test_flags_of_tasks_without_tasks_are_refused(finished, refused, flag):
+    assert f"{flag} is about tasks, and --tasks names none" in refused(finished, "eval", f"--workdir={finished}", flag)
 
 
 def test_a_run_is_scored_on_its_way(folder, corpus, tmp_path, gptjax_main):
