@@ -148,9 +148,10 @@ def serve(args: argparse.Namespace) -> None:
         if not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{args.workdir}/compiled")
         run = workdir.load(folder, args.step)
+        context = serve.context(args.context, run.config.seq_len)
         with jax.set_mesh(run.mesh):
             run = run._replace(model=for_decoding(run.model, args.weights))
-        serve.serve(run, folder.name, where, args.rows)
+        serve.serve(run, folder.name, where, args.rows, context)
 
 
 def for_decoding(model, weights: str):

@@ -15,7 +15,7 @@ import time
 import openai
 import pytest
 
-from gptjax import protocol
+from gptjax import protocol, serve
 from gptjax.tokenizer import ByteTokenizer
 
 
@@ -157,6 +157,11 @@ def test_a_prompt_opens_with_the_token_that_the_tokenizer_has_for_it():
     assert asked.prompts[0].ids == [7, 97, 98] and asked.echoed == ["ab"]
 
 
+@pytest.mark.parametrize("asked, seq_len, given", [(0, 131072, 4096), (0, 1024, 1024), (8192, 131072, 8192)])
+def test_memory_is_taken_for_a_long_context_only_where_it_is_asked_for(asked, seq_len, given):
+    assert serve.context(asked, seq_len) == given
+
+
 def test_what_is_no_request(server, client):
     for body in (b"", b"{", b"[]", b"\xff", b"[" * 100_000):
         status, answer = post(server, body)
@@ -194,9 +199,11 @@ def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_it_at_once(finished, sign):
     """Also in the midst of a stream; and without a word."""
-    with serving(finished) as (process, port):
+    with serving(finished, "--context=30") as (process, port):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            stream = ask(client, n=128, max_tokens=25, stream=True)
+            with pytest.raises(openai.BadRequestError, match="the context of 30 holds: ask for at most 23"):
+                ask(client, max_tokens=24)
+            stream = ask(client, n=128, max_tokens=23, stream=True)
             next(iter(stream))
             process.send_signal(sign)
             began = time.monotonic()
@@ -214,5 +221,7 @@ def test_refused(refused, finished):
         error = refused(finished, "serve", f"--workdir={finished}", f"--port={port}")
     assert f"--host=127.0.0.1 --port={port} can't be listened to" in error
     assert "--port=99999" in refused(finished, "serve", f"--workdir={finished}", "--port=99999")
+    error = refused(finished, "serve", f"--workdir={finished}", "--port=0", "--context=33")
+    assert "--context=33 must be from 1 to the model's seq_len=32" in error
     assert "--rows=0" in refused(finished, "serve", f"--workdir={finished}", "--rows=0")
     assert "is not the workdir of a run" in refused(finished, "serve", f"--workdir={finished}/no", "--port=0")
