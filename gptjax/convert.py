@@ -49,7 +49,7 @@ def from_hf(source: str, target: str) -> None:
         raise Refused(
             f"{source / 'config.json'} describes {asked:,} parameters, and the tensors beside it hold {held:,}: correct it."
         )
-    taken = carried.taken(source, described.vocab_size)
+    taken = carried.taken(source, described.vocab_size, described.ends)
     config = _config(described, tensors, taken.tokenizer)
     shapes = _shapes(config, described.vocab_size)
     parts = layout.parts(gpt2, shapes, described.vocab_size)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from gptjax import config, convert, sharding, workdir
+from gptjax.decoding import Decoder, Prompt
 from gptjax.errors import Refused
 from gptjax.generate import Sampling, generate
 
@@ -348,6 +349,38 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
 def test_a_model_that_nobody_else_has_is_refused(model, key):
     with pytest.raises(Refused, match=key):
         convert.architectures.family_of(config.parse({"model": model}).model)
+
+
+def test_the_ends_that_a_model_names(llama, tmp_path):
+    """As an instruct model has several: generation stops at any, and they go out again, as does its chat template."""
+    ask = lambda run: generate(
+        run.model, [[97]], run.tokenizer, seq_len=LENGTH, max_tokens=40, sampling=Sampling(temperature=0), seed=0
+    )[0]  # fmt: skip
+    convert.from_hf(str(llama), str(tmp_path / "free"))
+    run = workdir.load(epath.Path(tmp_path / "free"), -1)
+    with jax.set_mesh(run.mesh):
+        made = ask(run)
+    end = made[6]
+    folder = shutil.copytree(llama, tmp_path / "theirs")
+    changed(folder, eos_token_id=3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, end]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    convert.from_hf(str(folder), str(tmp_path / "ours"))
+    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    assert run.tokenizer.ends == (256, 299, end)
+    with jax.set_mesh(run.mesh):
+        assert ask(run) == made[: made.index(end)]
+        decoder = Decoder(run.model.unstacked(), run.tokenizer, 1, LENGTH)
+        decoder.begin({0: Prompt([256, 97], 40, Sampling(temperature=0), 0, 0)})
+        assert len(decoder.step([0], 32)[0]) == made.index(end)  # the first is that of `begin`
+    convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end]
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "{{ messages }}"
+    (folder / "generation_config.json").write_text("{}")
+    assert convert.architectures.read(folder).ends == [3]
+    changed(folder, eos_token_id=300)
+    with pytest.raises(Refused, match=r"eos_token_id=\[300\], and a vocabulary of 300 ids"):
+        convert.architectures.read(folder)
 
 
 def test_a_target_that_exists_is_refused(converted, llama, refused):

@@ -35,7 +35,7 @@ def trained(folder, **options):
 
 def test_a_byte_level_tokenizer_is_carried_as_it_is(tmp_path):
     gpt_2().save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 400)
+    taken = carried.taken(tmp_path, 400, [])
     assert not taken.note and taken.files["huggingface.json"] == (tmp_path / "tokenizer.json").read_bytes()
     assert taken.tokenizer.vocab_size == 400  # the rest of the embedding as ids that no text has
     theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -50,7 +50,7 @@ def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     made.save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 350)
+    taken = carried.taken(tmp_path, 350, [])
     assert taken.note == (
         "tokenizer.json normalizes text by NFC and puts a space before every text, and is taken without that."
     )
@@ -61,7 +61,7 @@ def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
 
 def test_sentencepiece_without_its_space(tmp_path):
     theirs = trained(tmp_path)
-    taken = carried.taken(tmp_path, 512)
+    taken = carried.taken(tmp_path, 512, [])
     assert taken.note == "tokenizer.model adds or removes spaces, and is taken without that."
     assert taken.tokenizer.encode(" " + TEXT).tolist() == theirs.encode(TEXT)
     assert taken.tokenizer.decode(taken.tokenizer.encode(TEXT)) == TEXT
@@ -79,7 +79,7 @@ def test_our_sentencepiece_goes_out_with_the_same_ids(model, tmp_path):
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).tolist()
     assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
     assert theirs.convert_tokens_to_ids("<|user|>") == ours.special["<|user|>"]
-    back = carried.taken(tmp_path, 600)
+    back = carried.taken(tmp_path, 600, [])
     assert not back.note and np.array_equal(back.tokenizer.encode(TEXT), ours.encode(TEXT))
 
 
@@ -93,12 +93,12 @@ def test_one_that_would_give_other_ids_is_left_out(tmp_path, monkeypatch):
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(Refused, match="tokenizer.model is not a SentencePiece model"):
-        carried.taken(tmp_path, 400)
+        carried.taken(tmp_path, 400, [])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(Refused, match="tokenizer.json"):
-        carried.taken(tmp_path, 400)
+        carried.taken(tmp_path, 400, [])
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(Refused, match="has no tokenizer.json and no tokenizer.model"):
-        carried.taken(tmp_path, 200)
-    assert carried.taken(tmp_path, 300).tokenizer.vocab_size == 300
+        carried.taken(tmp_path, 200, [])
+    assert carried.taken(tmp_path, 300, []).tokenizer.vocab_size == 300

@@ -271,6 +271,8 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     (b"{}", "is damaged (its kind is None)"),
     (b'{"kind": "byte", "special_tokens": [1]}', "is damaged (its special_tokens are [1])"),
     (b'{"kind": ["byte"]}', "is damaged (its kind is ['byte'])"),
+    (b'{"kind": "byte", "ends": [257]}', "is damaged (its ends are [257])"),
+    (b'{"kind": "byte", "ends": 3}', "is damaged (ends is 3, not of type list)"),
     (b"[" * 100_000, "is damaged ("),
     (b"\xff", "is damaged ('utf-8' codec"),
     (b" " * (41 << 20), "has more than the 41943040 bytes"),

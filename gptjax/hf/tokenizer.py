@@ -25,6 +25,7 @@ OTHERS = "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "spiece.model",
 # Appended to a SentencePiece model, whose protobuf reader takes the last value of a field: no space before a text, and
 # none removed.
 AS_IT_IS = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
+MAX_TEMPLATE_BYTES = 1 << 20
 MOST_DIFFERING = 0.01  # of texts: equally good segmentations of a Unigram model are told apart by rounding
 SAMPLE_BYTES = 1 << 18  # of Python's own library, on which a tokenizer that was rewritten is compared with ours
 
@@ -37,23 +38,39 @@ class Carried(NamedTuple):
     note: str
 
 
-def taken(folder: pathlib.Path, vocab_size: int) -> Carried:
-    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused."""
+def taken(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
+    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused.
+
+    ends: the ids that end a text, by the model's own files; all below vocab_size.
+    """
     kind, content, note = _found(folder, vocab_size)
     own = {tokenizer.FILE[kind]: content} if kind != "byte" else {}
-    made = lambda names: {"tokenizer.json": tokenizer.description(kind, names)} | own
-    files = made([])
+    kept = {"ends": ends, "tokenizer_config": _config(folder)}
+    kept = {key: value for key, value in kept.items() if value}
+    made = lambda names, kept: {"tokenizer.json": tokenizer.description(kind, names, kept)} | own
+    files = made([], {})
     known = tokenizer.from_files(files, str(folder), {"huggingface": "tokenizer.json"}.get(kind, "tokenizer.model"))
     if known.vocab_size > vocab_size:
         raise Refused(
             f"{folder} has a tokenizer of {known.vocab_size} ids, and an embedding of {vocab_size}: {REMEDY}."
         )
+    names = []
     if missing := vocab_size - known.vocab_size:
         # Those that it has reserved itself are named too, so that no other name takes them.
-        kept = [name for name in known.special if exact.RESERVED.fullmatch(name)]
-        more = (name for name in exact.reserved(missing + len(kept)) if name not in known.special)
-        files = made(kept + [name for name, _ in zip(more, range(missing))])
+        names = [name for name in known.special if exact.RESERVED.fullmatch(name)]
+        more = (name for name in exact.reserved(missing + len(names)) if name not in known.special)
+        names += [name for name, _ in zip(more, range(missing))]
+    files = made(names, kept)
     return Carried(files, tokenizer.from_files(files, str(folder)), note)
+
+
+def _config(folder: pathlib.Path) -> dict:
+    """What of tokenizer_config.json is kept for others, and not read here. Raises: Refused."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
+    if template.exists():
+        config["chat_template"] = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY).decode(errors="replace")
+    return {key: config[key] for key in ("eos_token", "chat_template") if config.get(key)}
 
 
 def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str]:
@@ -114,10 +131,12 @@ def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str]:
     return json.dumps(file | parts, ensure_ascii=False).encode(), f"tokenizer.json {why}, and is taken without that."
 
 
-def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict[str, int], str]:
+def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict, str]:
     """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
     names = {i: name for name, i in known.special.items()}
-    ends = {"bos_token_id": known.begin, "eos_token_id": known.end_of_text}
+    _, _, kept = tokenizer.described_by(json.loads(files["tokenizer.json"]), "the checkpoint")
+    ends = kept.get("ends", [known.end_of_text])
+    ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     best, note = 0.0, ""
     if isinstance(known, HuggingFaceTokenizer):
         content = _with_names(json.loads(files["huggingface.json"]), known)
@@ -131,6 +150,7 @@ def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict
         note = f"tokenizer.json gives other ids than here for {best:.2%} of texts, where two segmentations are as good."
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"bos_token": names[known.begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
+    config |= kept.get("tokenizer_config", {})
     encoded = {"tokenizer.json": content, "tokenizer_config.json": config}
     return {name: (json.dumps(text) + "\n").encode() for name, text in encoded.items()}, ends, note if best else ""
 
