@@ -29,6 +29,7 @@ from gptjax.evaluate import TasksConfig
 from gptjax.generate import Sampling
 from gptjax.loss import next_token_scores
 from gptjax.models.transformer import Transformer
+from gptjax.tokenizer import encode_prompt
 
 MIN_LENGTH = 64  # of a compiled program; the others have twice that, four times, … up to the context
 FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples come before a question
@@ -173,7 +174,7 @@ class LanguageModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         opening = () if add_special_tokens is False else self._text.opening
-        return [*opening, *self._text.encode(string).tolist()]
+        return [*opening, *encode_prompt(self._text, string).tolist()]
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)
@@ -263,7 +264,8 @@ class LanguageModel(TemplateLM):
                         stop=tuple(until),
                         opened=True,
                     )
-                texts = map(self._text.decode, more)
+                # Of a text that has a space before it, what is decoded has not: of a continuation too.
+                texts = (self._text.decode(tokens).removeprefix(" " * bool(self._text.prefix)) for tokens in more)
                 made |= dict(zip(batch, (postprocess_generated_text(text, until, None) for text in texts)))
         return [made[number] for number in range(len(requests))]
 

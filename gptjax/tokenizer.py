@@ -8,6 +8,7 @@ Every kind gives every text back unchanged, or refuses, and has
         but for published tokenizers that have one of its own, such as Llama's.
     ends: the ids after which a model that is asked for text has no more to say: end_of_text, and what the files of a
         published model name besides, as Llama 3's the end of a turn.
+    prefix: whether its model has seen texts with a space before them: "always", "unless there" (is one), or "" (no).
     opening: the ids that its own file puts before a text for others to read, as a tokenizer.json with a template does.
     special: ids by name that no text encodes to, end-of-text and the `special_tokens` of the config among them.
     token_bytes: int32 [vocab_size], how many UTF-8 bytes an id stands for, 0 for special ones. The sum over a text's
@@ -26,6 +27,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 from etils import epath
 
 from gptjax import untrusted
@@ -44,7 +46,8 @@ GIVE = {
     "huggingface": "give a tokenizer.json that Hugging Face's tokenizers wrote",
 }
 # What is kept of a published model besides: ids that end a text, and what of tokenizer_config.json goes out unread.
-CARRIED = {"ends": list, "tokenizer_config": dict}
+# And what it does to a text, which is not done here: `prefix`, and the parts of its tokenizer.json that were taken out.
+CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict}
 # A model of 256,000 pieces has some 5 MB, a tokenizer.json of as many some 30. A checkpoint's manifest holds it as
 # base64, 4/3 of it, and may have manifest.MAX_BYTES.
 MAX_BYTES = 40 << 20
@@ -270,7 +273,14 @@ def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Toke
     if not all(type(i) is int and 0 <= i < known.vocab_size for i in ends):
         raise Refused(f"{where}/tokenizer.json is damaged (its ends are {shown(ends)}): {REMEDY}.")
     known.ends += tuple(i for i in ends if i not in known.ends)
+    known.prefix = carried.get("prefix", "")
     return known
+
+
+def encode_prompt(known: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as the tokenizer's model has seen texts: `encode`, of the text with its `prefix`."""
+    space = known.prefix == "always" or known.prefix == "unless there" and not text.startswith(" ")
+    return known.encode(" " + text if text and space else text)
 
 
 def described_by(made: dict, where) -> tuple[str, list[str], dict]:

@@ -102,6 +102,7 @@ def generate(args: argparse.Namespace) -> None:
     from gptjax import workdir
     from gptjax.generate import STREAM, grow, read_prompts
     from gptjax.sampling import Sampling
+    from gptjax.tokenizer import encode_prompt
 
     if args.num_samples < 1:
         raise Refused(f"--num_samples={args.num_samples} must be at least 1.")
@@ -113,7 +114,7 @@ def generate(args: argparse.Namespace) -> None:
     with jax.set_mesh(run.mesh):
         for rows in grow(
             for_decoding(run.model, args.weights),
-            [run.tokenizer.encode(text).tolist() for _, text, _ in texts],
+            [encode_prompt(run.tokenizer, text).tolist() for _, text, _ in texts],
             run.tokenizer,
             seq_len=run.config.seq_len,
             max_tokens=args.max_tokens,
