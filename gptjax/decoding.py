@@ -23,6 +23,13 @@ PROMPT_TOKENS = 64
 CHUNK = 32
 
 
+def doubled(least: int, needed: int, most: int) -> int:
+    """`least` times a power of two, that holds what is needed, or `most`: few lengths, so few compiled programs."""
+    while least < needed:
+        least *= 2
+    return min(least, most)
+
+
 class Prompt(NamedTuple):
     """What a row is to go on from."""
 
@@ -67,13 +74,10 @@ class Decoder:
     def begin(self, prompts: dict[int, Prompt]) -> dict[int, list[int]]:
         """Gives rows new prompts; what they were at before is lost. Returns the first token of each."""
         rows, longest = list(prompts), max(len(prompt.ids) for prompt in prompts.values())
-        width = PROMPT_TOKENS
-        while width < longest:
-            width *= 2
         # One or all, so that there are two programs a width.
         size = self._shards if len(rows) <= self._shards else self.rows
         given = [prompts[row] for row in rows] + [next(iter(prompts.values()))] * (size - len(rows))
-        tokens = np.full((size, min(width, self.slots)), self._tokenizer.end_of_text, np.int32)
+        tokens = np.full((size, doubled(PROMPT_TOKENS, longest, self.slots)), self._tokenizer.end_of_text, np.int32)
         seen = np.zeros((size, self._tokenizer.vocab_size), bool)
         for place, prompt in enumerate(given):
             tokens[place, : len(prompt.ids)] = prompt.ids

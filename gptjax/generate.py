@@ -6,7 +6,7 @@ from etils import epath
 
 from gptjax import untrusted
 from gptjax.continuation import Continuation
-from gptjax.decoding import CHUNK, PROMPT_TOKENS, Decoder, Prompt
+from gptjax.decoding import CHUNK, PROMPT_TOKENS, Decoder, Prompt, doubled
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
 from gptjax.sampling import Sampling
@@ -58,8 +58,7 @@ def grow(
     rows = [Continuation(tokenizer, max_tokens, stop) for _ in prompts]
     if not prompts:
         return
-    longest = max(len(prompt) for prompt in prompts) + max_tokens
-    slots = min(-(-longest // PROMPT_TOKENS) * PROMPT_TOKENS, seq_len)
+    slots = doubled(PROMPT_TOKENS, max(len(prompt) for prompt in prompts) + max_tokens, seq_len)
     decoder = Decoder(model.unstacked(), tokenizer, len(prompts), slots)
     made = decoder.begin({row: Prompt(ids, max_tokens, sampling, seed, row) for row, ids in enumerate(prompts)})
     while True:

@@ -24,6 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from gptjax import classification, generate, heartbeat, hosts, pairs, preemption, sharding
+from gptjax.decoding import doubled
 from gptjax.errors import Failed, Preempted, Refused, nearest
 from gptjax.evaluate import TasksConfig
 from gptjax.generate import Sampling
@@ -212,10 +213,7 @@ class LanguageModel(TemplateLM):
     def _scores(self, pairs: list[tuple[list[int], list[int]]]):
         """Dispatches `score_step` for at most a batch of (context, continuation)."""
         longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
-        length = self._unit
-        while length < longest:
-            length *= 2
-        length = min(length, self._seq_len)
+        length = doubled(self._unit, longest, self._seq_len)
         inputs, targets, positions = (np.zeros((self._batch_size, length), np.int32) for _ in range(3))
         weights = np.zeros((self._batch_size, length), np.float32)
         positions[:] = np.arange(length)
