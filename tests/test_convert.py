@@ -15,7 +15,7 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from gptjax import config, convert, sharding, workdir
+from gptjax import config, config_file, convert, sharding, workdir
 from gptjax.decoding import Decoder, Prompt
 from gptjax.errors import Refused
 from gptjax.generate import Sampling, generate
@@ -349,6 +349,17 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
 def test_a_model_that_nobody_else_has_is_refused(model, key):
     with pytest.raises(Refused, match=key):
         convert.architectures.family_of(config.parse({"model": model}).model)
+
+
+def test_the_readme_says_what_can_go_out():
+    """Of the quickstart and the dial the model with swiglu, and of the other configs all."""
+    for path in sorted((pathlib.Path(convert.__file__).parents[1] / "configs").glob("*.py")):
+        own, config_path = path.stem in ("quickstart", "dial"), f"{path}:4" if path.stem == "dial" else str(path)
+        if own:
+            with pytest.raises(Refused, match="model.activation=relu2 stands in the way"):
+                convert.architectures.family_of(config_file.load(config_path, {}).model)
+        changes = {"model.activation": "swiglu"} if own else {}
+        assert convert.architectures.family_of(config_file.load(config_path, changes).model)
 
 
 def test_the_ends_that_a_model_names(llama, tmp_path):
