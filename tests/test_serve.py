@@ -11,11 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import openai
 import pytest
 
-from gptjax import protocol, serve
+from gptjax import batching, protocol, serve
+from gptjax.continuation import Continuation
+from gptjax.decoding import Prompt
 from gptjax.tokenizer import ByteTokenizer
 
 
@@ -194,6 +197,19 @@ def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert 0 < now["tokens"] - before < 128 * 25 / 2
+
+
+def test_who_gave_up_takes_no_place():
+    """Nor do those who wait behind somebody: no row is free, and at the next look there is room for all again."""
+    decoder = types.SimpleNamespace(rows=1, step=lambda rows, steps: {0: [97]}, begin=None)
+    thread = batching.Batching(decoder, None, ByteTokenizer(""), None)
+    jobs = [batching.Job([Prompt([256], 9, None, 0, 0)], (), lambda news: None) for _ in range(batching.MAX_WAITING + 3)]
+    thread._rows = {0: (jobs[0], 0, Continuation(ByteTokenizer(""), 9))}
+    assert all(thread.submit(job) for job in jobs[1:-2]) and not thread.submit(jobs[-2])
+    for job in jobs[2:]:
+        job.cancelled = True
+    assert thread._look() and thread.load() == {"decoding": 1, "waiting": 1, "tokens": 1}
+    assert thread.submit(jobs[-1])
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
