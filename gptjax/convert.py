@@ -123,7 +123,7 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
         tensors = safetensors.create(pathlib.Path(made), wanted, shard_bytes)
         for name, array in arrays.items():
             for region in piecewise.regions(array):
-                _scatter(array[region].read().result(), parts[name], region, tensors)
+                _scatter(piecewise.piece(array, region), parts[name], region, tensors)
     print(f"wrote {target}: {_told(family, shapes, dtypes['embedding'])}, step {step}")
     if note:
         print(f"Note: {note}")

@@ -304,6 +304,24 @@ def test_a_disk_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, gptjax_m
     assert code == 1 and "No space left on device" in error and not list(tmp_path.iterdir())
 
 
+def test_a_path_that_tensorstore_can_not_use_is_a_sentence(llama, converted, tmp_path, monkeypatch, gptjax_main):
+    folder, given = shutil.copytree(converted, tmp_path / "spoiled"), convert.carried.given
+
+    def spoiled(*arguments):
+        """As on a disk that fails after the checkpoint was verified."""
+        for path in (folder / "checkpoints" / "step_00000000" / "state").glob("model.embedding/*"):
+            path.write_bytes(b"") if path.name[0] != "." else None
+        return given(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.carried, "given", spoiled)
+        code, _, error = gptjax_main("convert", "to-hf", f"--workdir={folder}", f"--target={tmp_path / 'theirs'}")
+    assert code == 1 and "Traceback" not in error and "theirs can't be written (" in error, error
+    monkeypatch.setattr(convert.piecewise, "_url", lambda folder: "file:///proc/none/")
+    code, _, error = gptjax_main("convert", "from-hf", f"--source={llama}", f"--workdir={tmp_path / 'ours'}")
+    assert code == 1 and "ours can't be written (" in error and [path.name for path in tmp_path.iterdir()] == ["spoiled"]
+
+
 @pytest.fixture(scope="module")
 def converted(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours") / "llama"
