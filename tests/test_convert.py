@@ -354,6 +354,17 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
     assert tokenizer.eos_token_id == run.tokenizer.end_of_text == theirs.generation_config.eos_token_id
 
 
+def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_path, gptjax_main):
+    flags = [f"--config.init_from={finished}", "--config.lora.rank=3", "--config.optimizer.peak_learning_rate=0.03"]
+    code, _, error = gptjax_main(*training(corpus, tmp_path / "run", *flags))
+    assert code == 0, error
+    convert.to_hf(epath.Path(tmp_path / "run"), str(tmp_path / "theirs"), -1)
+    ids = np.random.default_rng(0).integers(0, 257, (8, 32), np.int32)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids)[:, -1]
+    whole, base = (our_logits(workdir.load(epath.Path(path), -1), ids) for path in (tmp_path / "run", finished))
+    assert np.abs(found - whole).max() <= 1e-4 and np.abs(found - base).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "model, key",
     [
