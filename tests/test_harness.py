@@ -110,8 +110,8 @@ def gpt2(folder):
 def llama(folder, vocab_size=301, begin=0, end=1):
     byte_level(folder, "<|begin_of_text|>", "<|end_of_text|>")
     return transformers.LlamaConfig(
-        vocab_size=vocab_size, max_position_embeddings=SEQ_LEN, hidden_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=56, rms_norm_eps=1e-5, initializer_range=0.3, bos_token_id=begin,
+        vocab_size=vocab_size, max_position_embeddings=SEQ_LEN, hidden_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=56, rms_norm_eps=1e-5, initializer_range=0.3, bos_token_id=begin,
         eos_token_id=end,
     )  # fmt: skip
 

@@ -88,7 +88,8 @@ def llama_2_json(folder):
 def mistral_json(folder):
     made = llama_2()
     made.normalizer, made.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(prepend_scheme="first")])
+    last = decoders.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), last])
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 

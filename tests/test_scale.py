@@ -88,7 +88,8 @@ def until(path):
 
 
 def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
-    """A real run by `gptjax train`, taken up again without a process; one that is asked to stop saves before; and one that can't be is refused in its words."""
+    """A real run by `gptjax train`, taken up again without a process; one that is asked to stop saves
+    before; and one that can't be is refused in its words."""
     overrides = {"data.source": "text", "data.path": str(corpus), "data.store": str(tmp_path / "store")}
     overrides |= {"num_samples": "0", "eval_batches": "1"}
     trial = scale.grid(FAMILY, overrides, SIZES, [2e9, 1e10])[0]

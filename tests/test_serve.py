@@ -203,7 +203,8 @@ def test_who_gave_up_takes_no_place():
     """Nor do those who wait behind somebody: no row is free, and at the next look there is room for all again."""
     decoder = types.SimpleNamespace(rows=1, step=lambda rows, steps: {0: [97]}, begin=None)
     thread = batching.Batching(decoder, None, ByteTokenizer(""), None)
-    jobs = [batching.Job([Prompt([256], 9, None, 0, 0)], (), lambda news: None) for _ in range(batching.MAX_WAITING + 3)]
+    prompts, number = [Prompt([256], 9, None, 0, 0)], batching.MAX_WAITING + 3
+    jobs = [batching.Job(prompts, (), lambda news: None) for _ in range(number)]
     thread._rows = {0: (jobs[0], 0, Continuation(ByteTokenizer(""), 9))}
     assert all(thread.submit(job) for job in jobs[1:-2]) and not thread.submit(jobs[-2])
     for job in jobs[2:]:

@@ -70,7 +70,8 @@ def _config(folder: pathlib.Path) -> dict:
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
     if template.exists():
-        config["chat_template"] = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY).decode(errors="replace")
+        content = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY)
+        config["chat_template"] = content.decode(errors="replace")
     return {key: config[key] for key in ("eos_token", "chat_template") if config.get(key)}
 
 
