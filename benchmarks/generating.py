@@ -34,7 +34,7 @@ HOW = {
 class Ids:
     """A tokenizer for ids alone, without an end."""
 
-    vocab_size, end_of_text = VOCAB, VOCAB - 1
+    vocab_size, begin, ends, end_of_text = VOCAB, VOCAB - 1, (VOCAB - 1,), VOCAB - 1
 
     def decode(self, ids) -> str:
         return ""

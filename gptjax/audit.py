@@ -115,14 +115,14 @@ def _parts(split: Split, start: int, length: int) -> Iterator[tuple[int, str]]:
 
 def _text(tokens: np.ndarray, prompt: np.ndarray, tokenizer: Tokenizer) -> str:
     """The text of a document; special tokens by their names, what opens it as ⏵, and what carries no loss as ⟦…⟧."""
-    prompt = prompt & (tokens != tokenizer.end_of_text)
+    prompt = prompt & (tokens != tokenizer.begin)
     borders = np.flatnonzero(prompt[1:] != prompt[:-1]) + 1
     parts = zip(np.split(tokens, borders), np.split(prompt, borders))
     return "".join(f"⟦{_plain(part, tokenizer)}⟧" if of[0] else _plain(part, tokenizer) for part, of in parts)
 
 
 def _plain(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    names = {number: name for name, number in tokenizer.special.items()} | {tokenizer.end_of_text: "⏵"}
+    names = {number: name for name, number in tokenizer.special.items()} | {tokenizer.begin: "⏵"}
     special = np.isin(tokens, list(names))
     parts = np.split(tokens, np.flatnonzero(special[1:] | special[:-1]) + 1)
     return "".join(names.get(int(part[0]), "") or tokenizer.decode(part.tolist()) for part in parts)

@@ -83,7 +83,7 @@ class Batching(threading.Thread):
 
     def warm_up(self) -> None:
         """Compiles what a first short prompt needs."""
-        prompt = Prompt([self._tokenizer.end_of_text], 2, Sampling(), 0, 0)
+        prompt = Prompt([self._tokenizer.begin], 2, Sampling(), 0, 0)
         with jax.set_mesh(self._mesh):
             self._decoder.begin({0: prompt})
             self._decoder.step([], STEPS)
@@ -92,6 +92,7 @@ class Batching(threading.Thread):
         """Ends rows that nobody wants any more, begins new ones, and goes on with all. Returns False to stop."""
         with self._changed:
             self._rows = {row: each for row, each in self._rows.items() if not each[0].cancelled}
+            self._waiting = collections.deque(job for job in self._waiting if not job.cancelled)
             while not (self._stopping or self._waiting or self._rows):
                 self._changed.wait()
             if self._stopping:
@@ -107,8 +108,6 @@ class Batching(threading.Thread):
         """Free rows, and what they begin with."""
         fresh = {}
         for row in (row for row in range(self._decoder.rows) if row not in self._rows):
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
             if not self._waiting:
                 break
             job = self._waiting.popleft()

@@ -107,6 +107,8 @@ def parser() -> Parser:
     one.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it may ask")
     one.add_argument("--port", type=int, default=8000, help="0 is a free one")
     one.add_argument("--rows", type=int, default=8, help="texts that are decoded at once; others wait")
+    text = "tokens that a text may have with its prompt; memory is taken for rows x context, and 0 is up to 4096"
+    one.add_argument("--context", type=int, default=0, help=text)
     one.add_argument("--weights", **WEIGHTS)
 
     one = verb("checkpoint", verbs.checkpoint, "look at the checkpoints of a run, compare them, or remove some")

@@ -20,7 +20,7 @@ class Continuation:
         for token in tokens:
             if self.finish:
                 return
-            if token == self._tokenizer.end_of_text:
+            if token in self._tokenizer.ends:
                 self.finish = "stop"
                 return
             self.tokens.append(token)

@@ -24,6 +24,7 @@ from gptjax.config import Config
 from gptjax.errors import Failed, Refused
 from gptjax.hf import architectures, layout, safetensors
 from gptjax.hf import tokenizer as carried
+from gptjax.lora import Adapters, LoraConfig
 from gptjax.models.size import num_parameters
 from gptjax.rotation import at
 from gptjax.sharding import MeshConfig
@@ -49,7 +50,7 @@ def from_hf(source: str, target: str) -> None:
         raise Refused(
             f"{source / 'config.json'} describes {asked:,} parameters, and the tensors beside it hold {held:,}: correct it."
         )
-    taken = carried.taken(source, described.vocab_size)
+    taken = carried.taken(source, described.vocab_size, described.ends)
     config = _config(described, tensors, taken.tokenizer)
     shapes = _shapes(config, described.vocab_size)
     parts = layout.parts(gpt2, shapes, described.vocab_size)
@@ -93,21 +94,20 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
         saved = checkpoints.run(step)
         config = configs.parse(saved["config"])
         family = architectures.family_of(config.model)
-        if config.lora.rank:
-            raise Refused(
-                f"{checkpoints.folder} (step {step}) has adapters of lora.rank={config.lora.rank} beside its weights: begin "
-                f"a run without them by init_from={folder}, and convert that."
-            )
         known = workdir.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
         files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
-        shapes = _shapes(config, known.vocab_size)
+        shapes, adapters = _shapes(config, known.vocab_size), _adapters(config, known.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
+        whole = "base" if adapters else part
+        asked = {f"{whole}.{name}": shape for name, shape in shapes.items()}
+        asked |= {f"{part}.{name}": shape for name, shape in adapters.items()}
         checkpoints.check_shapes(
-            step, {f"{part}.{name}": jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+            step, {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in asked.items()}
         )
     parts = layout.parts(family == "gpt2", shapes, known.vocab_size)
     state = at(checkpoints.folder, step) / "state"
-    arrays = {name: piecewise.read(state, f"{part}.{name}", shape) for name, shape in shapes.items()}
+    arrays = {name: piecewise.read(state, f"{whole}.{name}", shape) for name, shape in shapes.items()}
+    sides = {name: piecewise.read(state, f"{part}.{name}", shape) for name, shape in adapters.items()}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     texts, ends, note = carried.given(files, known, config.seq_len)
     spelled = {"float32": "F32", "bfloat16": "BF16"}
@@ -123,7 +123,10 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
         tensors = safetensors.create(pathlib.Path(made), wanted, shard_bytes)
         for name, array in arrays.items():
             for region in piecewise.regions(array):
-                _scatter(array[region].read().result(), parts[name], region, tensors)
+                block, matrix = piecewise.piece(array, region), name.removeprefix("blocks.")
+                if f"{matrix}.a" in sides:
+                    block = _adapted(block, region, sides[f"{matrix}.a"], sides[f"{matrix}.b"], config.lora)
+                _scatter(block, parts[name], region, tensors)
     print(f"wrote {target}: {_told(family, shapes, dtypes['embedding'])}, step {step}")
     if note:
         print(f"Note: {note}")
@@ -154,6 +157,23 @@ def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of each array of a model, by name."""
     with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
         return {name: leaf.shape for name, leaf in named_leaves(workdir.abstract_model(config, vocab_size)).items()}
+
+
+def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of LoRA's two sides of each matrix, by its name; of a model without, none."""
+    if not config.lora.rank:
+        return {}
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        made = jax.eval_shape(lambda model: Adapters(model, config.lora, 0), workdir.abstract_model(config, vocab_size))
+        return {name: leaf.shape for name, leaf in named_leaves(made).items()}
+
+
+def _adapted(block: np.ndarray, region: tuple[slice, ...], a, b, lora: LoraConfig) -> np.ndarray:
+    """A region of a matrix with what LoRA adds to it: as `lora.merged`, but in the matrix's own dtype."""
+    layers, inputs, outputs = region[0], region[1 : len(a.shape) - 1], region[len(a.shape) - 1 :]
+    a, b = piecewise.piece(a, (layers, *inputs, slice(None))), piecewise.piece(b, (layers, slice(None), *outputs))
+    product = a.reshape(len(a), -1, lora.rank) @ b.reshape(len(b), lora.rank, -1)
+    return (block + lora.alpha / lora.rank * product.reshape(block.shape)).astype(block.dtype)
 
 
 def _gathered(parts: list[layout.Part], region: tuple[slice, ...], tensors: dict, dtype: np.dtype) -> np.ndarray:

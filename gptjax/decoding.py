@@ -23,10 +23,17 @@ PROMPT_TOKENS = 64
 CHUNK = 32
 
 
+def doubled(least: int, needed: int, most: int) -> int:
+    """`least` times a power of two, that holds what is needed, or `most`: few lengths, so few compiled programs."""
+    while least < needed:
+        least *= 2
+    return min(least, most)
+
+
 class Prompt(NamedTuple):
     """What a row is to go on from."""
 
-    ids: list[int]  # at least one; of a whole document with the end-of-text that opens it
+    ids: list[int]  # at least one; of a whole document with the `begin` that opens it
     max_tokens: int
     sampling: Sampling
     seed: int
@@ -61,24 +68,21 @@ class Decoder:
         self._shards = sharding.row_shards(self._mesh)
         self.rows, self.slots = -(-rows // self._shards) * self._shards, slots
         self._model, self._tokenizer = model, tokenizer
-        self._static = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+        self._static = {"vocab_size": tokenizer.vocab_size, "ends": tokenizer.ends}
         self._state = empty(model, self.rows, slots, tokenizer.vocab_size)
 
     def begin(self, prompts: dict[int, Prompt]) -> dict[int, list[int]]:
         """Gives rows new prompts; what they were at before is lost. Returns the first token of each."""
         rows, longest = list(prompts), max(len(prompt.ids) for prompt in prompts.values())
-        width = PROMPT_TOKENS
-        while width < longest:
-            width *= 2
         # One or all, so that there are two programs a width.
         size = self._shards if len(rows) <= self._shards else self.rows
         given = [prompts[row] for row in rows] + [next(iter(prompts.values()))] * (size - len(rows))
-        tokens = np.full((size, min(width, self.slots)), self._tokenizer.end_of_text, np.int32)
+        tokens = np.full((size, doubled(PROMPT_TOKENS, longest, self.slots)), self._tokenizer.end_of_text, np.int32)
         seen = np.zeros((size, self._tokenizer.vocab_size), bool)
         for place, prompt in enumerate(given):
             tokens[place, : len(prompt.ids)] = prompt.ids
             seen[place, prompt.ids] = True
-        seen[:, self._tokenizer.end_of_text] = False  # what opens a document was not said
+        seen[:, self._tokenizer.begin] = False  # what opens a document was not said
         origin = np.full(self.rows, -1, np.int32)
         origin[rows] = np.arange(len(rows))
         column = lambda numbers, dtype: self._put(np.array(list(numbers), dtype))
@@ -122,10 +126,10 @@ def empty(model: Transformer, rows: int, slots: int, vocab_size: int) -> Rows:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "end_of_text"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("vocab_size", "ends"), donate_argnames="state")
 def begin(
     model: Transformer, state: Rows, tokens_RT, length_R, max_R, seed_R, number_R, seen_RV, settings: Settings,
-    origin_B, *, vocab_size: int, end_of_text: int,
+    origin_B, *, vocab_size: int, ends: tuple[int, ...],
 ):  # fmt: skip
     """Row b begins with prompt origin_B[b], where that is not -1.
 
@@ -139,7 +143,7 @@ def begin(
     x_RD = x_RTD.at[jnp.arange(tokens_RT.shape[0]), length_R - 1].get(out_sharding=last)
     zeros_R = jnp.zeros_like(length_R)
     fresh = Rows(cache, length_R, zeros_R, max_R, zeros_R, seed_R, number_R, seen_RV, settings)
-    fresh = drawn(model, fresh, x_RD, vocab_size, end_of_text)
+    fresh = drawn(model, fresh, x_RD, vocab_size, ends)
     new_B, origin_B = origin_B >= 0, jnp.maximum(origin_B, 0)
 
     def merged(old, new):
@@ -156,8 +160,8 @@ def begin(
     return state, state.last_B
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "end_of_text"), donate_argnames="state")
-def advance(model: Transformer, state: Rows, going_B, steps, *, vocab_size: int, end_of_text: int):
+@functools.partial(jax.jit, static_argnames=("vocab_size", "ends"), donate_argnames="state")
+def advance(model: Transformer, state: Rows, going_B, steps, *, vocab_size: int, ends: tuple[int, ...]):
     """Up to `steps` tokens more of each row that is `going_B`, and the tokens [B, CHUNK], -1 where there are none."""
     rows = sharding.spec("act_batch")
 
@@ -171,7 +175,7 @@ def advance(model: Transformer, state: Rows, going_B, steps, *, vocab_size: int,
         x_B1D, cache = model.decode(reshard(state.last_B, rows), reshard(state.filled_B, rows), state.cache)
         filled_B = state.filled_B + goes_B
         state = dataclasses.replace(state, cache=cache, filled_B=filled_B)
-        state = drawn(model, state, x_B1D[:, 0], vocab_size, end_of_text)
+        state = drawn(model, state, x_B1D[:, 0], vocab_size, ends)
         return index + 1, made_BC.at[:, index].set(jnp.where(goes_B, state.last_B, -1)), state
 
     state = dataclasses.replace(state, left_B=jnp.where(going_B, state.left_B, 0))
@@ -180,7 +184,7 @@ def advance(model: Transformer, state: Rows, going_B, steps, *, vocab_size: int,
     return state, made_BC
 
 
-def drawn(model: Transformer, state: Rows, x_BD, vocab_size: int, end_of_text: int) -> Rows:
+def drawn(model: Transformer, state: Rows, x_BD, vocab_size: int, ends: tuple[int, ...]) -> Rows:
     """The rows with the token that follows hidden states."""
     logits_BV = reshard(model.logits(x_BD), PartitionSpec())[:, :vocab_size]
     key = lambda seed, number, drawn: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), drawn)
@@ -189,7 +193,7 @@ def drawn(model: Transformer, state: Rows, x_BD, vocab_size: int, end_of_text: i
     return dataclasses.replace(
         state,
         last_B=token_B,
-        left_B=jnp.where(token_B == end_of_text, 0, jnp.maximum(state.left_B - 1, 0)),
+        left_B=jnp.where(jnp.isin(token_B, jnp.array(ends)), 0, jnp.maximum(state.left_B - 1, 0)),
         drawn_B=state.drawn_B + 1,
         seen_BV=state.seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True),
     )

@@ -6,7 +6,7 @@ from etils import epath
 
 from gptjax import untrusted
 from gptjax.continuation import Continuation
-from gptjax.decoding import CHUNK, PROMPT_TOKENS, Decoder, Prompt
+from gptjax.decoding import CHUNK, PROMPT_TOKENS, Decoder, Prompt, doubled
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
 from gptjax.sampling import Sampling
@@ -53,13 +53,12 @@ def grow(
     """`generate`, that shows after each so many `steps` what there is; always the same objects."""
     if not all(stop):
         raise Refused('--stop="" is at the beginning of any text: leave it out.')
-    prompts = prompts if opened else [[tokenizer.end_of_text, *prompt] for prompt in prompts]
+    prompts = prompts if opened else [[tokenizer.begin, *prompt] for prompt in prompts]
     check(prompts, seq_len, max_tokens, sampling, seed)
     rows = [Continuation(tokenizer, max_tokens, stop) for _ in prompts]
     if not prompts:
         return
-    longest = max(len(prompt) for prompt in prompts) + max_tokens
-    slots = min(-(-longest // PROMPT_TOKENS) * PROMPT_TOKENS, seq_len)
+    slots = doubled(PROMPT_TOKENS, max(len(prompt) for prompt in prompts) + max_tokens, seq_len)
     decoder = Decoder(model.unstacked(), tokenizer, len(prompts), slots)
     made = decoder.begin({row: Prompt(ids, max_tokens, sampling, seed, row) for row, ids in enumerate(prompts)})
     while True:

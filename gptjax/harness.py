@@ -24,12 +24,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from gptjax import classification, generate, heartbeat, hosts, pairs, preemption, sharding
+from gptjax.decoding import doubled
 from gptjax.errors import Failed, Preempted, Refused, nearest
 from gptjax.evaluate import TasksConfig
 from gptjax.generate import Sampling
 from gptjax.loss import next_token_scores
 from gptjax.models.transformer import Transformer
-from gptjax.tokenizers.exact import BEGINS
+from gptjax.tokenizer import encode_prompt
 
 MIN_LENGTH = 64  # of a compiled program; the others have twice that, four times, … up to the context
 FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples come before a question
@@ -170,12 +171,11 @@ class LanguageModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What the first token of a text is predicted from."""
-        begins = [self._text.special[name] for name in BEGINS if name in self._text.special]
-        return [*self._text.opening, *begins, self._text.end_of_text][0]
+        return self._text.begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         opening = () if add_special_tokens is False else self._text.opening
-        return [*opening, *self._text.encode(string).tolist()]
+        return [*opening, *encode_prompt(self._text, string).tolist()]
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)
@@ -213,10 +213,7 @@ class LanguageModel(TemplateLM):
     def _scores(self, pairs: list[tuple[list[int], list[int]]]):
         """Dispatches `score_step` for at most a batch of (context, continuation)."""
         longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
-        length = self._unit
-        while length < longest:
-            length *= 2
-        length = min(length, self._seq_len)
+        length = doubled(self._unit, longest, self._seq_len)
         inputs, targets, positions = (np.zeros((self._batch_size, length), np.int32) for _ in range(3))
         weights = np.zeros((self._batch_size, length), np.float32)
         positions[:] = np.arange(length)
@@ -265,7 +262,8 @@ class LanguageModel(TemplateLM):
                         stop=tuple(until),
                         opened=True,
                     )
-                texts = map(self._text.decode, more)
+                # Of a text that has a space before it, what is decoded has not: of a continuation too.
+                texts = (self._text.decode(tokens).removeprefix(" " * bool(self._text.prefix)) for tokens in more)
                 made |= dict(zip(batch, (postprocess_generated_text(text, until, None) for text in texts)))
         return [made[number] for number in range(len(requests))]
 

@@ -21,7 +21,10 @@ PIECE_BYTES = 64 << 20
 
 
 def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, order: tuple[int, ...]) -> ts.TensorStore:
-    """A new array in the folder of a checkpoint's state. order: its axes, the first to be cut into pieces first."""
+    """A new array in the folder of a checkpoint's state. Raises: OSError.
+
+    order: its axes, the first to be cut into pieces first.
+    """
     (state / name).mkdir(parents=True)
     piece, size = [1] * len(shape), ts.dtype(dtype).numpy_dtype.itemsize
     for axis in reversed(order):
@@ -29,13 +32,23 @@ def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, ord
         size *= piece[axis]
     metadata = {"shape": shape, "chunks": piece, "compressor": None}
     spec = {"driver": "zarr", "kvstore": _url(state / name), "metadata": metadata}
-    return ts.open(spec, dtype=ts.dtype(dtype), create=True).result()
+    return _done(ts.open(spec, dtype=ts.dtype(dtype), create=True))
 
 
 def write(array: ts.TensorStore, region: tuple[slice, ...], block: np.ndarray) -> None:
     """Raises: OSError."""
+    _done(array[region].write(block))
+
+
+def piece(array: ts.TensorStore, region: tuple[slice, ...]) -> np.ndarray:
+    """Raises: OSError."""
+    return _done(array[region].read())
+
+
+def _done(future):
+    """What TensorStore was asked for. Raises: OSError."""
     try:
-        array[region].write(block).result()
+        return future.result()
     except Exception as error:  # TensorStore has no one kind for a full disk
         raise OSError(manifest.reason(error)) from error
 

@@ -11,6 +11,7 @@ from gptjax.decoding import Prompt
 from gptjax.errors import Refused, nearest, shown
 from gptjax.generate import check
 from gptjax.sampling import Sampling
+from gptjax.tokenizer import encode_prompt
 
 MAX_BYTES = 4 << 20  # of a request
 MAX_TEXTS, MAX_STOPS = 128, 4
@@ -137,19 +138,20 @@ def parse(body: bytes, model: str, tokenizer, seq_len: int, free_seed: int) -> C
     rows, echoed = [], []
     for prompt in prompts:
         try:
-            ids = tokenizer.encode(prompt).tolist() if type(prompt) is str else prompt
+            ids = encode_prompt(tokenizer, prompt).tolist() if type(prompt) is str else prompt
         except Refused as refusal:
             raise Bad(str(refusal), "prompt") from refusal
         if max(ids, default=0) >= tokenizer.vocab_size:
             raise Bad(f"prompt has token {max(ids)}, and the vocabulary {tokenizer.vocab_size}.", "prompt")
-        ids = [tokenizer.end_of_text, *ids]
+        ids = [tokenizer.begin, *ids]
         try:
             check([ids], seq_len, values["max_tokens"], sampling, seed)
         except Refused as refusal:
             raise Bad(str(refusal).replace("--", ""), "max_tokens", code="context_length_exceeded") from refusal
         for _ in range(values["n"]):
             rows.append(Prompt(ids, values["max_tokens"], sampling, seed, len(rows)))
-            echoed.append(tokenizer.decode(ids[1:]) if values["echo"] else "")
+            text = prompt if type(prompt) is str else tokenizer.decode(prompt)
+            echoed.append(text if values["echo"] else "")
     stop = (values["stop"],) if type(values["stop"]) is str else tuple(values["stop"])
     usage = values["stream_options"].get("include_usage", False)
     return Completion(model, rows, stop, values["stream"], usage, echoed)

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 from typing import NamedTuple
 
 from etils import epath
 
-from gptjax import config_file, laws, tokenizer, workdir, writers
+from gptjax import child, config_file, laws, tokenizer, workdir, writers
 from gptjax.config import Config
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused
 from gptjax.laws import Point, Scaling
@@ -89,11 +88,13 @@ def grid(config_path: str, overrides: dict[str, str], sizes: list[str], budgets:
 def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> list[dict]:
     """The rows of metrics.jsonl of a run, by `gptjax train` in a process of its own.
 
-    Raises: Refused, Failed or Preempted, as that ended; it has said why.
+    Raises: Refused, Failed or Preempted, as that ended; it has said why. Preempted, where this process is asked to stop:
+    that one is too, and saves.
     """
-    command = [sys.executable, "-m", "gptjax", "train", f"--config={config_path}", f"--workdir={folder}"]
-    command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    code = subprocess.run(command, stdout=sys.stderr).returncode
+    words = ["train", f"--config={config_path}", f"--workdir={folder}"]
+    words += [f"--config.{key}={value}" for key, value in overrides.items()]
+    with child.asked_to_stop() as asked:
+        code = child.finish(child.Process(words), asked, f"training in {folder}")
     if code:
         kind = {2: Refused, TRY_AGAIN: Preempted}.get(code, Failed)
         raise kind(f"The run in {folder} ended with exit code {code}" + "." * (kind is not Preempted))

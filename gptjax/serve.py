@@ -24,6 +24,7 @@ from gptjax.errors import Failed, Refused
 from gptjax.protocol import Answer, Bad, Completion
 from gptjax.workdir import Run
 
+CONTEXT = 4096  # tokens of a row, where no number is given: 131,072 of 8 rows of Llama 3.1 8B would take 137 GB
 LAST_SECONDS = 3.0  # for the decoding thread to end; it may be in the midst of compiling
 
 
@@ -49,8 +50,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise Refused(f"--host={host} --port={port} can't be listened to ({reason}): give another.") from error
 
 
-def serve(run: Run, name: str, where: socket.socket, rows: int) -> None:
-    """Answers until it is told to end. Raises: Failed, where the decoding does."""
+def context(asked: int, seq_len: int) -> int:
+    """The tokens that a text may have; of a long context only a part, unless it is asked for. Raises: Refused."""
+    if not 0 <= asked <= seq_len:
+        raise Refused(f"--context={asked} must be from 1 to the model's seq_len={seq_len}; 0 is {CONTEXT} at most.")
+    return asked or min(seq_len, CONTEXT)
+
+
+def serve(run: Run, name: str, where: socket.socket, rows: int, context: int) -> None:
+    """Answers until it is told to end. Raises: Failed, where the decoding does.
+
+    Args:
+      rows, context: texts that are decoded at once, and the tokens of each, for which memory is taken at the start.
+    """
     host, port = where.getsockname()[:2]
     server = Server(uvicorn.Config(None, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
     failed = []
@@ -60,11 +72,11 @@ def serve(run: Run, name: str, where: socket.socket, rows: int) -> None:
         server.should_exit = True
 
     with jax.set_mesh(run.mesh):
-        decoder = Decoder(run.model, run.tokenizer, rows, run.config.seq_len)
+        decoder = Decoder(run.model, run.tokenizer, rows, context)
     batching = server.batching = Batching(decoder, run.mesh, run.tokenizer, fail)
     batching.warm_up()
     batching.start()
-    server.config.app = app(run, name, batching)
+    server.config.app = app(run, name, batching, context)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     print(f"{name} (step {run.step}) answers on {address}", flush=True)
     server.run(sockets=[where])
@@ -76,7 +88,7 @@ def serve(run: Run, name: str, where: socket.socket, rows: int) -> None:
         os._exit(0)  # nothing is to be saved, and Python would wait for what XLA compiles
 
 
-def app(run: Run, name: str, batching: Batching) -> Starlette:
+def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
     """What answers each path."""
     began = int(time.time())
 
@@ -90,7 +102,7 @@ def app(run: Run, name: str, batching: Batching) -> Starlette:
     async def completions(request: Request) -> Response:
         body = await content(request)
         seed = secrets.randbits(32)
-        asked = await run_in_threadpool(protocol.parse, body, name, run.tokenizer, run.config.seq_len, seed)
+        asked = await run_in_threadpool(protocol.parse, body, name, run.tokenizer, context, seed)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(each: News | None) -> None:

@@ -3,7 +3,12 @@
 Every kind gives every text back unchanged, or refuses, and has
 
     vocab_size: number of ids, the largest + 1.
-    end_of_text: the id that opens every document, and so the one that is predicted where one ends.
+    end_of_text: the id that opens every document in a store, and so the one that is predicted where one ends.
+    begin: the id that a model is given in its place, from which it predicts the first token of a document; end_of_text,
+        but for published tokenizers that have one of its own, such as Llama's.
+    ends: the ids after which a model that is asked for text has no more to say: end_of_text, and what the files of a
+        published model name besides, as Llama 3's the end of a turn.
+    prefix: whether its model has seen texts with a space before them: "always", "unless there" (is one), or "" (no).
     opening: the ids that its own file puts before a text for others to read, as a tokenizer.json with a template does.
     special: ids by name that no text encodes to, end-of-text and the `special_tokens` of the config among them.
     token_bytes: int32 [vocab_size], how many UTF-8 bytes an id stands for, 0 for special ones. The sum over a text's
@@ -22,6 +27,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 from etils import epath
 
 from gptjax import untrusted
@@ -39,6 +45,9 @@ GIVE = {
     "sentencepiece": "give a .model file that SentencePiece wrote, or no path",
     "huggingface": "give a tokenizer.json that Hugging Face's tokenizers wrote",
 }
+# What is kept of a published model besides: ids that end a text, and what of tokenizer_config.json goes out unread.
+# And what it does to a text, which is not done here: `prefix`, and the parts of its tokenizer.json that were taken out.
+CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict}
 # A model of 256,000 pieces has some 5 MB, a tokenizer.json of as many some 30. A checkpoint's manifest holds it as
 # base64, 4/3 of it, and may have manifest.MAX_BYTES.
 MAX_BYTES = 40 << 20
@@ -140,15 +149,16 @@ def given(config: TokenizerConfig) -> dict[str, bytes]:
     return {"tokenizer.json": description(config.kind, special_names(config.special_tokens))}
 
 
-def description(kind: str, names: list[str]) -> bytes:
-    return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {})) + "\n").encode()
+def description(kind: str, names: list[str], carried: dict = {}) -> bytes:
+    """carried: what hf/tokenizer.py keeps of a published model, by the keys of CARRIED."""
+    return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {}) | carried) + "\n").encode()
 
 
 def existing(path: str) -> Tokenizer:
     """The tokenizer at a path, as `TokenizerConfig.path` takes it, of whatever kind; or `byte`. Raises: Refused."""
     if path == "byte":
         return ByteTokenizer("")
-    kind, _, _ = _found(epath.Path(path), "huggingface" if path.endswith(".json") else "sentencepiece")
+    kind, *_ = _found(epath.Path(path), "huggingface" if path.endswith(".json") else "sentencepiece")
     return load(path) if kind == "byte" else _existing(TokenizerConfig(kind=kind, path=path))
 
 
@@ -160,30 +170,30 @@ def _existing(config: TokenizerConfig) -> Tokenizer:
 
 def _given(config: TokenizerConfig) -> tuple[dict[str, bytes], epath.Path]:
     """(the files of the tokenizer that `path` names, as `train` writes them; where its own is). Raises: Refused."""
-    kind, names, path = _found(epath.Path(config.path), config.kind)
+    kind, names, carried, path = _found(epath.Path(config.path), config.kind)
     if kind != config.kind:
         raise Refused(
             f"tokenizer.path {config.path} is of kind {kind}, and tokenizer.kind is {config.kind}: set it to {kind}."
         )
     names += [name for name in special_names(config.special_tokens) if name not in names]
     content = untrusted.read(path, MAX_BYTES, GIVE[kind])
-    return {"tokenizer.json": description(kind, names), FILE[kind]: content}, path
+    return {"tokenizer.json": description(kind, names, carried), FILE[kind]: content}, path
 
 
-def _found(path: epath.Path, kind: str) -> tuple[str, list[str], epath.Path]:
-    """(kind, names of special tokens, its own file) of what is at a path; a file is taken to be of `kind`."""
+def _found(path: epath.Path, kind: str) -> tuple[str, list[str], dict, epath.Path]:
+    """(kind, names of special tokens, what is carried, its own file) of what is at a path; a file is taken to be of `kind`."""
     if not path.exists():
         raise Refused(f"tokenizer.path {path} does not exist: {GIVE[kind]}.")
     if not path.is_dir():
-        return kind, [], path
+        return kind, [], {}, path
     described = path / "tokenizer.json"
     if not described.exists():
-        return "sentencepiece", [], path / FILE["sentencepiece"]
+        return "sentencepiece", [], {}, path / FILE["sentencepiece"]
     made = untrusted.read_json(described, MAX_BYTES, GIVE[kind])
     if "kind" not in made:  # not ours, but Hugging Face's
-        return "huggingface", [], described
-    kind, names = _described(made, path)
-    return kind, names, path / FILE.get(kind, described.name)
+        return "huggingface", [], {}, described
+    kind, names, carried = described_by(made, path)
+    return kind, names, carried, path / FILE.get(kind, described.name)
 
 
 def expected_vocab_size(config: TokenizerConfig) -> int:
@@ -249,22 +259,37 @@ def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Toke
     if "tokenizer.json" not in files:
         raise Refused(f"{where}/tokenizer.json does not exist: there is no tokenizer, so prepare the data there first.")
     made = untrusted.json_object(files["tokenizer.json"], f"{where}/tokenizer.json", REMEDY)
-    kind, names = _described(made, where)
-    if kind == "byte":
-        return ByteTokenizer(hash_of(files), names)
-    if FILE[kind] not in files:
+    kind, names, carried = described_by(made, where)
+    if kind != "byte" and FILE[kind] not in files:
         raise Refused(
             f"{where}/{FILE[kind]} does not exist though tokenizer.json asks for it: prepare the data there again."
         )
-    lossless = {"sentencepiece": sentencepiece.lossless, "huggingface": huggingface.lossless}[kind]
-    return lossless(files[FILE[kind]], hash_of(files), names, f"{where}/{name or FILE[kind]}")
+    if kind == "byte":
+        known = ByteTokenizer(hash_of(files), names)
+    else:
+        lossless = {"sentencepiece": sentencepiece.lossless, "huggingface": huggingface.lossless}[kind]
+        known = lossless(files[FILE[kind]], hash_of(files), names, f"{where}/{name or FILE[kind]}")
+    ends = carried.get("ends", [])
+    if not all(type(i) is int and 0 <= i < known.vocab_size for i in ends):
+        raise Refused(f"{where}/tokenizer.json is damaged (its ends are {shown(ends)}): {REMEDY}.")
+    known.ends += tuple(i for i in ends if i not in known.ends)
+    known.prefix = carried.get("prefix", "")
+    return known
 
 
-def _described(made: dict, where) -> tuple[str, list[str]]:
-    """(kind, names of special tokens) by a tokenizer.json of ours. Raises: Refused."""
+def encode_prompt(known: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as the tokenizer's model has seen texts: `encode`, of the text with its `prefix`."""
+    space = known.prefix == "always" or known.prefix == "unless there" and not text.startswith(" ")
+    return known.encode(" " + text if text and space else text)
+
+
+def described_by(made: dict, where) -> tuple[str, list[str], dict]:
+    """(kind, names of special tokens, what is carried) by a tokenizer.json of ours. Raises: Refused."""
     kind, names = made.get("kind"), made.get("special_tokens", [])
     if kind not in KINDS:
         raise Refused(f"{where}/tokenizer.json is damaged (its kind is {shown(kind)}): {REMEDY}.")
     if type(names) is not list or any(type(name) is not str for name in names) or len(set(names)) < len(names):
         raise Refused(f"{where}/tokenizer.json is damaged (its special_tokens are {shown(names)}): {REMEDY}.")
-    return kind, names
+    carried = {key: made[key] for key in CARRIED if key in made}
+    untrusted.check_types(carried, {key: CARRIED[key] for key in carried}, f"{where}/tokenizer.json", REMEDY)
+    return kind, names, carried

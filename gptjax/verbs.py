@@ -34,9 +34,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     tasks = TasksConfig(args.tasks, args.tasks_folder, limit=args.limit, num_fewshot=args.num_fewshot)
     check(tasks)
+    for key, value in (("tasks_folder", ""), ("limit", 0), ("num_fewshot", -1)):
+        if not args.tasks and getattr(args, key) != value:
+            raise Refused(f"--{key}={getattr(args, key)} is about tasks, and --tasks names none: name some there.")
     join(args, {})
     folder = epath.Path(args.workdir)
     run = workdir.load(folder, args.step)
+    if args.weights == "int8":
+        with jax.set_mesh(run.mesh):
+            run = run._replace(model=int8.rounded(run.model))
     if args.tasks:
         print(score(run, tasks, args.json))
         return
@@ -50,7 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         with jax.set_mesh(run.mesh):
             result = evaluate(
-                int8.rounded(run.model) if args.weights == "int8" else run.model,
+                run.model,
                 corpus=corpus,
                 mesh=run.mesh,
                 seq_len=run.config.seq_len,
@@ -100,6 +106,7 @@ def generate(args: argparse.Namespace) -> None:
     from gptjax import workdir
     from gptjax.generate import STREAM, grow, read_prompts
     from gptjax.sampling import Sampling
+    from gptjax.tokenizer import encode_prompt
 
     if args.num_samples < 1:
         raise Refused(f"--num_samples={args.num_samples} must be at least 1.")
@@ -111,7 +118,7 @@ def generate(args: argparse.Namespace) -> None:
     with jax.set_mesh(run.mesh):
         for rows in grow(
             for_decoding(run.model, args.weights),
-            [run.tokenizer.encode(text).tolist() for _, text, _ in texts],
+            [encode_prompt(run.tokenizer, text).tolist() for _, text, _ in texts],
             run.tokenizer,
             seq_len=run.config.seq_len,
             max_tokens=args.max_tokens,
@@ -146,9 +153,10 @@ def serve(args: argparse.Namespace) -> None:
         if not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{args.workdir}/compiled")
         run = workdir.load(folder, args.step)
+        context = serve.context(args.context, run.config.seq_len)
         with jax.set_mesh(run.mesh):
             run = run._replace(model=for_decoding(run.model, args.weights))
-        serve.serve(run, folder.name, where, args.rows)
+        serve.serve(run, folder.name, where, args.rows, context)
 
 
 def for_decoding(model, weights: str):

@@ -46,7 +46,7 @@ def test_the_middle_goes_back_between(pieces):
     own, rng, spm = Augment(AugmentConfig(fim_rate=1.0), tokenizer, 0), np.random.default_rng(0), 0
     for _ in range(400):
         body = rng.integers(300, 390, rng.integers(1, 30))
-        for head in ([], [tokenizer.end_of_text]):
+        for head in ([], [tokenizer.begin]):
             told = own.told(np.array([*head, *body, 77]), rng)
             assert told[-1] == tokenizer.end_of_text and list(told[: len(head)]) == head
             told = told[len(head) : -1].tolist()

@@ -15,7 +15,8 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from gptjax import config, convert, sharding, workdir
+from gptjax import config, config_file, convert, sharding, workdir
+from gptjax.decoding import Decoder, Prompt
 from gptjax.errors import Refused
 from gptjax.generate import Sampling, generate
 
@@ -303,6 +304,25 @@ def test_a_disk_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, gptjax_m
     assert code == 1 and "No space left on device" in error and not list(tmp_path.iterdir())
 
 
+def test_a_path_that_tensorstore_can_not_use_is_a_sentence(llama, converted, tmp_path, monkeypatch, gptjax_main):
+    folder, given = shutil.copytree(converted, tmp_path / "spoiled"), convert.carried.given
+
+    def spoiled(*arguments):
+        """As on a disk that fails after the checkpoint was verified."""
+        for path in (folder / "checkpoints" / "step_00000000" / "state").glob("model.embedding/*"):
+            path.write_bytes(b"") if path.name[0] != "." else None
+        return given(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.carried, "given", spoiled)
+        code, _, error = gptjax_main("convert", "to-hf", f"--workdir={folder}", f"--target={tmp_path / 'theirs'}")
+    assert code == 1 and "Traceback" not in error and "theirs can't be written (" in error, error
+    monkeypatch.setattr(convert.piecewise, "_url", lambda folder: "file:///proc/none/")
+    code, _, error = gptjax_main("convert", "from-hf", f"--source={llama}", f"--workdir={tmp_path / 'ours'}")
+    assert code == 1 and "ours can't be written (" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["spoiled"]
+
+
 @pytest.fixture(scope="module")
 def converted(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours") / "llama"
@@ -335,6 +355,17 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
     assert tokenizer.eos_token_id == run.tokenizer.end_of_text == theirs.generation_config.eos_token_id
 
 
+def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_path, gptjax_main):
+    flags = [f"--config.init_from={finished}", "--config.lora.rank=3", "--config.optimizer.peak_learning_rate=0.03"]
+    code, _, error = gptjax_main(*training(corpus, tmp_path / "run", *flags))
+    assert code == 0, error
+    convert.to_hf(epath.Path(tmp_path / "run"), str(tmp_path / "theirs"), -1)
+    ids = np.random.default_rng(0).integers(0, 257, (8, 32), np.int32)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids)[:, -1]
+    whole, base = (our_logits(workdir.load(epath.Path(path), -1), ids) for path in (tmp_path / "run", finished))
+    assert np.abs(found - whole).max() <= 1e-4 and np.abs(found - base).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "model, key",
     [
@@ -348,6 +379,49 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
 def test_a_model_that_nobody_else_has_is_refused(model, key):
     with pytest.raises(Refused, match=key):
         convert.architectures.family_of(config.parse({"model": model}).model)
+
+
+def test_the_readme_says_what_can_go_out():
+    """Of the quickstart and the dial the model with swiglu, and of the other configs all."""
+    for path in sorted((pathlib.Path(convert.__file__).parents[1] / "configs").glob("*.py")):
+        own, config_path = path.stem in ("quickstart", "dial"), f"{path}:4" if path.stem == "dial" else str(path)
+        if own:
+            with pytest.raises(Refused, match="model.activation=relu2 stands in the way"):
+                convert.architectures.family_of(config_file.load(config_path, {}).model)
+        changes = {"model.activation": "swiglu"} if own else {}
+        assert convert.architectures.family_of(config_file.load(config_path, changes).model)
+
+
+def test_the_ends_that_a_model_names(llama, tmp_path):
+    """As an instruct model has several: generation stops at any, and they go out again, as does its chat template."""
+    ask = lambda run: generate(
+        run.model, [[97]], run.tokenizer, seq_len=LENGTH, max_tokens=40, sampling=Sampling(temperature=0), seed=0
+    )[0]  # fmt: skip
+    convert.from_hf(str(llama), str(tmp_path / "free"))
+    run = workdir.load(epath.Path(tmp_path / "free"), -1)
+    with jax.set_mesh(run.mesh):
+        made = ask(run)
+    end = made[6]
+    folder = shutil.copytree(llama, tmp_path / "theirs")
+    changed(folder, eos_token_id=3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, end]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    convert.from_hf(str(folder), str(tmp_path / "ours"))
+    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    assert run.tokenizer.ends == (256, 299, end)
+    with jax.set_mesh(run.mesh):
+        assert ask(run) == made[: made.index(end)]
+        decoder = Decoder(run.model.unstacked(), run.tokenizer, 1, LENGTH)
+        decoder.begin({0: Prompt([256, 97], 40, Sampling(temperature=0), 0, 0)})
+        assert len(decoder.step([0], 32)[0]) == made.index(end)  # the first is that of `begin`
+    convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end]
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "{{ messages }}"
+    (folder / "generation_config.json").write_text("{}")
+    assert convert.architectures.read(folder).ends == [3]
+    changed(folder, eos_token_id=300)
+    with pytest.raises(Refused, match=r"eos_token_id=\[300\], and a vocabulary of 300 ids"):
+        convert.architectures.read(folder)
 
 
 def test_a_target_that_exists_is_refused(converted, llama, refused):

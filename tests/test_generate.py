@@ -9,7 +9,7 @@ from training import GPT2, LLAMA, mesh_of
 
 from gptjax import sampling, sharding
 from gptjax.continuation import Continuation
-from gptjax.decoding import Decoder, Prompt, advance, begin
+from gptjax.decoding import Decoder, Prompt, advance, begin, doubled
 from gptjax.errors import Refused
 from gptjax.generate import generate, grow, samples
 from gptjax.models.transformer import Transformer
@@ -259,6 +259,24 @@ def test_rows_take_prompts_at_any_time(llama):
     assert rows[0].tokens == alone[0][:3]
 
 
+class Begun(ByteTokenizer):
+    begin = 70
+
+
+def test_a_document_opens_with_the_token_that_the_tokenizer_has_for_it(llama):
+    """As `<s>` is Llama's; and that token was not said, while the end-of-text of a prompt was."""
+    ask = lambda tokenizer, prompts, **more: generate(
+        llama, prompts, tokenizer, seq_len=SEQ_LEN, max_tokens=12, seed=0, **more
+    )
+    begun, sampling = [[70, *prompt] for prompt in PROMPTS], Sampling(temperature=0, repetition_penalty=1e6)
+    made = ask(Begun(""), PROMPTS, sampling=GREEDY)
+    assert made == ask(TOKENIZER, begun, sampling=GREEDY, opened=True) != ask(TOKENIZER, PROMPTS, sampling=GREEDY)
+    decoder = Decoder(llama.unstacked(), Begun(""), 1, SEQ_LEN)
+    decoder.begin({0: Prompt([70, 1, 256], 5, sampling, 0, 0)})
+    seen = np.flatnonzero(decoder._state.seen_BV[0])
+    assert {1, 256} < set(seen.tolist()) and len(seen) == 3
+
+
 def test_no_request_compiles_anew(llama):
     """Other numbers, and prompts of other lengths up to the same multiple."""
     decoder = Decoder(llama.unstacked(), TOKENIZER, 2, SEQ_LEN)
@@ -268,6 +286,20 @@ def test_no_request_compiles_anew(llama):
     decoder.begin({1: Prompt([256, 1, 2, 3], 7, Sampling(0.3, 5, 0.9, 0.1, 1.2), 9, 1)})
     decoder.step([0, 1], 2)
     assert (begin._cache_size(), advance._cache_size()) == before
+
+
+def test_lengths_alike_share_a_program():
+    """Batches whose longest rows are of 130 to 256 tokens take the same one."""
+    long = dataclasses.replace(LLAMA, dropout=0.0).resolved()
+    model = jax.jit(lambda: Transformer(long, 257, 300, nnx.Rngs(1)))()
+    made = lambda length: generate(
+        model, [[1] * length], TOKENIZER, seq_len=300, max_tokens=2, sampling=GREEDY, seed=0
+    )
+    made(130)
+    before = begin._cache_size(), advance._cache_size()
+    made(200)
+    assert (begin._cache_size(), advance._cache_size()) == before
+    assert [doubled(64, needed, 300) for needed in (1, 64, 65, 250, 257, 400)] == [64, 64, 128, 256, 300, 300]
 
 
 def test_the_whole_is_what_came_in_pieces(llama):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
-from test_huggingface import TEXTS, gpt_2
-from tokenizers import normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from test_huggingface import TEXTS, gpt_2, llama_2
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptjax import tokenizer
 from gptjax.errors import Refused
@@ -35,7 +35,7 @@ def trained(folder, **options):
 
 def test_a_byte_level_tokenizer_is_carried_as_it_is(tmp_path):
     gpt_2().save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 400)
+    taken = carried.taken(tmp_path, 400, [])
     assert not taken.note and taken.files["huggingface.json"] == (tmp_path / "tokenizer.json").read_bytes()
     assert taken.tokenizer.vocab_size == 400  # the rest of the embedding as ids that no text has
     theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -50,7 +50,7 @@ def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     made.save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 350)
+    taken = carried.taken(tmp_path, 350, [])
     assert taken.note == (
         "tokenizer.json normalizes text by NFC and puts a space before every text, and is taken without that."
     )
@@ -61,10 +61,72 @@ def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
 
 def test_sentencepiece_without_its_space(tmp_path):
     theirs = trained(tmp_path)
-    taken = carried.taken(tmp_path, 512)
+    taken = carried.taken(tmp_path, 512, [])
     assert taken.note == "tokenizer.model adds or removes spaces, and is taken without that."
     assert taken.tokenizer.encode(" " + TEXT).tolist() == theirs.encode(TEXT)
     assert taken.tokenizer.decode(taken.tokenizer.encode(TEXT)) == TEXT
+
+
+ODD = ["x", " x", "  two  spaces ", "naïve e\u0301tude", "東京 😀", "\n\tdef f():\n", "a\u2581b", "", "</s> <s>x", TEXT]
+
+
+def written(folder, files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def llama_2_json(folder):
+    made = llama_2(prepend=True)
+    first, back = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence([first, decoders.ByteFallback(), decoders.Fuse(), back])
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def mistral_json(folder):
+    made = llama_2()
+    made.normalizer, made.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    last = decoders.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), last])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def normalized_json(folder):
+    made = gpt_2()
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [llama_2_json, mistral_json, normalized_json])
+def test_what_goes_out_reads_as_what_came(make, tmp_path):
+    """Encoded and decoded by `transformers`; and prompts have here the ids that they have there."""
+    make(tmp_path / "theirs")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    taken = carried.taken(tmp_path / "theirs", 512, [])
+    files, _, _ = carried.given(taken.files, taken.tokenizer, 64)
+    back = written(tmp_path / "back", files)
+    for text in ODD:
+        ids = theirs(text)["input_ids"]
+        assert back(text)["input_ids"] == ids, text
+        assert back.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), text
+        if "\u2581" not in text and "\u0301" not in text and "<s>" not in text:
+            prompt = tokenizer.encode_prompt(taken.tokenizer, text).tolist()
+            assert [*taken.tokenizer.opening, *prompt] == ids, text
+
+
+def test_a_sentencepiece_model_goes_out_with_its_space_and_its_opening(tmp_path):
+    """By SentencePiece itself, of which `transformers` 5 has another opinion on texts that begin with a space."""
+    theirs = trained(tmp_path)
+    taken = carried.taken(tmp_path, 512, [])
+    files, ends, _ = carried.given(taken.files, taken.tokenizer, 64)
+    back = written(tmp_path / "back", files)
+    assert ends == {"bos_token_id": 1, "eos_token_id": 2}
+    for text in (text for text in ODD if "\u2581" not in text and "<s>" not in text):
+        ids = theirs.encode(text)
+        assert back(text)["input_ids"] == [1, *ids] and tokenizer.encode_prompt(taken.tokenizer, text).tolist() == ids
+        assert back.decode([1, *ids], skip_special_tokens=True) == theirs.decode(ids) == text
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
@@ -79,7 +141,7 @@ def test_our_sentencepiece_goes_out_with_the_same_ids(model, tmp_path):
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).tolist()
     assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
     assert theirs.convert_tokens_to_ids("<|user|>") == ours.special["<|user|>"]
-    back = carried.taken(tmp_path, 600)
+    back = carried.taken(tmp_path, 600, [])
     assert not back.note and np.array_equal(back.tokenizer.encode(TEXT), ours.encode(TEXT))
 
 
@@ -93,12 +155,12 @@ def test_one_that_would_give_other_ids_is_left_out(tmp_path, monkeypatch):
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(Refused, match="tokenizer.model is not a SentencePiece model"):
-        carried.taken(tmp_path, 400)
+        carried.taken(tmp_path, 400, [])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(Refused, match="tokenizer.json"):
-        carried.taken(tmp_path, 400)
+        carried.taken(tmp_path, 400, [])
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(Refused, match="has no tokenizer.json and no tokenizer.model"):
-        carried.taken(tmp_path, 200)
-    assert carried.taken(tmp_path, 300).tokenizer.vocab_size == 300
+        carried.taken(tmp_path, 200, [])
+    assert carried.taken(tmp_path, 300, []).tokenizer.vocab_size == 300

@@ -165,6 +165,7 @@ def test_sizes_and_special_tokens(tmp_path):
         (tmp_path / name).mkdir()
         ours = tokenizer.train(file_of(made(), tmp_path / name), [], tmp_path / name / "ours")
         found[name] = ours.vocab_size, ours.end_of_text, len(ours.special)
+        assert ours.begin == {"llama_3": 350, "llama_2": 1, "unigram": 1}.get(name, ours.end_of_text)
         assert ours.token_bytes.shape == (ours.vocab_size,)
         assert not ours.token_bytes[list(ours.special.values())].any()
     size = llama_2().get_vocab_size()

@@ -1,17 +1,21 @@
 """Reports: of real and of made-up runs, whole, broken, empty and very long; nothing of a run is taken for HTML."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
+import socket
+import time
 
 import numpy as np
 import pytest
 from etils import epath
 
-from gptjax import config
+from gptjax import config, heartbeat
 from gptjax.report import charts, page, runs
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}$x^2$"
@@ -135,12 +139,17 @@ def test_what_is_broken_or_missing_is_left_out(tmp_path, spoil):
     assert "Throughput" in text and "nan" not in Tags(text).text.lower().replace("alert", "")
 
 
-def test_a_run_in_progress(finished, tmp_path):
+def test_a_run_that_is_not_complete(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     values = json.loads((folder / "config.json").read_text()) | {"num_steps": 100}
     (folder / "config.json").write_text(json.dumps(values))
     (run,) = runs.read([epath.Path(folder)])
     assert run.state == "stopped" and "4 of 100" in Tags(page.page([run])).text
+    beat = heartbeat.Beat(0, socket.gethostname(), os.getpid(), "training", "", 4, 9, False, 0.0, 1.0, 0.1, time.time())
+    (folder / "hosts").mkdir(exist_ok=True)
+    (folder / "hosts" / "0.json").write_text(json.dumps(dataclasses.asdict(beat)))
+    (run,) = runs.read([epath.Path(folder)])
+    assert run.state == "in progress" and "in progress" in Tags(page.page([run])).text
 
 
 def test_many_rows_are_thinned(tmp_path):

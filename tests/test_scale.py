@@ -1,5 +1,9 @@
 import json
+import os
 import pathlib
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -7,7 +11,7 @@ from etils import epath
 
 from gptjax import scale
 from gptjax.config_file import load
-from gptjax.errors import Refused
+from gptjax.errors import Preempted, Refused
 from gptjax.laws import Law, Point
 from gptjax.models.size import flops_per_token
 
@@ -76,16 +80,32 @@ def test_what_is_printed_and_drawn(gptjax_main, tmp_path, monkeypatch):
     assert code == 0 and "best for 1e+15 FLOPs" in out and "by the parabolas: " in out and "nan" not in out
 
 
+def until(path):
+    deadline = time.monotonic() + 120
+    while not (path.exists() and "first_step_seconds" in path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
-    """A real run by `gptjax train`, taken up again without a process; and one that can't be is refused in its words."""
+    """A real run by `gptjax train`, taken up again without a process; one that is asked to stop saves
+    before; and one that can't be is refused in its words."""
     overrides = {"data.source": "text", "data.path": str(corpus), "data.store": str(tmp_path / "store")}
     overrides |= {"num_samples": "0", "eval_batches": "1"}
     trial = scale.grid(FAMILY, overrides, SIZES, [2e9, 1e10])[0]
     point = scale.measured(trial, epath.Path(tmp_path / "run"), overrides)
     assert point.size == "16" and 1 < point.loss < 6 and point.D == trial.tokens
     with monkeypatch.context() as patch:
-        patch.setattr(scale.subprocess, "run", None)
+        patch.setattr(scale.child, "Process", None)
         assert scale.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
+    longer = overrides | {"num_steps": "100000", "checkpoint_every": "100000"}
+    folder = tmp_path / "longer"
+    timer = threading.Thread(target=lambda: (until(folder / "metrics.jsonl"), os.kill(os.getpid(), signal.SIGTERM)))
+    timer.start()
+    with pytest.raises(Preempted, match=f"SIGTERM while training in {folder}: the same command goes on"):
+        scale.run_in(epath.Path(folder), trial.config_path, longer)
+    timer.join()
+    assert list((folder / "checkpoints").glob("step_*/manifest.json")) and not (folder / "owner.json").exists()
     with pytest.raises(Refused, match="ended with exit code 2"):
         scale.run_in(epath.Path(tmp_path / "other"), FAMILY + ":16:1e6", overrides | {"model.num_heads": "0"})
     assert "model.num_heads=0 must be at least 1" in capfd.readouterr().err

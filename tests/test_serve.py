@@ -11,9 +11,15 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import openai
 import pytest
+
+from gptjax import batching, protocol, serve
+from gptjax.continuation import Continuation
+from gptjax.decoding import Prompt
+from gptjax.tokenizer import ByteTokenizer
 
 
 @contextlib.contextmanager
@@ -147,6 +153,18 @@ def test_bad_requests_are_told_why(server, change, param, words):
     assert words in error["message"] and error["type"] and "\n" not in error["message"]
 
 
+def test_a_prompt_opens_with_the_token_that_the_tokenizer_has_for_it():
+    tokenizer = ByteTokenizer("")
+    tokenizer.begin = 7
+    asked = protocol.parse(b'{"model": "m", "prompt": "ab", "echo": true}', "m", tokenizer, 32, 0)
+    assert asked.prompts[0].ids == [7, 97, 98] and asked.echoed == ["ab"]
+
+
+@pytest.mark.parametrize("asked, seq_len, given", [(0, 131072, 4096), (0, 1024, 1024), (8192, 131072, 8192)])
+def test_memory_is_taken_for_a_long_context_only_where_it_is_asked_for(asked, seq_len, given):
+    assert serve.context(asked, seq_len) == given
+
+
 def test_what_is_no_request(server, client):
     for body in (b"", b"{", b"[]", b"\xff", b"[" * 100_000):
         status, answer = post(server, body)
@@ -181,12 +199,28 @@ def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
     assert 0 < now["tokens"] - before < 128 * 25 / 2
 
 
+def test_who_gave_up_takes_no_place():
+    """Nor do those who wait behind somebody: no row is free, and at the next look there is room for all again."""
+    decoder = types.SimpleNamespace(rows=1, step=lambda rows, steps: {0: [97]}, begin=None)
+    thread = batching.Batching(decoder, None, ByteTokenizer(""), None)
+    prompts, number = [Prompt([256], 9, None, 0, 0)], batching.MAX_WAITING + 3
+    jobs = [batching.Job(prompts, (), lambda news: None) for _ in range(number)]
+    thread._rows = {0: (jobs[0], 0, Continuation(ByteTokenizer(""), 9))}
+    assert all(thread.submit(job) for job in jobs[1:-2]) and not thread.submit(jobs[-2])
+    for job in jobs[2:]:
+        job.cancelled = True
+    assert thread._look() and thread.load() == {"decoding": 1, "waiting": 1, "tokens": 1}
+    assert thread.submit(jobs[-1])
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_it_at_once(finished, sign):
     """Also in the midst of a stream; and without a word."""
-    with serving(finished) as (process, port):
+    with serving(finished, "--context=30") as (process, port):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            stream = ask(client, n=128, max_tokens=25, stream=True)
+            with pytest.raises(openai.BadRequestError, match="the context of 30 holds: ask for at most 23"):
+                ask(client, max_tokens=24)
+            stream = ask(client, n=128, max_tokens=23, stream=True)
             next(iter(stream))
             process.send_signal(sign)
             began = time.monotonic()
@@ -204,5 +238,7 @@ def test_refused(refused, finished):
         error = refused(finished, "serve", f"--workdir={finished}", f"--port={port}")
     assert f"--host=127.0.0.1 --port={port} can't be listened to" in error
     assert "--port=99999" in refused(finished, "serve", f"--workdir={finished}", "--port=99999")
+    error = refused(finished, "serve", f"--workdir={finished}", "--port=0", "--context=33")
+    assert "--context=33 must be from 1 to the model's seq_len=32" in error
     assert "--rows=0" in refused(finished, "serve", f"--workdir={finished}", "--rows=0")
     assert "is not the workdir of a run" in refused(finished, "serve", f"--workdir={finished}/no", "--port=0")

@@ -1,4 +1,5 @@
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -144,8 +145,10 @@ def test_segments_and_positions_follow_documents(store):
     assert batch.segments.max() > 1
 
 
-def test_segments_of_one_written_out_window(store):
-    end = store.tokenizer.end_of_text
+@pytest.mark.parametrize("begin", [256, 3])
+def test_segments_of_one_written_out_window(begin):
+    """Where a tokenizer has another token than end-of-text to begin with, it is that among the inputs."""
+    end, tokenizer = 256, types.SimpleNamespace(begin=begin, end_of_text=256)
 
     class Three:
         tokens, has_prompts = 9, False
@@ -155,12 +158,15 @@ def test_segments_of_one_written_out_window(store):
             return np.concatenate([corpus[start : start + length] for start, length in zip(starts, lengths)])
 
     spans = Concat(9, 6).spans(np.array([0, 1, 2]), np.zeros(3, np.int64), 6)
-    batch = stream._rows(Three(), spans, 3, 6, end)
-    np.testing.assert_array_equal(batch.inputs, [[end, 7, 8, end, 9, end], [end, 5, 0, 0, 0, 0], [0] * 6])
+    batch = stream._rows(Three(), spans, 3, 6, tokenizer)
+    np.testing.assert_array_equal(batch.inputs, [[begin, 7, 8, begin, 9, begin], [begin, 5, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.targets, [[7, 8, end, 9, end, end], [5, 6, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 2, 2, 3], [1, 1, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.weights, [[1] * 6, [1, 1, 0, 0, 0, 0], [0] * 6])
+    spans = Concat(7, 6).spans(np.array([0]), np.zeros(1, np.int64), 6)  # whole rows alone
+    np.testing.assert_array_equal(stream._rows(Three(), spans, 1, 6, tokenizer).inputs, batch.inputs[:1])
+    np.testing.assert_array_equal(stream._rows(Three(), spans, 1, 6, tokenizer).targets, batch.targets[:1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])

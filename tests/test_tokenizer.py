@@ -103,6 +103,20 @@ def test_sentencepiece_has_the_size_asked_for_and_pieces_of_spaces(tmp_path):
     assert len(trained.encode("    ")) == 1
 
 
+def test_what_opens_a_text(trained, tmp_path):
+    """End-of-text, but for a model that was trained elsewhere and has a token for it, as Llama 2's."""
+    assert trained.begin == trained.end_of_text and not trained.opening
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=400, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True, allow_whitespace_only_pieces=True,
+        minloglevel=3, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(file.getvalue())
+    theirs = tokenizer.existing(str(tmp_path / "tokenizer.model"))
+    assert (theirs.begin, theirs.opening, theirs.end_of_text) == (1, [1], 2)
+
+
 def test_digits_are_pieces_of_their_own(tmp_path):
     trained = tokenizer.train(TokenizerConfig(vocab_size=300), ["in 2025, from 2025 to 2025\n" * 500, *TEXTS], tmp_path)
     assert len(trained.encode("2025")) >= 4
@@ -257,6 +271,8 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     (b"{}", "is damaged (its kind is None)"),
     (b'{"kind": "byte", "special_tokens": [1]}', "is damaged (its special_tokens are [1])"),
     (b'{"kind": ["byte"]}', "is damaged (its kind is ['byte'])"),
+    (b'{"kind": "byte", "ends": [257]}', "is damaged (its ends are [257])"),
+    (b'{"kind": "byte", "ends": 3}', "is damaged (ends is 3, not of type list)"),
     (b"[" * 100_000, "is damaged ("),
     (b"\xff", "is damaged ('utf-8' codec"),
     (b" " * (41 << 20), "has more than the 41943040 bytes"),

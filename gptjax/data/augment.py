@@ -102,7 +102,7 @@ class Augment:
 
     def told(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A document, with what follows it as its last token, in another way."""
-        opened = int(tokens[0] == self._tokenizer.end_of_text)
+        opened = int(tokens[0] == self._tokenizer.begin)
         head, body, last = tokens[:opened], tokens[opened:-1], tokens[-1:]
         if self._config.subword_alpha:
             body = self._encoded_again(body, int(rng.integers(1 << 31)))

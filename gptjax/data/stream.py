@@ -25,6 +25,7 @@ from gptjax.data.packing import PackingConfig, Spans, packed
 from gptjax.data.shuffle import shuffled
 from gptjax.data.store import Split, Store
 from gptjax.errors import Refused, shown
+from gptjax.tokenizer import Tokenizer
 
 
 class Batch(NamedTuple):
@@ -96,10 +97,10 @@ class Stream:
 
     def plain(self, index: int, rows: np.ndarray) -> Batch:
         """The same before augmentation."""
-        seq_len, end_of_text = self.phase(index).seq_len, self.corpus.tokenizer.end_of_text
+        seq_len, tokenizer = self.phase(index).seq_len, self.corpus.tokenizer
         whole = None
         for name, places, spans in self._spans(index, rows):
-            part = _rows(self.corpus.stores[name].split("train"), spans, len(places), seq_len, end_of_text)
+            part = _rows(self.corpus.stores[name].split("train"), spans, len(places), seq_len, tokenizer)
             if len(places) == len(rows):
                 return part
             whole = padding(len(rows), seq_len) if whole is None else whole
@@ -193,12 +194,12 @@ class _HeldoutBatches(Sequence):
             raise IndexError(index)
         rows = index * self._batch_size + self._rows
         spans = self._packed.spans(rows, np.zeros_like(rows), self._seq_len)
-        return _rows(self._store.split("heldout"), spans, len(rows), self._seq_len, self._store.tokenizer.end_of_text)
+        return _rows(self._store.split("heldout"), spans, len(rows), self._seq_len, self._store.tokenizer)
 
 
-def _rows(split: Split, spans: Spans, rows: int, seq_len: int, end_of_text: int) -> Batch:
+def _rows(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
     """The batch of so many rows that are made of these spans, from the left on."""
-    batch = _told(split, spans, rows, seq_len, end_of_text)
+    batch = _told(split, spans, rows, seq_len, tokenizer)
     if not split.has_prompts:
         return batch
     weights = np.zeros((rows, seq_len), np.float32)
@@ -213,25 +214,33 @@ def _places(spans: Spans, seq_len: int) -> np.ndarray:
     return np.repeat(begins, spans.lengths) + np.arange(spans.lengths.sum())
 
 
-def _told(split: Split, spans: Spans, rows: int, seq_len: int, end_of_text: int) -> Batch:
+def _told(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
     """The same with a weight of 1 for all targets."""
     tokens = split.spans(spans.starts, spans.lengths + 1)
     if len(spans.starts) == rows and (spans.lengths == seq_len).all():
         tokens = tokens.reshape(rows, seq_len + 1)
-        opens = tokens[:, :-1] == end_of_text
+        opens = tokens[:, :-1] == tokenizer.end_of_text
         opens[:, 0] = True
         tokens = tokens.astype(np.int32)
-        return _batch(tokens[:, :-1], tokens[:, 1:], opens)
+        return _batch(_begun(tokens[:, :-1], tokenizer), tokens[:, 1:], opens)
     inputs, targets = np.zeros((2, rows, seq_len), np.int32)
     opens = np.zeros((rows, seq_len), bool)
     at, places = spans.rows * seq_len + spans.places, _places(spans, seq_len)
     last = np.cumsum(spans.lengths + 1) - 1
     inputs.ravel()[places] = np.delete(tokens, last)
     targets.ravel()[places] = np.delete(tokens, last - spans.lengths)
-    opens.ravel()[places] = inputs.ravel()[places] == end_of_text
+    opens.ravel()[places] = inputs.ravel()[places] == tokenizer.end_of_text
     opens.ravel()[at[spans.lengths > 0]] = True
     opens[:, 0] = True
-    return _batch(inputs, targets, opens, np.bincount(spans.rows, spans.lengths, rows).astype(np.int64))
+    real = np.bincount(spans.rows, spans.lengths, rows).astype(np.int64)
+    return _batch(_begun(inputs, tokenizer), targets, opens, real)
+
+
+def _begun(inputs: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Inputs with what opens a document for a model, in place of the end-of-text that does in a store."""
+    if tokenizer.begin == tokenizer.end_of_text:
+        return inputs
+    return np.where(inputs == tokenizer.end_of_text, np.int32(tokenizer.begin), inputs)
 
 
 def _batch(inputs: np.ndarray, targets: np.ndarray, opens: np.ndarray, real: np.ndarray | None = None) -> Batch:

@@ -81,6 +81,7 @@ class Described(NamedTuple):
     model: dict[str, object]  # values of ModelConfig, not yet checked against one another
     vocab_size: int
     seq_len: int
+    ends: list[int]  # the ids that end a text
 
 
 def read(folder: pathlib.Path) -> Described:
@@ -119,7 +120,19 @@ def read(folder: pathlib.Path) -> Described:
         model |= ROTARY | _rope(config, path) | {"qk_norm": family == "qwen3"}
         model["sliding_window"] = _window(config, family, path)
     seq_len = _value(config, "n_positions" if gpt2 else "max_position_embeddings", int, path)
-    return Described(family, model, _value(config, "vocab_size", int, path), seq_len)
+    vocab_size = _value(config, "vocab_size", int, path)
+    return Described(family, model, vocab_size, seq_len, _ends(folder, config, vocab_size))
+
+
+def _ends(folder: pathlib.Path, config: dict, vocab_size: int) -> list[int]:
+    """As `transformers` finds them: in generation_config.json, or else in config.json. Raises: Refused."""
+    path = folder / "generation_config.json"
+    asked = untrusted.read_json(epath.Path(path), MAX_BYTES, REMEDY) if path.exists() else {}
+    ends = config.get("eos_token_id") if asked.get("eos_token_id") is None else asked["eos_token_id"]
+    ends = [] if ends is None else ends if type(ends) is list else [ends]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ends):
+        raise Refused(f"{folder} has eos_token_id={shown(ends)}, and a vocabulary of {vocab_size} ids: correct it.")
+    return ends
 
 
 def _value(config: dict, key: str, kind: type, path) -> object:
@@ -199,7 +212,7 @@ def family_of(c: ModelConfig) -> str:
     return "mistral" if c.sliding_window or c.embed_dim % c.num_heads else "llama"
 
 
-def written(family: str, c: ModelConfig, vocab_size: int, seq_len: int, dtype: str, ends: dict[str, int]) -> dict:
+def written(family: str, c: ModelConfig, vocab_size: int, seq_len: int, dtype: str, ends: dict) -> dict:
     """The config.json of a resolved model, for `transformers` 4 and 5. ends: bos_token_id and eos_token_id."""
     config = {"architectures": [FAMILIES[family]], "model_type": family, "torch_dtype": dtype, "vocab_size": vocab_size}
     config |= {key: getattr(c, ours) for key, ours in (GPT2_KEYS if family == "gpt2" else ROTARY_KEYS).items()}

@@ -2,7 +2,8 @@
 
 Ours give every text back. A tokenizer.json or SentencePiece model that puts a space before a text, or normalizes it, is
 taken without that, and what differs then is printed: the ids of a text are those that Hugging Face gives the text with
-that space, or the normalized one.
+that space, or the normalized one. A prompt gets the space (`tokenizer.encode_prompt`), and what was taken out goes back
+into the files for Hugging Face.
 """
 
 import json
@@ -25,6 +26,7 @@ OTHERS = "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "spiece.model",
 # Appended to a SentencePiece model, whose protobuf reader takes the last value of a field: no space before a text, and
 # none removed.
 AS_IT_IS = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
+MAX_TEMPLATE_BYTES = 1 << 20
 MOST_DIFFERING = 0.01  # of texts: equally good segmentations of a Unigram model are told apart by rounding
 SAMPLE_BYTES = 1 << 18  # of Python's own library, on which a tokenizer that was rewritten is compared with ours
 
@@ -37,42 +39,60 @@ class Carried(NamedTuple):
     note: str
 
 
-def taken(folder: pathlib.Path, vocab_size: int) -> Carried:
-    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused."""
-    kind, content, note = _found(folder, vocab_size)
+def taken(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
+    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused.
+
+    ends: the ids that end a text, by the model's own files; all below vocab_size.
+    """
+    kind, content, note, changes = _found(folder, vocab_size)
     own = {tokenizer.FILE[kind]: content} if kind != "byte" else {}
-    made = lambda names: {"tokenizer.json": tokenizer.description(kind, names)} | own
-    files = made([])
+    kept = {"ends": ends, "tokenizer_config": _config(folder)} | changes
+    kept = {key: value for key, value in kept.items() if value}
+    made = lambda names, kept: {"tokenizer.json": tokenizer.description(kind, names, kept)} | own
+    files = made([], {})
     known = tokenizer.from_files(files, str(folder), {"huggingface": "tokenizer.json"}.get(kind, "tokenizer.model"))
     if known.vocab_size > vocab_size:
         raise Refused(
             f"{folder} has a tokenizer of {known.vocab_size} ids, and an embedding of {vocab_size}: {REMEDY}."
         )
+    names = []
     if missing := vocab_size - known.vocab_size:
         # Those that it has reserved itself are named too, so that no other name takes them.
-        kept = [name for name in known.special if exact.RESERVED.fullmatch(name)]
-        more = (name for name in exact.reserved(missing + len(kept)) if name not in known.special)
-        files = made(kept + [name for name, _ in zip(more, range(missing))])
+        names = [name for name in known.special if exact.RESERVED.fullmatch(name)]
+        more = (name for name in exact.reserved(missing + len(names)) if name not in known.special)
+        names += [name for name, _ in zip(more, range(missing))]
+    files = made(names, kept)
     return Carried(files, tokenizer.from_files(files, str(folder)), note)
 
 
-def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str]:
-    """(kind, content of its own file, note)."""
+def _config(folder: pathlib.Path) -> dict:
+    """What of tokenizer_config.json is kept for others, and not read here. Raises: Refused."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
+    if template.exists():
+        content = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY)
+        config["chat_template"] = content.decode(errors="replace")
+    return {key: config[key] for key in ("eos_token", "chat_template") if config.get(key)}
+
+
+def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str, dict]:
+    """(kind, content of its own file, note, `prefix` and `taken_out` of tokenizer.CARRIED)."""
     if (folder / "tokenizer.json").exists():
         content = untrusted.read(epath.Path(folder / "tokenizer.json"), tokenizer.MAX_BYTES, REMEDY)
         return "huggingface", *_without_changes(content, folder / "tokenizer.json")
     if (folder / "tokenizer.model").exists():
         content = untrusted.read(epath.Path(folder / "tokenizer.model"), tokenizer.MAX_BYTES, REMEDY)
         try:
-            ids = [
-                sentencepiece.SentencePieceProcessor(model_proto=each).encode(" a  b ")
-                for each in (content, content + AS_IT_IS)
-            ]
+            both = content, content + AS_IT_IS
+            theirs, plain = (sentencepiece.SentencePieceProcessor(model_proto=each) for each in both)
         except RuntimeError as error:
             raise Refused(f"{folder / 'tokenizer.model'} is not a SentencePiece model: {REMEDY}.") from error
-        lossy = ids[0] != ids[1]
+        lossy = theirs.encode(" a  b ") != plain.encode(" a  b ")
+        prefix = "" if theirs.encode("a") == plain.encode("a") else "always"
+        if theirs.encode(" a") == theirs.encode("a"):
+            prefix = prefix and "unless there"
         note = "tokenizer.model adds or removes spaces, and is taken without that."
-        return "sentencepiece", content + AS_IT_IS * lossy, note * lossy
+        return "sentencepiece", content + AS_IT_IS * lossy, note * lossy, {"prefix": prefix}
     others = [name for name in OTHERS if (folder / name).exists()]
     if others or vocab_size < 257:
         raise Refused(
@@ -81,11 +101,11 @@ def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str]:
             "AutoTokenizer.from_pretrained(…).save_pretrained(…) writes a tokenizer.json."
         )
     note = "there is no tokenizer beside the weights: the ids 0 to 255 stand for bytes, which they may not mean."
-    return "byte", b"", note
+    return "byte", b"", note, {}
 
 
-def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str]:
-    """A tokenizer.json without what changes text and can be left out, and what to tell of it."""
+def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str, dict]:
+    """A tokenizer.json without what changes text and can be left out, what to tell of it, and what that was."""
     file, changed = untrusted.json_object(content, path, REMEDY), []
 
     def kept(part):
@@ -108,30 +128,36 @@ def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str]:
 
     parts = {key: kept(file.get(key)) for key in ("normalizer", "pre_tokenizer")}
     if not changed:
-        return content, ""
+        return content, "", {}
+    taken_out = {"taken_out": {key: file.get(key) for key in parts}}
+    if {*changed} != {"NFC"}:
+        taken_out["prefix"] = "always" if "Prepend" in changed else "unless there"
     told = ("normalizes text by NFC" if name == "NFC" else "puts a space before every text" for name in changed)
     why = " and ".join(dict.fromkeys(told))
-    return json.dumps(file | parts, ensure_ascii=False).encode(), f"tokenizer.json {why}, and is taken without that."
+    note = f"tokenizer.json {why}, and is taken without that."
+    return json.dumps(file | parts, ensure_ascii=False).encode(), note, taken_out
 
 
-def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict[str, int], str]:
+def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict, str]:
     """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
     names = {i: name for name, i in known.special.items()}
-    begin = next((known.special[name] for name in exact.BEGINS if name in known.special), known.end_of_text)
-    ends = {"bos_token_id": begin, "eos_token_id": known.end_of_text}
+    _, _, kept = tokenizer.described_by(json.loads(files["tokenizer.json"]), "the checkpoint")
+    ends = kept.get("ends", [known.end_of_text])
+    ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     best, note = 0.0, ""
     if isinstance(known, HuggingFaceTokenizer):
-        content = _with_names(json.loads(files["huggingface.json"]), known)
+        content = _with_names(json.loads(files["huggingface.json"]) | kept.get("taken_out", {}), known)
     else:
         made = [_bytes(known)] if isinstance(known, ByteTokenizer) else _pieces(files["sentencepiece.model"], known)
         differing = [_differing(content, known) for content in made]
         best = min(differing)
         if best > MOST_DIFFERING:
             return {}, ends, f"no tokenizer is written: as tokenizer.json, it gives other ids for {best:.1%} of texts."
-        content = made[differing.index(best)]
+        content = _opened(made[differing.index(best)], known)
         note = f"tokenizer.json gives other ids than here for {best:.2%} of texts, where two segmentations are as good."
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"bos_token": names[begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
+    config |= {"bos_token": names[known.begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
+    config |= kept.get("tokenizer_config", {})
     encoded = {"tokenizer.json": content, "tokenizer_config.json": config}
     return {name: (json.dumps(text) + "\n").encode() for name, text in encoded.items()}, ends, note if best else ""
 
@@ -156,6 +182,23 @@ def _file(model: dict, known: Tokenizer, normalizer, pre_tokenizer, decoder) -> 
     parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder}
     added = [_added(i, name) for i, name in named]
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added} | parts | {"model": model}
+
+
+def _opened(file: dict, known: Tokenizer) -> dict:
+    """A tokenizer.json of pieces, with the token and the space that their model had before each text."""
+    if known.prefix:
+        sign = {"type": "Prepend", "prepend": SPACE_SIGN}
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        file["normalizer"] = {"type": "Sequence", "normalizers": [sign, file["normalizer"]]}
+        file["decoder"]["decoders"].append(strip)
+    if known.opening:
+        name = next(name for name, i in known.special.items() if i == known.begin)
+        first, second = ({"SpecialToken": {"id": name, "type_id": number}} for number in (0, 1))
+        a, b = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
+        token = {name: {"id": name, "ids": [known.begin], "tokens": [name]}}
+        template = {"single": [first, a], "pair": [first, a, second, b], "special_tokens": token}
+        file["post_processor"] = {"type": "TemplateProcessing"} | template
+    return file
 
 
 BPE = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}

@@ -4,12 +4,10 @@ Optuna chooses the values and says which runs are hopeless; what it knows is in 
 writes there and starts, watches and stops the trials' processes, so several workers need no lock between them.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-import signal
 import time
 import warnings
 
@@ -18,13 +16,13 @@ from etils import epath
 from optuna.trial import FrozenTrial, TrialState
 
 from gptjax import config as configs
-from gptjax import config_file, extra, owner, untrusted, workdir
+from gptjax import child, config_file, extra, owner, untrusted, workdir
+from gptjax.child import GRACE_SECONDS, Process
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, one_line
 from gptjax.sweep import picture, space, table
-from gptjax.sweep.trials import Process, busy, evaluations
+from gptjax.sweep.trials import busy, evaluations
 
 SECONDS = 0.5  # from one look at the trials to the next
-GRACE_SECONDS = 300  # in which a process that was asked to stop has to save and end
 STARTUP = 5  # trials at random before a sampler trusts what it knows, and complete ones before a pruner does
 TRIALS = 20
 MAX_STARTS = 3  # of a trial whose process ends with "try again"
@@ -34,7 +32,6 @@ BEFORE = {
     "store",
     "compiled",
 }  # what a sweep may leave that was killed before its first trial
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 @dataclasses.dataclass
@@ -88,7 +85,7 @@ class Sweep:
         self.trials, self.workers, self.running = min(trials or most, most), workers, {}
         with owner.locked(epath.Path(self.folder), "belongs to a sweep on", "wait until it ends, or stop it"):
             self._check_same()
-            with _asked_to_stop() as self._asked:
+            with child.asked_to_stop() as self._asked:
                 self._prepare()
                 workdir.write_whole(epath.Path(self.folder) / "sweep.json", self._described())
                 self._open(sampler, pruner)
@@ -126,12 +123,7 @@ class Sweep:
         print("preparing the data that the trials share", flush=True)
         words = ["data", "prepare", "--workers=1", *self._words({})]
         process = Process(words, self.folder / "prepare.log", self.folder / "compiled")
-        while process.code() is None:
-            if self._asked:
-                process.kill()  # nothing is lost: what is done is gone on with
-                raise Preempted(f"{self._asked[0]} while preparing data: the same command goes on")
-            time.sleep(SECONDS / 5)
-        if process.code():
+        if child.finish(process, self._asked, "preparing data"):
             reason = process.last_words()
             if process.code() == 2:
                 (self.folder / "prepare.log").unlink()
@@ -269,26 +261,4 @@ class Sweep:
 
     def _stop_all(self) -> None:
         """Asks all trials to stop, and waits for them; a second signal kills them. They are taken up by the next sweep."""
-        left = [trial.process for trial in self.running.values() if trial.process and trial.process.code() is None]
-        for process in left:
-            process.stop()
-        until = time.monotonic() + GRACE_SECONDS
-        while any(process.code() is None for process in left):
-            if len(self._asked) > 1 or time.monotonic() > until:
-                for process in left:
-                    process.kill()
-            time.sleep(SECONDS / 5)
-
-
-@contextlib.contextmanager
-def _asked_to_stop():
-    """Yields a list that takes the name of each signal to stop."""
-    asked = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name)) for number in SIGNALS
-    }
-    try:
-        yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        child.stop([trial.process for trial in self.running.values() if trial.process], self._asked)

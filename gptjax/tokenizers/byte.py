@@ -11,8 +11,8 @@ from gptjax.tokenizers import exact
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text, and special tokens come after it."""
 
-    end_of_text = 256
-    opening = ()
+    begin = end_of_text = 256
+    ends, opening, prefix = (256,), (), ""
 
     def __init__(self, hash: str, names: Iterable[str] = ()):
         self.hash = hash

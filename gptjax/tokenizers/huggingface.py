@@ -47,6 +47,9 @@ class HuggingFaceTokenizer:
         known = {token.content: i for i, token in self._added.items() if token.special}
         self.special, self.vocab_size = exact.special_ids(known, names, _size(pieces, path))
         self.end_of_text = exact.end_of_text(self.special, path)
+        self.ends, self.prefix = (self.end_of_text,), ""
+        begins = [self.special[name] for name in exact.BEGINS if name in self.special]
+        self.begin = [*self.opening, *begins, self.end_of_text][0]
         self._bytes = [b""] * self.vocab_size
         for piece, i in pieces.items():
             if i not in self._added:

@@ -27,8 +27,6 @@ RANDOM_SEED = (1 << 32) - 1  # of SentencePiece's generator: the largest one ask
 class SentencePieceTokenizer:
     """A SentencePiece model that gives every text back; see gptjax/tokenizer.py for what each kind has."""
 
-    opening = ()
-
     def __init__(self, model: bytes, hash: str, names: Iterable[str] = (), where: str = ""):
         self._pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.hash = hash
@@ -36,6 +34,9 @@ class SentencePieceTokenizer:
         control = {pieces.id_to_piece(i): i for i in range(size) if pieces.is_control(i)}
         self.special, self.vocab_size = exact.special_ids(control, names, size)
         self.end_of_text = pieces.eos_id() if pieces.eos_id() >= 0 else exact.end_of_text(self.special, where)
+        self.ends, self.prefix = (self.end_of_text,), ""
+        self.opening = [pieces.bos_id()] if pieces.bos_id() >= 0 else []  # as Llama 2's; one trained here has none
+        self.begin = [*self.opening, self.end_of_text][0]
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for i in range(size):
             if pieces.is_byte(i):
