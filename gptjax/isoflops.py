@@ -32,7 +32,8 @@ def draw(found: Scaling, compute: float, path: epath.Path) -> None:
     losses.legend(frameon=False)
     budgets = [each.budget for each in found.parabolas]
     C = np.geomspace(min(budgets) / 2, max(compute, max(budgets)) * 2, 100)
-    by_parabolas = np.array([k * C**a for k, a in found.powers]), found.power[0] * C ** found.power[1]
+    lines = np.array([np.ones_like(C), np.log(C)])
+    by_parabolas = np.exp(found.powers @ lines), np.exp(found.power @ lines)
     by_law = np.array([law.best_size(C) for law in found.laws]), found.law.best_size(C)
     for (many, best), color, name in ((by_parabolas, RED, "parabolas"), (by_law, INK, "law")):
         sizes.fill_between(C, *np.percentile(many, laws.INTERVAL, axis=0), color=color, alpha=0.15, lw=0)

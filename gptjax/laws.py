@@ -64,7 +64,7 @@ def parabolas(points: list[Point]) -> list[Parabola]:
 
 
 def optimum(fitted: list[Parabola]) -> tuple[float, float]:
-    """Approach 2: (k, a) of N = k · C^a, a line through the logarithms of those lowest points that are known.
+    """Approach 2: (log k, a) of N = k · C^a, a line through the logarithms of those lowest points that are known.
 
     Raises: Refused, for fewer than two.
     """
@@ -80,7 +80,7 @@ def optimum(fitted: list[Parabola]) -> tuple[float, float]:
 
 def line(known: list[Parabola]) -> tuple[float, float]:
     a, log_k = np.polyfit(np.log([each.budget for each in known]), np.log([each.N for each in known]), 1)
-    return float(np.exp(log_k)), float(a)
+    return float(log_k), float(a)
 
 
 class Law(NamedTuple):
@@ -137,7 +137,7 @@ class Scaling(NamedTuple):
 
     points: list[Point]
     parabolas: list[Parabola]
-    power: tuple[float, float]  # (k, a) of approach 2
+    power: tuple[float, float]  # (log k, a) of approach 2: k alone may be too small for a float
     law: Law
     powers: np.ndarray  # [resamples, 2]
     laws: list[Law]

@@ -145,8 +145,8 @@ def scale(
 
 def summary(found: Scaling, compute: float) -> dict:
     """What the fits say, as plain numbers; each interval holds 90 % of the resamples."""
-    k, a = found.power
-    by_power = [k * compute**a for k, a in found.powers]
+    log_k, a = found.power
+    by_power = [math.exp(log_k + a * math.log(compute)) for log_k, a in found.powers]
     by_law = [law.best_size(compute) for law in found.laws]
     best = found.law.best_size(compute)
 
@@ -163,7 +163,7 @@ def summary(found: Scaling, compute: float) -> dict:
             for each in found.parabolas
         ],
         "parabolas": {"exponent": a, "exponent_interval": list(laws.interval(found.powers[:, 1]))}
-        | optimal(k * compute**a, by_power),
+        | optimal(math.exp(log_k + a * math.log(compute)), by_power),
         "law": {
             name: {"value": value, "interval": list(laws.interval([getattr(law, name) for law in found.laws]))}
             for name, value in found.law._asdict().items()

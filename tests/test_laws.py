@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gptjax import laws
+from gptjax import laws, scale
 from gptjax.errors import Refused
 from gptjax.laws import Law, Point
 
@@ -86,3 +86,34 @@ def test_noise_that_hides_the_curve():
     ]
     with pytest.raises(Refused, match="The losses scatter so much that .* of 200 resampled grids"):
         laws.scaling(points)
+
+
+# What benchmarks/family.py gave (NOTES.md, Scaling): of its 200 resamples one has a line of so steep a slope that k of
+# k · C^a is 0.
+MEASURED = [
+    (1e+11, 10496, 1587200, 2.136),
+    (1e+11, 14336, 1163136, 2.0918),
+    (1e+11, 23552, 707840, 2.0835),
+    (1e+11, 40960, 406784, 2.2555),
+    (1e+11, 79872, 208640, 2.29),
+    (1e+11, 131072, 127232, 2.4773),
+    (3e+11, 10496, 4765312, 2.0185),
+    (3e+11, 14336, 3487232, 1.928),
+    (3e+11, 23552, 2124096, 1.8682),
+    (3e+11, 40960, 1219968, 1.9257),
+    (3e+11, 79872, 625536, 1.9344),
+    (3e+11, 131072, 381696, 2.0736),
+    (1e+12, 10496, 15882048, 1.9218),
+    (1e+12, 14336, 11628288, 1.8039),
+    (1e+12, 23552, 7075584, 1.6619),
+    (1e+12, 40960, 4067712, 1.5962),
+    (1e+12, 79872, 2086208, 1.5812),
+    (1e+12, 131072, 1272320, 1.6922),
+]
+
+
+def test_a_resample_that_is_far_off_spoils_no_interval():
+    found = scale.summary(laws.scaling([Point(b, "", N, D, loss) for b, N, D, loss in MEASURED]), 1e13)
+    for fit in ("parabolas", "law"):
+        low, high = found[fit]["parameters_interval"]
+        assert 0 < low < found[fit]["parameters"] < high < np.inf
