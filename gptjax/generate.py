@@ -10,6 +10,7 @@ from gptjax.decoding import CHUNK, PROMPT_TOKENS, Decoder, Prompt, doubled
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
 from gptjax.sampling import Sampling
+from gptjax.tokenizer import encode_prompt
 
 STREAM = 4  # steps between two looks where somebody reads
 MAX_PROMPTS_BYTES = 16 << 20
@@ -104,11 +105,11 @@ def generate(
 
 def samples(model: Transformer, tokenizer, prompt: str, *, seq_len: int, count: int, seed: int) -> list[str]:
     """Texts that go on from a prompt, for the end of a run; of a prompt over half the context, its end is used."""
-    ids = tokenizer.encode(prompt).tolist()[-(seq_len // 2) :]
+    ids = encode_prompt(tokenizer, prompt).tolist()[-(seq_len // 2) :]
     length = min(seq_len - len(ids), 200)
     sampling = Sampling(temperature=0.7, top_p=0.95)
     made = generate(model, [ids] * count, tokenizer, seq_len=seq_len, max_tokens=length, sampling=sampling, seed=seed)
-    return [tokenizer.decode(ids + more) for more in made]
+    return [prompt + tokenizer.decode(more) for more in made]
 
 
 def read_prompts(path: epath.Path) -> list[str]:

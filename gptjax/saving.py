@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -66,11 +67,12 @@ class Save(threading.Thread):
             ctypes.CDLL(None).malloc_trim(0)
         self.seconds = time.perf_counter() - self.began
         if hosts.first():
-            with (
-                heartbeat.background("rotating"),
-                contextlib.suppress(Exception),  # what can't be removed now, for whatever reason, is by the next save
-            ):
-                self._tidy()
+            with heartbeat.background("rotating"):
+                try:
+                    self._tidy()
+                except Exception as error:  # of whatever file system; what can't be removed now is by the next save
+                    told = f"gptjax: warning: {self._checkpoints} can't be tidied up ({manifest.reason(error)})"
+                    print(told, file=sys.stderr, flush=True)
 
     def _commit(self) -> None:
         process, processes = jax.process_index(), jax.process_count()

@@ -24,8 +24,9 @@ Every kind gives every text back unchanged, or refuses, and has
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from etils import epath
@@ -149,9 +150,9 @@ def given(config: TokenizerConfig) -> dict[str, bytes]:
     return {"tokenizer.json": description(config.kind, special_names(config.special_tokens))}
 
 
-def description(kind: str, names: list[str], carried: dict = {}) -> bytes:
+def description(kind: str, names: list[str], carried: Mapping = MappingProxyType({})) -> bytes:
     """carried: what hf/tokenizer.py keeps of a published model, by the keys of CARRIED."""
-    return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {}) | carried) + "\n").encode()
+    return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {}) | dict(carried)) + "\n").encode()
 
 
 def existing(path: str) -> Tokenizer:
@@ -277,10 +278,15 @@ def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Toke
     return known
 
 
-def encode_prompt(known: Tokenizer, text: str) -> np.ndarray:
-    """The ids of a text as the tokenizer's model has seen texts: `encode`, of the text with its `prefix`."""
+def prompted(known: Tokenizer, text: str) -> str:
+    """A text as the tokenizer's model has seen texts: with its `prefix`."""
     space = known.prefix == "always" or known.prefix == "unless there" and not text.startswith(" ")
-    return known.encode(" " + text if text and space else text)
+    return " " + text if text and space else text
+
+
+def encode_prompt(known: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as the tokenizer's model has seen texts."""
+    return known.encode(prompted(known, text))
 
 
 def described_by(made: dict, where) -> tuple[str, list[str], dict]:

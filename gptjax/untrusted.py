@@ -43,7 +43,7 @@ def read(path: epath.Path, most: int, remedy: str) -> bytes:
 
 
 def opened(path: epath.Path) -> BinaryIO:
-    """A file to read bytes of. Raises: OSError."""
+    """A file to read bytes of. Raises: OSError, or what a bucket's library does."""
     file = path.open("rb")
     return io.BufferedReader(file) if "://" in str(path) else file  # gcsfs reads lines of any length alone
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from gptjax import untrusted
+from gptjax import heartbeat, untrusted
 from gptjax.errors import Refused
 
 # Where torch is installed tensorboardX imports it, which takes two seconds of each start, for nothing that is used here;
@@ -80,12 +80,13 @@ class Writers:
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
-        if self._file:
-            with self._or_warn(self._metrics):
-                self._file.flush()
-        if self._board and self._tensorboard not in self._failed:
-            with self._or_warn(self._tensorboard):
-                self._board.flush()
+        with heartbeat.phase("logging"):  # a bucket that does not answer takes longer than a step may
+            if self._file:
+                with self._or_warn(self._metrics):
+                    self._file.flush()
+            if self._board and self._tensorboard not in self._failed:
+                with self._or_warn(self._tensorboard):
+                    self._board.flush()
 
     def close(self) -> None:
         self.flush()
@@ -99,13 +100,15 @@ class _Rewritten:
     """A file on a bucket, where nothing can be appended: each flush writes the whole anew."""
 
     def __init__(self, path: epath.Path, content: bytes):
-        self._path, self._content = path, bytearray(content)
+        self._path, self._content, self._sent = path, bytearray(content), len(content)
 
     def write(self, line: bytes) -> None:
         self._content += line
 
     def flush(self) -> None:
-        self._path.write_bytes(bytes(self._content))
+        if self._sent < (size := len(self._content)):
+            self._path.write_bytes(bytes(self._content))
+            self._sent = size
 
     close = flush
 

@@ -1,4 +1,4 @@
-"""Every kind of damage to a checkpoint, and what happens: `pytest tests/test_damage.py -s | grep '|'` is the table."""
+"""Every kind of damage to a checkpoint, and what happens: `pytest tests/test_damage.py -n0 -s | grep '|'` is the table."""
 
 import contextlib
 import json

@@ -186,6 +186,23 @@ def test_named_special_tokens_are_found_or_made(tmp_path):
     assert tokenizer.train(config, [], tmp_path / "without").hash != ours.hash
 
 
+def test_a_name_that_a_config_adds_opens_no_text(tmp_path):
+    """Its embedding has learned nothing; and a run that has such names goes on with what it began with."""
+    path = file_of(gpt_2(), tmp_path).path
+    ours = tokenizer.train(TokenizerConfig("huggingface", path=path, special_tokens="<s>, </x>"), [], tmp_path / "ours")
+    assert "<s>" in ours.special and ours.begin == ours.end_of_text
+
+
+@pytest.mark.parametrize("id", [65, 5000])
+def test_a_template_of_what_is_no_special_token_is_refused(tmp_path, id):
+    opening = {"id": "A", "ids": [id], "tokens": ["A"]}
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": []}
+    file = json.loads(gpt_2().to_str()) | {"post_processor": template | {"special_tokens": {"A": opening}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(Refused, match=f"puts {id}, no special token, before a text"):
+        tokenizer.check(TokenizerConfig(kind="huggingface", path=str(tmp_path)))
+
+
 def test_a_folder_may_be_given(tmp_path):
     config = file_of(gpt_2(), tmp_path)
     made = tokenizer.train(config, [], tmp_path / "made")

@@ -14,7 +14,7 @@ import gptjax
 from gptjax import heartbeat, lifeline, preemption
 from gptjax.errors import TRY_AGAIN, Preempted
 
-UNSAVED = "training", "compiling the evaluation", "evaluating", "evaluating tasks", "saving", "tracing"
+UNSAVED = "training", "compiling the evaluation", "evaluating", "evaluating tasks", "saving", "tracing", "logging"
 
 
 @pytest.fixture

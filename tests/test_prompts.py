@@ -12,9 +12,9 @@ from conftest import training
 from flax import nnx
 from training import GPT2, data_of, mesh_of, tiny
 
-from gptjax.data import sources, stream
+from gptjax.data import pieces, sources, stream
 from gptjax.data.augment import AugmentConfig
-from gptjax.data.documents import Damages, DataConfig
+from gptjax.data.documents import Damages, DataConfig, Document
 from gptjax.data.mixture import Corpus
 from gptjax.data.packing import PackingConfig
 from gptjax.data.prepare import prepare
@@ -23,7 +23,7 @@ from gptjax.errors import Failed, Refused
 from gptjax.evaluate import evaluate
 from gptjax.loss import LossConfig
 from gptjax.models.transformer import Transformer
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.tokenizer import ByteTokenizer, TokenizerConfig, encode_prompt
 
 PAIRS = [
     (f"What is {a} plus {b}, né? " * (a % 3), f"It is {a + b}{'!' * (b % 4)}") for a in range(12) for b in range(9)
@@ -167,6 +167,16 @@ def test_what_does_not_go_with_prompts(pairs, refused, corpus, tmp_path):
     assert "clean.c4 are both set" in refused(tmp_path, *on, "--config.clean.c4=true")
     with pytest.raises(Refused, match="has prompts, and augment=.*token_dropout.* put it off"):
         data_of(tiny(GPT2, augment=AugmentConfig(token_dropout=0.1)), pairs)
+
+
+def test_a_prompt_is_told_as_generate_tells_it():
+    """With the space that the tokenizer's model knows; a response, and a text without a prompt, are as they are."""
+    known = ByteTokenizer("")
+    known.prefix = "always"
+    texts = [Document("x", 0, "askedanswered", 5), Document("x", 0, "text")]
+    (asked, answered), (nothing, text) = pieces._encoded(known, texts, False)
+    assert asked.tolist() == encode_prompt(known, "asked").tolist() == known.encode(" asked").tolist()
+    assert [known.decode(ids) for ids in (answered, nothing, text)] == ["answered", "", "text"]
 
 
 def test_prompts_that_can_not_be_are_refused(data, tmp_path):

@@ -80,11 +80,13 @@ def test_what_is_printed_and_drawn(gptjax_main, tmp_path, monkeypatch):
     assert code == 0 and "best for 1e+15 FLOPs" in out and "by the parabolas: " in out and "nan" not in out
 
 
-def until(path):
+def signal_once_it_trains(path: pathlib.Path, over: threading.Event):
+    """SIGTERM to this process, whose run in `path` has done a step, or has not for two minutes; unless it is `over`."""
     deadline = time.monotonic() + 120
-    while not (path.exists() and "first_step_seconds" in path.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    while not (path.exists() and "first_step_seconds" in path.read_text()) and time.monotonic() < deadline:
+        if over.wait(0.05):
+            return
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
@@ -98,13 +100,17 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     with monkeypatch.context() as patch:
         patch.setattr(scale.child, "Process", None)
         assert scale.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
-    longer = overrides | {"num_steps": "100000", "checkpoint_every": "100000"}
+    longer = overrides | {"num_steps": "20000", "checkpoint_every": "20000"}
     folder = tmp_path / "longer"
-    timer = threading.Thread(target=lambda: (until(folder / "metrics.jsonl"), os.kill(os.getpid(), signal.SIGTERM)))
+    over = threading.Event()
+    timer = threading.Thread(target=signal_once_it_trains, args=(folder / "metrics.jsonl", over))
     timer.start()
-    with pytest.raises(Preempted, match=f"SIGTERM while training in {folder}: the same command goes on"):
-        scale.run_in(epath.Path(folder), trial.config_path, longer)
-    timer.join()
+    try:
+        with pytest.raises(Preempted, match=f"SIGTERM while training in {folder}: the same command goes on"):
+            scale.run_in(epath.Path(folder), trial.config_path, longer)
+    finally:
+        over.set()
+        timer.join()
     assert list((folder / "checkpoints").glob("step_*/manifest.json")) and not (folder / "owner.json").exists()
     with pytest.raises(Refused, match="ended with exit code 2"):
         scale.run_in(epath.Path(tmp_path / "other"), FAMILY + ":16:1e6", overrides | {"model.num_heads": "0"})

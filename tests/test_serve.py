@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -29,12 +30,16 @@ def serving(workdir, *more):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env=environment)
+    patience = threading.Timer(180, process.kill)
+    patience.start()
     try:
         line = process.stdout.readline()
+        patience.cancel()
         found = re.fullmatch(r"finished \(step 4\) answers on http://127\.0\.0\.1:(\d+)/v1\n", line)
         assert found, line + process.stderr.read()
         yield process, int(found[1])
     finally:
+        patience.cancel()
         process.kill()
         process.communicate()
 
@@ -189,10 +194,11 @@ def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
     gone = socket.create_connection(("127.0.0.1", server[1]))
     content = json.dumps(body).encode()
     gone.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+    deadline = time.monotonic() + 60
     while not load()["decoding"]:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     gone.close()
-    deadline = time.monotonic() + 60
     while (now := load())["decoding"] or now["waiting"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)

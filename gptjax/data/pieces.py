@@ -259,8 +259,9 @@ def _encoded(tokenizer: tokenizers.Tokenizer, documents: list[Document], threads
     """The tokens of each document's prompt and of its other text; by all cores, or by this one where workers have the
     others.
 
-    Each by itself, as `generate` encodes a prompt, so that no token reaches over from one into the other.
+    Each by itself, the prompt as `generate` encodes one, so that no token reaches over from one into the other.
     """
-    texts = [text for of in documents for text in (of.text[: of.prompt], of.text[of.prompt :])]
+    prompt = lambda of: tokenizers.prompted(tokenizer, of.text[: of.prompt])
+    texts = [text for of in documents for text in (prompt(of), of.text[of.prompt :])]
     ids = tokenizer.encode_batch(texts) if threads else [tokenizer.encode(text) for text in texts]
     return [ids[at : at + 2] for at in range(0, len(ids), 2)]

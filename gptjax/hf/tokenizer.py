@@ -142,7 +142,8 @@ def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict
     """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
     names = {i: name for name, i in known.special.items()}
     _, _, kept = tokenizer.described_by(json.loads(files["tokenizer.json"]), "the checkpoint")
-    ends = kept.get("ends", [known.end_of_text])
+    ends = dict.fromkeys([*kept.get("ends", []), *known.ends])  # training here has taught end_of_text besides
+    ends = list(ends)
     ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     best, note = 0.0, ""
     if isinstance(known, HuggingFaceTokenizer):

@@ -47,8 +47,10 @@ class HuggingFaceTokenizer:
         known = {token.content: i for i, token in self._added.items() if token.special}
         self.special, self.vocab_size = exact.special_ids(known, names, _size(pieces, path))
         self.end_of_text = exact.end_of_text(self.special, path)
+        if strange := [i for i in self.opening if i not in self.special.values()]:
+            raise Refused(f"{path} has a post_processor that puts {strange[0]}, no special token, before a text: {REMEDY}.")
         self.ends, self.prefix = (self.end_of_text,), ""
-        begins = [self.special[name] for name in exact.BEGINS if name in self.special]
+        begins = [known[name] for name in exact.BEGINS if name in known]  # not those that a config names
         self.begin = [*self.opening, *begins, self.end_of_text][0]
         self._bytes = [b""] * self.vocab_size
         for piece, i in pieces.items():
