@@ -415,7 +415,7 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
         decoder.begin({0: Prompt([256, 97], 40, Sampling(temperature=0), 0, 0)})
         assert len(decoder.step([0], 32)[0]) == made.index(end)  # the first is that of `begin`
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end, 256]
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "{{ messages }}"
     (folder / "generation_config.json").write_text("{}")
     assert convert.architectures.read(folder).ends == [3]
