@@ -104,7 +104,7 @@ def generate(
 
 
 def samples(model: Transformer, tokenizer, prompt: str, *, seq_len: int, count: int, seed: int) -> list[str]:
-    """Texts that go on from a prompt, for the end of a run; of a prompt over half the context, its end is used."""
+    """Texts that go on from a prompt, for the end of a run; of one over half the context, the model sees its end."""
     ids = encode_prompt(tokenizer, prompt).tolist()[-(seq_len // 2) :]
     length = min(seq_len - len(ids), 200)
     sampling = Sampling(temperature=0.7, top_p=0.95)
