@@ -13,14 +13,14 @@ from gptjax.errors import Refused
 
 # Where torch is installed tensorboardX imports it, which takes two seconds of each start, for nothing that is used here;
 # None is how Python says that a module can't be had.
-with contextlib.ExitStack() as hidden:
-    if "torch" not in sys.modules:
-        sys.modules["torch"] = None
-        hidden.callback(sys.modules.pop, "torch")
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.record_writer import directory_check
+TORCH = sys.modules.setdefault("torch", None)
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+from tensorboardX.record_writer import directory_check  # noqa: E402
+
+if TORCH is None:
+    del sys.modules["torch"]
 
 MAX_ROW_BYTES = 1 << 20  # what is longer is no row
 FLUSH_SECONDS = 120  # between flushes of the event file, and of metrics.jsonl on gs://, where each sends it whole

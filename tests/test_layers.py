@@ -32,7 +32,7 @@ ROWS = (
         "isoflops",
     },
     {"serve"},
-    {"measuring", "harness", "batching", "protocol"},
+    {"measuring", "harness", "batching", "protocol", "child"},
     {"transfer", "workdir", "generate", "update", "inside", "config_file"},
     {"decoding"},
     {"config"},
