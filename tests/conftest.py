@@ -137,7 +137,7 @@ def copied(finished, tmp_path):
 
 
 # Those that take longest, so that none of them is the last to begin while the other process has nothing to do.
-FIRST = "notebooks", "processes", "chaos", "heartbeat", "plan", "preemption", "mup", "convert", "bucket"
+FIRST = "notebooks processes train recovery chaos heartbeat bucket plan run sweep preemption saving mup recompute".split()
 
 
 def pytest_collection_modifyitems(items):
