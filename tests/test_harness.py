@@ -125,7 +125,7 @@ def llama_2(folder):
 
 @pytest.mark.parametrize("make", [gpt2, llama, llama_2])
 def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_path):
-    """On the same converted model."""
+    """On the same converted model; with `-n0 -s` the table of benchmarks/NOTES.md is printed."""
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(make(tmp_path / "theirs")).save_pretrained(tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
@@ -153,7 +153,9 @@ def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_pat
                 else:
                     assert its[0] == pytest.approx(response[0], rel=1e-5, abs=1e-4) and its[1] == response[1], told
         for metric in (key for key in expected["results"][name] if key.endswith(",none") and "stderr" not in key):
-            assert found["results"][name][metric] == pytest.approx(expected["results"][name][metric], rel=1e-4), metric
+            theirs, ours = (each["results"][name][metric] for each in (expected, found))
+            print(f"| {make.__name__}, {name}: {metric.removesuffix(',none')} | {theirs:.7g} | {ours:.7g} |")
+            assert ours == pytest.approx(theirs, rel=1e-4), metric
     answers = {sample["filtered_resps"][0] for sample in found["samples"]["answers"]}
     assert len(answers) > 1  # not always the same
 
