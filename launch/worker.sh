@@ -56,13 +56,12 @@ case $verb in
     mv "$run/exit.part" "$run/exit"
     ;;
   status)
-    if [[ -e $run/exit ]]; then
-      state="exited $(cat "$run/exit")"
-    elif [[ -s $run/session ]] && grep --quiet --no-messages worker.sh "/proc/$(cat "$run/session")/cmdline"; then
+    # The process first: one that ends between the two looks has left its exit code by the second.
+    state="lost 0 0" # the session was killed, or the machine restarted and the number may be another process's now
+    if [[ -s $run/session ]] && grep --quiet --no-messages worker.sh "/proc/$(cat "$run/session")/cmdline"; then
       state="running 0 0"
-    else
-      state="lost 0 0" # the session was killed, or the machine restarted and the number may be another process's now
     fi
+    if [[ -e $run/exit ]]; then state="exited $(cat "$run/exit")"; fi
     echo "gptjax $(hostname) $state $(cat "$run/command" 2>/dev/null || true)"
     ;;
   follow)

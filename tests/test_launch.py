@@ -32,12 +32,16 @@ case $outcome in
   preempted)
     until [ -e "$CLOUD/followed-0" ]; do sleep 0.05; done
     sed -i 's/"states": [^]]*]/"states": ["SUSPENDED"]/' "$CLOUD/resource.json"
+    touch "$CLOUD/ended"
     kill -KILL 0 ;; # the session, as when a machine is taken away
-  lost) kill -KILL 0 ;;
+  lost) touch "$CLOUD/ended"; kill -KILL 0 ;;
   wait) until [ -e "$CLOUD/release" ]; do sleep 0.05; done ;;
   third) until [ -e "$CLOUD/followed-2" ]; do sleep 0.05; done ;;
-  late*) sleep 0.4; exit "${outcome#late}" ;;
-  *) exit "$outcome" ;;
+  late*)
+    until [ -e "$CLOUD/ended" ]; do sleep 0.05; done
+    sleep 0.4 # what ended has still to be written down
+    exit "${outcome#late}" ;;
+  *) touch "$CLOUD/ended"; exit "$outcome" ;;
 esac
 """
 COMMAND = ["gptjax", "train", "--config=configs/debug.py", "--workdir=gs://bucket/run one"]
@@ -170,6 +174,18 @@ def test_exit_code_75_starts_the_command_again_where_it_is(cloud, outcome, told)
     assert [line.split(":")[0] for line in out.splitlines()] == ["one-w-0 start 0", "one-w-0 start 1"]
     assert f"one-w-1 of one {told}\n" in err
     assert cloud.verbs() == ["create", "scp", "install", "start", "start", "delete"]
+
+
+def test_a_command_that_ends_while_it_is_asked_after_is_not_lost(cloud):
+    """A grep that lets the command end, and only then looks for its process."""
+    look = 'touch "$CLOUD/release"; until [ -e "$HOME/gptjax-run/exit" ]; do sleep 0.05; done; sleep 0.2'
+    grep = cloud.folder / "bin" / "grep"
+    grep.write_text(f'#!/bin/sh\ncase $1 in --quiet) {look} ;; esac\nexec {shutil.which("grep")} "$@"\n')
+    grep.chmod(0o755)
+    cloud.play(outcomes={"one-w-1.0": "wait"})
+    code, out, err = cloud.launch(*ONE)
+    assert code == 0 and "was lost" not in err
+    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
 
 
 def test_exit_code_75_without_end_is_given_up(cloud):
