@@ -126,6 +126,20 @@ def put(path: pathlib.Path, content: bytes | str) -> None:
         path.symlink_to(content.removeprefix("link:"))
 
 
+def one_at_a_time(folder: pathlib.Path, files: dict[str, bytes]):
+    """Returns: put(name, content) for these files of a folder, which first mends the one that it damaged before."""
+    damaged = []
+
+    def put_one(name: str, content: bytes | str) -> None:
+        while damaged:
+            last = damaged.pop()
+            put(folder / last, files[last])
+        damaged.append(name)
+        put(folder / name, content)
+
+    return put_one
+
+
 # In place of a file.
 NO_FILES = st.sampled_from(("folder", "pipe", "nothing", "link:/dev/zero", "link:/etc/passwd", "link:.", "link:itself"))
 

@@ -77,21 +77,17 @@ def store_files(folder: pathlib.Path) -> Reader:
     """Each file of a store: as a bad disk leaves it, and as who also mends checksums and the manifest's lengths."""
     store = folder / "store"
     manifest, files = small_store(store)
-    dirty = set()
+    put = hostile.one_at_a_time(store, files)
 
     def place(given):
         name, content, mended = given
-        for other in dirty:
-            hostile.put(store / other, files[other])
-        dirty.clear()
-        dirty.add(name)
         if mended and isinstance(content, bytes):
             content = hostile.sealed(content, stores.SHARD // stores.CHUNK) if "/c/" in name else content
             lengths = manifest["files"] | {name: len(content)}
             (store / "manifest.json").write_text(json.dumps(manifest | {"files": lengths}))
         else:
             (store / "manifest.json").write_text(json.dumps(manifest))
-        hostile.put(store / name, content)
+        put(name, content)
 
     def inputs(name):
         kinds = hostile.damaged(files[name]) | hostile.damaged(files[name]) | hostile.NO_FILES
@@ -237,19 +233,15 @@ def checkpoint_files(folder: pathlib.Path) -> Reader:
     described, files, state = small_checkpoint(folder)
     where = folder / "step_00000003"
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-    dirty = set()
+    put = hostile.one_at_a_time(where, files)
 
     def place(given):
         name, content, mended = given
-        for other in dirty:
-            hostile.put(where / other, files[other])
-        dirty.clear()
-        dirty.add(name)
         changed = described["files"]
         if mended and isinstance(content, bytes):
             changed = changed | {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         hostile.put(where / manifest.NAME, sealed_manifest(described | {"files": changed}))
-        hostile.put(where / name, content)
+        put(name, content)
 
     def read(_):
         with checkpoint.Checkpoints(folder) as checkpoints:

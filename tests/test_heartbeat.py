@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import signal
@@ -11,10 +10,9 @@ import sys
 import time
 
 import pytest
-from conftest import CACHE
 from etils import epath
 from test_hosts import free_port
-from test_run import command, losses
+from test_run import command, environment, losses
 
 from gptjax import heartbeat, status, watchdog
 from gptjax.errors import Refused
@@ -59,13 +57,7 @@ def start(number: int, corpus, folder, *more: str, hangs: int = -1) -> list[subp
     """A run of test_run in so many processes, which divide the devices; one may hang before its eighth step."""
     port, started = free_port(), []
     for process in range(number):
-        variables = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(DEVICES // number),
-            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
+        variables = environment(DEVICES // number) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         flags = command(corpus, folder, *SMALL, f"--config.watchdog.silent_seconds={SILENT}", *more)[3:]
         if number > 1:
             flags += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={number}", f"--process_id={process}"]

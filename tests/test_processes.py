@@ -1,7 +1,6 @@
 """Runs in several real processes on this machine, joined over loopback, with collectives between CPU devices."""
 
 import json
-import os
 import pathlib
 import resource
 import shutil
@@ -12,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import CACHE
 from test_hosts import SLURM, free_port
+from test_run import environment
 
 import gptjax
 
@@ -39,18 +38,13 @@ def processes(
     config = pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py"
     port, started = str(free_port()), []
     for process in range(number):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(DEVICES // number),
-            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # only process 0 finds in the cache what process 0 compiled
-        }
+        # Only process 0 finds in the cache what process 0 compiled.
+        variables = environment(DEVICES // number) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         started_by = [RECORDED] if argv[0] == "train" else ["-m", "gptjax"]
         command = [sys.executable, *started_by, *argv]
         if slurm:
-            environment |= SLURM | {"SLURM_NTASKS": str(number), "SLURM_PROCID": str(process)}
-            environment |= {"JAX_COORDINATOR_PORT": port}
+            variables |= SLURM | {"SLURM_NTASKS": str(number), "SLURM_PROCID": str(process)}
+            variables |= {"JAX_COORDINATOR_PORT": port}
         elif number > 1:
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={number}", f"--process_id={process}"]
         if argv[0] == "train":
@@ -59,7 +53,7 @@ def processes(
         # Their files' permissions tell who wrote them: nobody else may read those of the processes after the first.
         where = inside[process] if inside else None
         umask = 0o077 if process else 0o022
-        started.append(subprocess.Popen(command, env=environment, umask=umask, cwd=where, **pipes))
+        started.append(subprocess.Popen(command, env=variables, umask=umask, cwd=where, **pipes))
     if full:
         resource.prlimit(started[-1].pid, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     try:
