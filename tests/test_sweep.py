@@ -1,5 +1,6 @@
 """Sweeps: spaces that are refused, and trials that are real runs: complete, refused, pruned, killed and taken up."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,9 @@ import time
 import optuna
 import pytest
 from conftest import CACHE, DEBUG
+from etils import epath
 
-from gptjax import config, config_file
+from gptjax import config, config_file, owner
 from gptjax.sweep import picture, space, study, table
 
 RATE = "optimizer.peak_learning_rate"
@@ -142,6 +144,30 @@ def swept(tiny, tmp_path_factory):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return folder, file, again.stdout
+
+
+def test_a_trial_of_a_killed_sweep_that_was_only_starting_is_waited_for(tiny, tmp_path, monkeypatch):
+    """It takes its folder after this sweep has looked, whose own process is then refused."""
+    made = study.Sweep(str(tiny), {}, str(file_of(tmp_path, "{'seed': [1, 2]}")), str(tmp_path / "sweep"))
+    made.folder.mkdir()
+    folder, trial, orphan = made.folder / "trials/000", study.Running({}), contextlib.ExitStack()
+
+    class Second:
+        """A process that finds the folder taken."""
+
+        def __init__(self, *_):
+            folder.mkdir(parents=True, exist_ok=True)
+            orphan.enter_context(owner.locked(epath.Path(folder), "", ""))
+
+        def code(self):
+            return 2
+
+    monkeypatch.setattr(study, "Process", Second)
+    made.running = {0: trial}
+    with orphan:
+        made._look(0, trial)
+        made._look(0, trial)
+        assert (trial.process, trial.starts, made.running) == (None, 1, {0: trial})
 
 
 def trials(folder) -> list:

@@ -214,6 +214,8 @@ class Sweep:
             self._tell(number, trial.verdict)
         elif code == TRY_AGAIN and trial.starts < MAX_STARTS:
             trial.process = None
+        elif code == 2 and folder.exists() and busy(folder):  # one of a killed sweep, which was only starting, came first
+            trial.process = None
         else:
             self._tell(number, one_line(trial.process.last_words())[:500] if code > 0 else f"killed by signal {-code}")
 
