@@ -56,6 +56,8 @@ class Mapped:
         touched = [chunks[chunks < after] for chunks in (first + n for n in more)] or [first[:0]]
         touched = np.concatenate(touched)
         new = np.unique(touched[~self._verified[touched]])
+        if not len(new):
+            return
         with ts.Batch() as batch:
             bounds = ((chunk * self._chunk, min((chunk + 1) * self._chunk, self._length)) for chunk in new.tolist())
             reads = [self._array[start:stop].read(batch=batch) for start, stop in bounds]
