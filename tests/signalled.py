@@ -2,8 +2,8 @@
 
     python tests/signalled.py PHASE STEP SECONDS SIGNAL[,SIGNAL…] FLAGS…
 
-So many seconds after it enters the phase for the first time from that step on, the first signal comes, and the others
-1.2 s apart. Prints `signalled TIME while PHASE` at each, in seconds since 1970. With SAVE_SECONDS in the environment
+So many seconds after it enters the phase for the first time from that step on (0: in the phase, however short it is; of
+training they count from its first step), the first signal comes, and the others 1.2 s apart. Prints `signalled TIME while PHASE` at each, in seconds since 1970. With SAVE_SECONDS in the environment
 a save takes at least so long from the phase on.
 """
 
@@ -14,16 +14,18 @@ import sys
 import threading
 import time
 
-from gptjax import cli, heartbeat
+from gptjax import cli, heartbeat, lifeline
 
 phase, step, seconds, names = sys.argv[1:5]
 sys.argv[1:] = ["train", *sys.argv[5:]]
-entered = threading.Event()
-real = heartbeat.phase
+entered, heard = threading.Event(), threading.Event()
+real, real_ask = heartbeat.phase, lifeline.Lifeline._ask
 
 
 def send() -> None:
     entered.wait()
+    while phase == "training" and heartbeat.beat().step < 1:
+        time.sleep(0.005)
     time.sleep(float(seconds))
     for index, name in enumerate(names.split(",")):
         time.sleep(1.2 if index else 0)
@@ -36,9 +38,14 @@ def watched(name: str):
     with real(name):
         if name == phase and heartbeat.beat().step >= int(step):
             entered.set()
-            if not float(seconds):  # in the phase, and not after a short one
-                time.sleep(0.05)
+            if not float(seconds):
+                heard.wait(30)
         yield
+
+
+def ask(line, name: str) -> None:
+    real_ask(line, name)
+    heard.set()
 
 
 def slow(real):
@@ -51,7 +58,7 @@ def slow(real):
 
 
 os.rename, os.replace = slow(os.rename), slow(os.replace)
-heartbeat.phase = watched
+heartbeat.phase, lifeline.Lifeline._ask = watched, ask
 threading.Thread(target=send, daemon=True).start()
 if phase == "starting":
     entered.set()

@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path):
     began = time.monotonic()
     with pytest.raises(Failed, match="Worker process .* exit code -9 .*: the same command goes on"):
         run(tmp_path, 4, 2, kill=1)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert run(tmp_path, 4, 2)[1]
 
 

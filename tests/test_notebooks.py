@@ -36,7 +36,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # its steps are many, unlike those of other tests
     where = {"metadata": {"path": str(tmp_path / "notebooks")}}
-    NotebookClient(nbformat.read(path, as_version=4), timeout=180, resources=where).execute()
+    NotebookClient(nbformat.read(path, as_version=4), timeout=600, startup_timeout=300, resources=where).execute()
 
 
 @notebook

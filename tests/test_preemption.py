@@ -52,7 +52,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
         ("starting", 0, 0.5, "SIGTERM", "while starting: nothing is unsaved"),
         ("preparing data", 0, 0, "SIGTERM", "while preparing data: nothing is unsaved"),
         ("compiling", 0, 0.3, "SIGINT", "SIGINT on .* while compiling: nothing is unsaved"),
-        ("training", 0, 0.3, "SIGINT", r"SIGINT on \S+: step \d+ is saved"),
+        ("training", 0, 0.1, "SIGINT", r"SIGINT on \S+: step \d+ is saved"),
         ("evaluating", 15, 0, "SIGTERM", r"SIGTERM on \S+: step 15 is saved"),
         ("restoring", 15, 0, "SIGTERM", "while restoring: nothing is unsaved"),
         ("saving", 29, 0, "SIGTERM,SIGTERM", "a second SIGTERM: ending at once"),  # in the midst of the save of 30
@@ -95,6 +95,6 @@ def test_a_signal_deep_in_the_training_of_the_tokenizer(tmp_path):
     began = time.monotonic()
     _, err = run.communicate(timeout=60)
     assert run.returncode == 75 and "SIGTERM on " in err and "while preparing data: nothing is unsaved" in err
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     left = sorted(path.name.partition("-")[0] for path in (tmp_path / "run").iterdir())
     assert left == ["owner.json", "store.partial"]  # the lock itself went with the process
