@@ -15,7 +15,7 @@ Every kind gives every text back unchanged, or refuses, and has
         tokens is its length in bytes; bits per byte rests on that.
     hash: sha256 of the files it was loaded from.
     encode(text): the ids, int32 [tokens]. Raises Refused, for half a surrogate pair, which has no UTF-8.
-    encode_batch(texts): `encode` of each, on all cores.
+    encode_batch(texts, threads): `encode` of each, by one thread or (-1) as many as there are cores.
     encode_sampled(text, seed, alpha): one of several encodings, a pure function of its arguments. Raises Refused, for
         a kind that has only one.
     decode(ids): the text. Special ones are silent, and bytes that are not UTF-8 come out as U+FFFD.

@@ -263,5 +263,5 @@ def _encoded(tokenizer: tokenizers.Tokenizer, documents: list[Document], threads
     """
     prompt = lambda of: tokenizers.prompted(tokenizer, of.text[: of.prompt])
     texts = [text for of in documents for text in (prompt(of), of.text[of.prompt :])]
-    ids = tokenizer.encode_batch(texts) if threads else [tokenizer.encode(text) for text in texts]
+    ids = tokenizer.encode_batch(texts, -1 if threads else 1)
     return [ids[at : at + 2] for at in range(0, len(ids), 2)]

@@ -22,7 +22,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(exact.utf8(text), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def encode_sampled(self, text: str, seed: int, alpha: float) -> np.ndarray:

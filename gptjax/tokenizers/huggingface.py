@@ -8,6 +8,7 @@ last by counting the bytes of each text that is encoded.
 import array
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 
@@ -72,7 +73,8 @@ class HuggingFaceTokenizer:
         size = len(exact.utf8(text))
         return self._counted(self._ids(text), text, size)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[np.ndarray]:
+        os.environ["TOKENIZERS_PARALLELISM"] = str(threads != 1).lower()  # which the library reads at each call
         sizes = [len(exact.utf8(text)) for text in texts]
         return [self._counted(ids, text, size) for ids, text, size in zip(self._all_ids(texts), texts, sizes)]
 

@@ -50,13 +50,13 @@ class SentencePieceTokenizer:
         exact.utf8(text)
         return self._encode(text)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], threads: int = -1) -> list[np.ndarray]:
         plain = []
         for text in texts:
             exact.utf8(text)
             if SPACE_SIGN not in text:
                 plain.append(text)
-        encoded = self._pieces.encode(plain, num_threads=-1, return_type="numpy")
+        encoded = self._pieces.encode(plain, num_threads=threads, return_type="numpy")
         if len(plain) == len(texts):
             return encoded
         encoded = iter(encoded)
