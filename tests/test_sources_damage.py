@@ -2,12 +2,15 @@
 
 import errno
 import gzip
+import io
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_sources_formats import TEXTS, jsonl, made, wet
+from warcio import warcwriter
 
 from gptjax.data import files, sources
 from gptjax.data.documents import Damages, DataConfig
@@ -173,6 +176,56 @@ def test_a_cut_archive(tmp_path, name):
     sentence, left, damages = refusal_and_rest(DataConfig("wet", str(path)))
     assert left == texts[: len(left)] and 100 < len(left) < 150 and damages.count == 1
     assert f"{name} record at byte " in sentence and " was cut (" in sentence
+
+
+@pytest.mark.parametrize("name", ["a.wet", "a.wet.gz"])
+def test_an_archive_cut_anywhere(tmp_path, name):
+    """In a record of any kind, and in the midst of a header: only a cut between two records leaves a whole archive."""
+    whole, ends, path = io.BytesIO(), [], tmp_path / name
+    writer = warcwriter.WARCWriter(whole, gzip=name.endswith("gz"))
+    for kind in ("warcinfo", "conversion", "metadata"):
+        writer.write_record(writer.create_warc_record("http://a", kind, payload=io.BytesIO(b"some text")))
+        ends.append(whole.tell())
+    content = whole.getvalue()
+    unseen = []
+    for size in range(len(content) + 1):
+        path.write_bytes(content[:size])
+        damages = Damages("skip")
+        list(sources.documents(DataConfig("wet", str(path)), damages))
+        unseen += [size] * (not damages.count)
+    blank = 0 if name.endswith("gz") else 4  # the empty lines after a record say nothing
+    assert unseen == [size for end in ends for size in range(end - blank, end + 1)]
+
+
+def test_a_row_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RECORD_BYTES", 1000)
+    pq.write_table(pa.table({"text": ["a", "x" * 1001, "b"]}), tmp_path / "a.parquet")
+    sentence, left, damages = refusal_and_rest(DataConfig("parquet", str(tmp_path / "a.parquet")))
+    assert "a.parquet at 1 has 1,001 characters, and at most 1,000 are read" in sentence
+    assert left == ["a", "b"] and damages.count == 1
+
+
+@pytest.mark.parametrize("source, name", [("jsonl", "a.jsonl.gz"), ("jsonl", "a.jsonl.zst"), ("wet", "a.wet.gz")])
+def test_an_archive_without_a_byte(tmp_path, source, name):
+    (tmp_path / name).touch()
+    sentence, left, damages = refusal_and_rest(DataConfig(source, str(tmp_path / name)))
+    assert name in sentence and left == [] and damages.count == 1
+
+
+def test_a_tab_separates_where_the_file_says_so_and_not_its_folder(tmp_path):
+    (tmp_path / "x.tsv.d").mkdir()
+    (tmp_path / "x.tsv.d/a.csv").write_text("id,text\n1,first\n")
+    (tmp_path / "x.tsv.d/b.tsv.gz").write_bytes(gzip.compress(b"id\ttext\n1\tsecond\n"))
+    found = sources.documents(DataConfig("csv", str(tmp_path / "x.tsv.d/*")))
+    assert [document.text for document in found] == ["first", "second"]
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("text")
+    (document,) = sources.documents(DataConfig("text", str(tmp_path / "*.txt")))
+    assert document.name == f"{tmp_path}/caf\\xe9.txt" and document.text == "text"
 
 
 def test_a_page_that_is_too_large_and_one_in_another_encoding(tmp_path, monkeypatch):

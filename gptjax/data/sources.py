@@ -8,10 +8,11 @@ and `prepare`: it reads parts, and what it leaves is written as parts again, of 
 """
 
 import errno
+import os
 from collections.abc import Iterator
 
 from gptjax.data import files
-from gptjax.data.documents import Damages, DataConfig, Document, Part
+from gptjax.data.documents import RECORD_BYTES, Damages, DataConfig, Document, Part
 from gptjax.data.formats import lines, records, tables, text, web
 from gptjax.errors import Failed, Refused, nearest
 
@@ -64,10 +65,16 @@ def read(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
     Raises: Refused, as `damages` does; Failed, where not the file but the system is at fault.
     """
     offset = None
+    odd = _half_pair(part.path)  # a file name that is no UTF-8, which a document could not be written with
     try:
         for document in READERS[part.source][1](part, data, damages):
             offset = document.offset
-            if not document.text:
+            if odd:
+                document = document._replace(name=os.fsencode(part.path).decode(errors="backslashreplace"))
+            if len(document.text) > RECORD_BYTES:
+                why = f"has {len(document.text):,} characters, and at most {RECORD_BYTES:,} are read"
+                damages(f"{document.name} at {offset}", why, "split it")
+            elif not document.text:
                 damages(f"{document.name} at {offset}", "has an empty document", "remove it")
             elif half := _half_pair(document.text):
                 why = f"has U+{half:04X}, half a surrogate pair, which UTF-8 can't hold"

@@ -68,7 +68,7 @@ def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
     csv.field_size_limit(RECORD_BYTES)
     lines = files.Lines(part, damages)
     texts = (_decoded(lines, line, "surrogateescape") for line in lines)  # of other columns any bytes will do
-    rows = csv.reader(texts, delimiter="\t" if ".tsv" in part.path else ",", strict=True)
+    rows = csv.reader(texts, delimiter="\t" if re.search(r"\.tsv(\.gz|\.zst)?$", part.path) else ",", strict=True)
     header = next(rows, [])
     if data.text_field not in header:
         damages(part.path, f'has no column "{data.text_field}" (it has {listed(header)})', NAME_IT)
@@ -81,7 +81,7 @@ def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
         except StopIteration:
             return
         except csv.Error as error:
-            damages(lines.where, f"is no CSV ({error})", "mend the record that ends here")
+            damages(lines.where, f"is no CSV ({error})", f"mend the record, which begins at byte {offset}")
             continue
         if not row:  # a blank line is no record
             continue

@@ -35,19 +35,23 @@ def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, obj
     """Whole records of a kind: the byte at which each begins, itself, and what it holds, as its HTTP headers say."""
     archives = extra.package("warcio.archiveiterator", f"data.source={part.source}")
     with epath.Path(part.path).open("rb") as stream:
-        records = archives.ArchiveIterator(stream)
+        records, missing = archives.ArchiveIterator(stream), None
+        records.close = lambda: None  # by which it would forget, at the end, what its reader knows
         for record in records:
-            if record.rec_type != kind:
-                continue
-            content = record.content_stream().read(RECORD_BYTES + 1)
+            content = record.content_stream().read(RECORD_BYTES + 1) if record.rec_type == kind else b""
             while record.raw_stream.read(1 << 20):  # what the limit, or the content's own encoding, left of it
                 pass
-            missing = getattr(record.raw_stream, "limit", "some")  # there is none where the length itself is missing
+            told = record.rec_headers.get_header("Content-Length")
+            missing = getattr(record.raw_stream, "limit", "some") if told else "some"
             offset = records.get_record_offset()
             where = f"{part.path} record at byte {offset}"
-            if missing:
+            if missing:  # of whatever kind, since the records after it are missing too
                 damages(where, f"was cut ({missing} bytes of it are missing)", "copy the file again")
             elif len(content) > RECORD_BYTES:
                 damages(where, f"has more than {RECORD_BYTES:,} bytes", "remove it")
-            else:
+            elif record.rec_type == kind:
                 yield offset, record, content
+        # In the midst of a record's or a gzip member's header, the iterator takes a cut for the end.
+        gzipped = records.reader.decompressor
+        if not missing and (not stream.tell() or gzipped and not gzipped.eof):
+            damages(part.path, f"was cut (it ends at byte {stream.tell()})", "copy the file again")
