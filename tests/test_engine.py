@@ -24,11 +24,12 @@ class Step:
     folder: pathlib.Path
     kill: int = -1
     refuse: int = -1
+    by: signal.Signals = signal.SIGKILL
 
     def __call__(self, task, told):
         told(1, 10, 100)
         if task == self.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.by)
         if task == self.refuse:
             raise Refused(f"task {task} is damaged.")
         told(0, 1, 0)
@@ -63,10 +64,11 @@ def test_a_refusal_comes_through(tmp_path, workers, capfd):
     assert run(tmp_path, 3, workers)
 
 
-def test_a_worker_that_is_killed_is_noticed(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_is_noticed(tmp_path, by):
     began = time.monotonic()
-    with pytest.raises(Failed, match="Worker process .* exit code -9 .*: the same command goes on"):
-        run(tmp_path, 4, 2, kill=1)
+    with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: the same command goes on"):
+        run(tmp_path, 4, 2, kill=1, by=by)
     assert time.monotonic() - began < 60
     assert run(tmp_path, 4, 2)[1]
 

@@ -101,7 +101,29 @@ def test_other_files_or_settings_begin_anew(lines, tmp_path, monkeypatch, capsys
     ]:
         with pytest.raises(KeyboardInterrupt):
             prepare(data, BYTE, tmp_path / "store")
-        assert ("going on with" in capsys.readouterr().out) == goes_on
+        printed = capsys.readouterr().out
+        assert ("going on with" in printed) == goes_on
+    assert "beginning anew in" in printed
+
+
+def test_what_was_done_is_kept_where_the_text_is_away_for_a_while(lines, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.merging, "merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(lines, BYTE, tmp_path / "store")
+    before = tree(tmp_path / "store.partial")
+    away = DataConfig(**vars(lines) | {"path": str(tmp_path / "not mounted" / "*.jsonl")})
+    with pytest.raises(Refused, match="matches 0 files"):
+        prepare(away, BYTE, tmp_path / "store")
+    assert tree(tmp_path / "store.partial") == before
+    prepare(lines, BYTE, tmp_path / "store")
+    # A kill between the two last steps leaves it.
+    (tmp_path / "store.partial").mkdir()
+    prepare(lines, BYTE, tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists()
 
 
 def test_two_preparations_of_one_store_refuse_each_other(lines, tmp_path):

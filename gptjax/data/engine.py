@@ -30,9 +30,8 @@ from gptjax import extra
 from gptjax.errors import Failed, Refused
 
 SECONDS = 0.5  # from one look at the workers, and one of their notes, to the next
-GRACE = 5.0  # seconds in which the pool ends that is done with its workers
+GRACE = 10.0  # seconds in which the pool ends that is done with its workers
 PACKAGES = "multiprocess", "datatrove.executor", "loguru"
-ENDED = None, 0, -signal.SIGTERM  # exit codes of a worker that lives, or that datatrove's pool was done with
 
 
 class Told(NamedTuple):
@@ -107,10 +106,10 @@ def _conduct(step: Callable, tasks: int, workers: int, folder: epath.Path, notes
     while thread.is_alive() and not dead:
         thread.join(SECONDS / 5)
         seen.update(multiprocess.active_children())
-        dead = [worker for worker in seen if worker.exitcode not in ENDED]
+        dead = [worker for worker in seen if worker.exitcode not in (None, 0)]
         if dead:
-            # The pool would wait for its result for ever. But of a worker that ended in order the code is lost, where
-            # two threads look at once: then the pool is at its end.
+            # The pool would wait for its result for ever. But it ends its workers itself, by SIGTERM, when it is done
+            # with them, and of one that ended in order the code is lost where two threads look at once.
             thread.join(GRACE)
         if pipe.poll():  # it is closed at the other end
             break

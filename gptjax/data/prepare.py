@@ -63,21 +63,25 @@ def prepared(
     """What `prepare` returns, and whether it was made by this call.
 
     Only one process of a run may call this before the store is there. Refuses a store made from other settings, a
-    corpus that can't be read or split in two, and to work where another does; then nothing stays of what it did. Where
-    it is killed, or a disk is full or fails (Failed), the same call goes on.
+    corpus that can't be read or split in two, and to work where another does; then nothing stays of what it did, but for
+    what an earlier call had done. Where it is killed, or a disk is full or fails (Failed), the same call goes on.
     """
     folder = epath.Path(folder)
     settings = _settings(data, tokenizer, cleaning)
+    partial = folder.with_name(f"{folder.name}.partial")
+    refusal = "is being prepared on", "wait until it is done, stop it, or give another folder in data.store"
     if stores.is_whole(folder):
+        if partial.exists():  # of a process that was killed when all was done, unless it is just about to end
+            with contextlib.suppress(Refused, OSError), owner.locked(partial, *refusal):
+                partial.rmtree()
         return _reuse(folder, settings, tokenizer), False
     if folder.is_file() or folder.exists() and any(folder.iterdir()):
         raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
     clean.check_ready(cleaning)
     _check(data)
-    partial = folder.with_name(f"{folder.name}.partial")
-    refusal = "is being prepared on", "wait until it is done, stop it, or give another folder in data.store"
     with owner.locked(partial, *refusal):
+        begun = (partial / "work.json").exists()
         try:
             made = not stores.is_whole(folder)  # another run may have made it meanwhile
             if made:
@@ -91,7 +95,8 @@ def prepared(
                 "data.store; the same command goes on."
             ) from error
         except Refused:
-            partial.rmtree()
+            if not begun:  # of hours of work before, a path that is not mounted now is no reason to drop anything
+                partial.rmtree()
             raise
         partial.rmtree()
     return stores.Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
@@ -213,6 +218,8 @@ def _corpus(data: DataConfig, parts: list[Part], folder: epath.Path, settings: d
     if (folder / "work.json").exists() and (folder / "work.json").read_text() == work:
         print(f"going on with what was prepared in {folder}", flush=True)
         return corpus, len(tasks)
+    if (folder / "work.json").exists():
+        print(f"beginning anew in {folder}, where other files or settings were being prepared", flush=True)
     for path in folder.iterdir():
         if path.is_dir():
             path.rmtree()
