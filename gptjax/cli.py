@@ -145,6 +145,7 @@ def parser() -> Parser:
         else:
             one.add_argument("--tokenizers", default="", help="PATH,PATH,… or byte; without it, the config's own")
             one.add_argument("--json", action="store_true", help="print one JSON object")
+        one.add_argument("--workers", type=int, default=1, help="processes that read the corpus; 1 is this one alone")
 
     one = verb("data", verbs.data, "prepare a corpus, or look at what is in it")
     actions = one.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -16,8 +16,10 @@ from gptjax.errors import Failed, Refused
 COMPARED_BYTES = 64 << 20
 
 
-def train(config: Config, target: epath.Path) -> None:
+def train(config: Config, target: epath.Path, workers: int) -> None:
     """Trains the tokenizer of a config on its training documents, and writes it to a folder for `tokenizer.path`.
+
+    workers: processes that read the corpus.
 
     Raises: Refused, Failed.
     """
@@ -30,7 +32,7 @@ def train(config: Config, target: epath.Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"--target={target} exists and is no empty folder: give another.")
     try:
-        made = tokenizers.train(config.tokenizer, prepare.training_texts(config.data, config.clean), target)
+        made = tokenizers.train(config.tokenizer, prepare.training_texts(config.data, config.clean, workers), target)
     except OSError as error:  # a part of it would be no empty folder
         with contextlib.suppress(OSError):
             target.rmtree()
@@ -40,11 +42,12 @@ def train(config: Config, target: epath.Path) -> None:
     print(f"{target}: {made.vocab_size} ids, hash {made.hash[:12]}; use it by --config.tokenizer.path={target}")
 
 
-def compare(config: Config, paths: list[str]) -> dict:
+def compare(config: Config, paths: list[str], workers: int) -> dict:
     """How tokenizers do on the held-out text of a config's data.
 
     paths: as `tokenizer.existing` takes them; if there are none, the config's own tokenizer is compared, which must
-    not be in need of training. They take turns on each part of the text, so that other load falls on all.
+    not be in need of training. They take turns on each part of the text, so that other load falls on all. workers:
+    processes that read the corpus.
     """
     if not paths and config.tokenizer.trained:
         raise Refused(
@@ -55,7 +58,7 @@ def compare(config: Config, paths: list[str]) -> dict:
     paths = paths or [config.tokenizer.path or "byte"]
     rows = [_Row(path, tokenizers.existing(path)) for path in paths]
     documents, num_bytes = 0, 0
-    for batch in pieces.batches(prepare.heldout_documents(config.data, config.clean)):
+    for batch in pieces.batches(prepare.heldout_documents(config.data, config.clean, workers)):
         documents, num_bytes = documents + len(batch), num_bytes + sum(len(d.text.encode()) for d in batch)
         for row in rows:
             row.add(batch)

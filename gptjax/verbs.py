@@ -257,6 +257,11 @@ def scale(args: argparse.Namespace) -> None:
     print(f"wrote {folder}/scale.json and {folder}/scale.png", file=sys.stderr)
 
 
+def _check_workers(args: argparse.Namespace) -> None:
+    if args.workers < 1:
+        raise Refused(f"--workers={args.workers} must be at least 1.")
+
+
 def data(args: argparse.Namespace) -> None:
     from gptjax import lifeline
 
@@ -271,8 +276,7 @@ def prepare(args: argparse.Namespace) -> None:
     from gptjax.data.prepare import prepare
 
     loaded = config_file.load(args.config, args.overrides)
-    if args.workers < 1:
-        raise Refused(f"--workers={args.workers} must be at least 1.")
+    _check_workers(args)
     if bool(args.workdir) == bool(loaded.data.store):
         raise Refused(
             f'--workdir is "{args.workdir}" and data.store is "{loaded.data.store}": give one of them, which says '
@@ -363,10 +367,11 @@ def tokenizer(args: argparse.Namespace) -> None:
 
     from gptjax import config_file, tokenizing
 
+    _check_workers(args)
     loaded = config_file.load(args.config, args.overrides)
     if args.action == "train":
-        tokenizing.train(loaded, epath.Path(args.target))
+        tokenizing.train(loaded, epath.Path(args.target), args.workers)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # the progress of reading; stdout has the result alone
-            found = tokenizing.compare(loaded, args.tokenizers.split(",") if args.tokenizers else [])
+            found = tokenizing.compare(loaded, args.tokenizers.split(",") if args.tokenizers else [], args.workers)
         print(json.dumps(found) if args.json else tokenizing.table(found))

