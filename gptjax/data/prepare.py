@@ -75,7 +75,7 @@ def prepared(
             with contextlib.suppress(Refused, OSError), owner.locked(partial, *refusal):
                 partial.rmtree()
         return _reuse(folder, settings, tokenizer), False
-    partly_moved = "://" in str(folder) and (partial / "work.json").exists()  # as `_move` may leave it
+    partly_moved = (partial / "moving").exists()  # as `_move` may leave it
     if not partly_moved and (folder.is_file() or folder.exists() and any(folder.iterdir())):
         raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
@@ -86,6 +86,8 @@ def prepared(
         try:
             made = not stores.is_whole(folder)  # another run may have made it meanwhile
             if made:
+                if partly_moved and folder.exists():
+                    folder.rmtree()
                 _build(data, tokenizer, cleaning, partial, settings, workers)
                 _move(partial / "store", folder)
         except OSError as error:
@@ -103,14 +105,13 @@ def prepared(
 
 def _move(made: epath.Path, folder: epath.Path) -> None:
     """Puts a whole store in its place, where nothing is. A bucket moves object by object: there the manifest goes last,
-    and what a kill left of it is moved again."""
+    and what a kill left of it `prepared` removes, by the file `moving`."""
+    if folder.exists():
+        folder.rmdir()  # empty, as `prepared` has seen; a rename has to make it
     if "://" not in str(folder):
-        if folder.exists():
-            folder.rmdir()  # empty, as `prepared` has seen; a rename has to make it
         made.rename(folder)
         return
-    if folder.exists():
-        folder.rmtree()
+    (made.parent / "moving").write_text("")  # from now on what is there is ours
     manifest = (made / "manifest.json").read_bytes()
     (made / "manifest.json").unlink()
     made.rename(folder)
