@@ -99,7 +99,8 @@ def prepared(
             if not begun:  # of hours of work before, a path that is not mounted now is no reason to drop anything
                 partial.rmtree()
             raise
-        partial.rmtree()
+        with contextlib.suppress(OSError):  # the store is whole: what is left, or went already, is for the next call
+            partial.rmtree()
     return stores.Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
 
 
@@ -236,6 +237,7 @@ def _corpus(data: DataConfig, parts: list[Part], folder: epath.Path, settings: d
         return corpus, len(tasks)
     if (folder / "work.json").exists():
         print(f"beginning anew in {folder}, where other files or settings were being prepared", flush=True)
+    (folder / "work.json").unlink(missing_ok=True)  # first: without all that it speaks of nothing can go on
     for path in folder.iterdir():
         if path.is_dir():
             path.rmtree()
@@ -375,6 +377,7 @@ def _tokenize(data: DataConfig, corpus: pieces.Corpus, survey: _Survey, folder: 
     results = [pieces.result(step.folder, task) for task in range(len(survey.tasks))]
     for before, now in zip(survey.tasks, results):
         if before["digest"] != now["digest"]:
+            (folder / "work.json").unlink()  # so that the next call begins anew, and not with what this one counted
             raise Refused(
                 f"The files of data.source={data.source} changed while they were read: {before['documents']} documents "
                 f"of {before['bytes']} bytes at first, then {now['documents']} of {now['bytes']}: prepare again when "

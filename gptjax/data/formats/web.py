@@ -41,7 +41,7 @@ def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, obj
             content = record.content_stream().read(RECORD_BYTES + 1) if record.rec_type == kind else b""
             while record.raw_stream.read(1 << 20):  # what the limit, or the content's own encoding, left of it
                 pass
-            told = record.rec_headers.get_header("Content-Length")
+            told = record.rec_headers.get_header("Content-Length") or record.rec_headers.get_header("length")  # of ARC
             missing = getattr(record.raw_stream, "limit", "some") if told else "some"
             offset = records.get_record_offset()
             where = f"{part.path} record at byte {offset}"
