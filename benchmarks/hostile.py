@@ -128,13 +128,13 @@ def put(path: pathlib.Path, content: bytes | str) -> None:
 
 def one_at_a_time(folder: pathlib.Path, files: dict[str, bytes]):
     """Returns: put(name, content) for these files of a folder, which first mends the one that it damaged before."""
-    damaged = []
+    damaged = ""
 
     def put_one(name: str, content: bytes | str) -> None:
-        while damaged:
-            last = damaged.pop()
-            put(folder / last, files[last])
-        damaged.append(name)
+        nonlocal damaged
+        if damaged:
+            put(folder / damaged, files[damaged])
+        damaged = name
         put(folder / name, content)
 
     return put_one

@@ -64,7 +64,7 @@ def serve(run: Run, name: str, where: socket.socket, rows: int, context: int) ->
       rows, context: texts that are decoded at once, and the tokens of each, for which memory is taken at the start.
     """
     host, port = where.getsockname()[:2]
-    server = Server(uvicorn.Config(None, log_level="warning", timeout_graceful_shutdown=5, lifespan="off"))
+    server = Server(uvicorn.Config(None, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
     failed = []
 
     def fail() -> None:

@@ -3,8 +3,9 @@
     python tests/signalled.py PHASE STEP SECONDS SIGNAL[,SIGNAL…] FLAGS…
 
 So many seconds after it enters the phase for the first time from that step on (0: in the phase, however short it is; of
-training they count from its first step), the first signal comes, and the others 1.2 s apart. Prints `signalled TIME while PHASE` at each, in seconds since 1970. With SAVE_SECONDS in the environment
-a save takes at least so long from the phase on.
+training they count from its first step), the first signal comes, and the others 1.2 s apart. Prints `signalled TIME
+while PHASE` at each, in seconds since 1970. With SAVE_SECONDS in the environment a save takes at least so long from the
+phase on.
 """
 
 import contextlib

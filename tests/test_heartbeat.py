@@ -137,9 +137,13 @@ def test_two_processes_of_which_each_fails_in_another_way_end_as_if_nothing_had_
 
     processes = start(2, corpus, folder)
     past(folder, 21, processes)
-    found = status.status(epath.Path(folder))
+    for _ in range(5):  # each writes its own beat, up to a second after the other
+        found = status.status(epath.Path(folder))
+        if found["slowest"]["steps_behind"] in (0, 1):
+            break
+        time.sleep(0.05)
     assert [fact["running"] for fact in found["processes"]] == [True, True]
-    assert found["slowest"]["steps_behind"] < 10 and "the slowest is process" in status.text(found)
+    assert found["slowest"]["steps_behind"] in (0, 1) and "the slowest is process" in status.text(found)
     processes[1].send_signal(signal.SIGTERM)
     (code_0, err_0), (code_1, err_1) = ended(processes, 60)
     assert (code_0, code_1) == (75, 75)

@@ -162,9 +162,12 @@ def test_a_run_of_two_slices_survives_a_preemption(cloud):
     assert code == 0 and not cloud.calls()
 
     def told(commands):
-        """Two nodes are asked at once, in either order, and as often as it takes; the tarball's folder is new each time."""
-        lines = {" ".join(word for word in words if not word.endswith("/gptjax.tar.gz")) for words in commands}
-        return sorted(line for line in lines if not re.search("worker.sh follow [1-9]", line))
+        """Two nodes are asked at once, in either order, and looked at as often as it takes until both have ended; the
+        tarball lies in another folder each time."""
+        lines = [" ".join(word for word in words if not word.endswith("/gptjax.tar.gz")) for words in commands]
+        looks = {line for line in lines if "worker.sh status" in line}
+        again = re.compile("worker.sh follow [1-9]")
+        return sorted(looks), sorted(line for line in lines if line not in looks and not again.search(line))
 
     assert told(real) == told(shlex.split(line) for line in out.splitlines())
 

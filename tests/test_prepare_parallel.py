@@ -126,6 +126,48 @@ def test_what_was_done_is_kept_where_the_text_is_away_for_a_while(lines, tmp_pat
     assert not (tmp_path / "store.partial").exists()
 
 
+def test_files_that_changed_while_it_was_stopped_begin_anew_at_the_next_call(tmp_path, monkeypatch):
+    """At equal length, which is not seen before the text is read again."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    file, data = tmp_path / "a.jsonl", DataConfig("jsonl", str(tmp_path / "a.jsonl"), heldout_fraction=0.1)
+    write = lambda word: file.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(99)))
+    write("one")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_tokenize", stop)
+        prepare(data, BYTE, tmp_path / "store")
+    write("two")
+    with pytest.raises(Refused, match="changed while they were read"):
+        prepare(data, BYTE, tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists()
+    assert b"two" in bytes(prepare(data, BYTE, tmp_path / "store").split("train").read([0], 9)[0].astype("uint8"))
+
+
+def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
+    """With some of the earlier work away, none of it is gone on with."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    real = type(epath.Path(tmp_path)).rmtree
+
+    def removed(path):
+        real(path)
+        if path.name == "tasks":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.merging, "merge", stop)
+        prepare(lines, BYTE, tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(epath.Path(tmp_path)), "rmtree", removed)
+        prepare(DataConfig(**vars(lines) | {"heldout_fraction": 0.3}), BYTE, tmp_path / "store")
+    assert not (tmp_path / "store.partial" / "tasks").exists()
+    assert prepare(lines, BYTE, tmp_path / "store")
+
+
 def test_two_preparations_of_one_store_refuse_each_other(lines, tmp_path):
     with owner.locked(epath.Path(tmp_path / "store.partial"), "is", "wait"):
         before = tree(tmp_path)

@@ -197,6 +197,20 @@ def test_an_archive_cut_anywhere(tmp_path, name):
     assert unseen == [size for end in ends for size in range(end - blank, end + 1)]
 
 
+def test_an_archive_of_before_warc(tmp_path):
+    """ARC, whose records tell their length by another name."""
+    page = b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html><body><p>%s</p></body></html>" % (b"A page. " * 20)
+    about = b"1 0 test\nURL IP-address Archive-date Content-type Archive-length\n"
+    head = b"http://a 127.0.0.1 20080101000000 text/html %d\n" % len(page)
+    path = tmp_path / "a.arc"
+    path.write_bytes(b"filedesc://a.arc 127.0.0.1 20080101000000 text/plain %d\n%s\n%s%s\n" % (len(about), about, head, page))
+    (document,) = sources.documents(DataConfig("warc", str(path)))
+    assert document.text.startswith("A page. A page.")
+    spoil(path, lambda content: content[:-40])
+    sentence, left, damages = refusal_and_rest(DataConfig("warc", str(path)))
+    assert " was cut (39 bytes of it are missing)" in sentence and left == [] and damages.count == 1
+
+
 def test_a_row_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "RECORD_BYTES", 1000)
     pq.write_table(pa.table({"text": ["a", "x" * 1001, "b"]}), tmp_path / "a.parquet")

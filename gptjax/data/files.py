@@ -80,9 +80,10 @@ def matching(path: str) -> list[epath.Path]:
 def opened(path: str) -> BinaryIO:
     """A file's bytes, decompressed where its name says that it is compressed."""
     file = untrusted.opened(epath.Path(path))
-    if path.endswith(COMPRESSED) and not file.read(1):
-        raise EOFError("it is empty, which no compressed file is")
-    file.seek(0)
+    if path.endswith(COMPRESSED):
+        if not file.read(1):
+            raise EOFError("it is empty, which no compressed file is")
+        file.seek(0)
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):

@@ -63,8 +63,8 @@ def prepared(
     """What `prepare` returns, and whether it was made by this call.
 
     Only one process of a run may call this before the store is there. Refuses a store made from other settings, a
-    corpus that can't be read or split in two, and to work where another does; then nothing stays of what it did, but for
-    what an earlier call had done. Where it is killed, or a disk is full or fails (Failed), the same call goes on.
+    corpus that can't be read or split in two, and to work where another does; then nothing stays of what it did, unless
+    it was going on with what an earlier call had done. Where it is killed, or a disk is full or fails (Failed), the same call goes on.
     """
     folder = epath.Path(folder)
     settings = _settings(data, tokenizer, cleaning)
@@ -82,7 +82,7 @@ def prepared(
     clean.check_ready(cleaning)
     _check(data)
     with owner.locked(partial, *refusal):
-        begun = (partial / "work.json").exists()
+        earlier = _work(partial)
         try:
             made = not stores.is_whole(folder)  # another run may have made it meanwhile
             if made:
@@ -96,7 +96,8 @@ def prepared(
                 "data.store; the same command goes on."
             ) from error
         except Refused:
-            if not begun:  # of hours of work before, a path that is not mounted now is no reason to drop anything
+            # What an earlier call had done is kept as long as it is of use: a path may be mounted again.
+            if not earlier or _work(partial) != earlier:
                 partial.rmtree()
             raise
         with contextlib.suppress(OSError):  # the store is whole: what is left, or went already, is for the next call
@@ -226,16 +227,23 @@ def surveyed(data: DataConfig, cleaning: CleanConfig, folder: epath.Path, settin
     return corpus, survey, lost if extracted else _lost(survey.tasks), cleaned
 
 
+def _work(folder: epath.Path) -> str:
+    """What is prepared in a folder, as `_corpus` wrote it; "" where nothing is."""
+    path = folder / "work.json"
+    return path.read_text() if path.exists() else ""
+
+
 def _corpus(data: DataConfig, parts: list[Part], folder: epath.Path, settings: dict) -> tuple[pieces.Corpus, int]:
     """The corpus that is prepared in `folder`, and its number of tasks; whatever else is there is removed."""
     tasks = _tasks(parts)
     listed = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
     work = json.dumps({"settings": settings, "parts": listed}, sort_keys=True)
     corpus = pieces.Corpus(data, folder / "tasks")
-    if (folder / "work.json").exists() and (folder / "work.json").read_text() == work:
+    earlier = _work(folder)
+    if earlier == work:
         print(f"going on with what was prepared in {folder}", flush=True)
         return corpus, len(tasks)
-    if (folder / "work.json").exists():
+    if earlier:
         print(f"beginning anew in {folder}, where other files or settings were being prepared", flush=True)
     (folder / "work.json").unlink(missing_ok=True)  # first: without all that it speaks of nothing can go on
     for path in folder.iterdir():
@@ -377,7 +385,7 @@ def _tokenize(data: DataConfig, corpus: pieces.Corpus, survey: _Survey, folder: 
     results = [pieces.result(step.folder, task) for task in range(len(survey.tasks))]
     for before, now in zip(survey.tasks, results):
         if before["digest"] != now["digest"]:
-            (folder / "work.json").unlink()  # so that the next call begins anew, and not with what this one counted
+            (folder / "work.json").unlink()  # what was counted is of no use to another call
             raise Refused(
                 f"The files of data.source={data.source} changed while they were read: {before['documents']} documents "
                 f"of {before['bytes']} bytes at first, then {now['documents']} of {now['bytes']}: prepare again when "

@@ -74,7 +74,8 @@ class HuggingFaceTokenizer:
         return self._counted(self._ids(text), text, size)
 
     def encode_batch(self, texts: list[str], threads: int = -1) -> list[np.ndarray]:
-        os.environ["TOKENIZERS_PARALLELISM"] = str(threads != 1).lower()  # which the library reads at each call
+        if threads == 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of this process from now on: who asks for it is a worker
         sizes = [len(exact.utf8(text)) for text in texts]
         return [self._counted(ids, text, size) for ids, text, size in zip(self._all_ids(texts), texts, sizes)]
 

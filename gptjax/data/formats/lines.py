@@ -68,7 +68,8 @@ def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
     csv.field_size_limit(RECORD_BYTES)
     lines = files.Lines(part, damages)
     texts = (_decoded(lines, line, "surrogateescape") for line in lines)  # of other columns any bytes will do
-    rows = csv.reader(texts, delimiter="\t" if re.search(r"\.tsv(\.gz|\.zst)?$", part.path) else ",", strict=True)
+    tabs = part.path.endswith((".tsv", *(f".tsv{end}" for end in files.COMPRESSED)))
+    rows = csv.reader(texts, delimiter="\t" if tabs else ",", strict=True)
     header = next(rows, [])
     if data.text_field not in header:
         damages(part.path, f'has no column "{data.text_field}" (it has {listed(header)})', NAME_IT)
