@@ -151,10 +151,11 @@ def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    real = type(epath.Path(tmp_path)).rmtree
+    kind = type(epath.Path(tmp_path))
+    rmtree, iterdir = kind.rmtree, kind.iterdir
 
     def removed(path):
-        real(path)
+        rmtree(path)
         if path.name == "tasks":
             raise KeyboardInterrupt
 
@@ -162,7 +163,8 @@ def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
         patch.setattr(module.merging, "merge", stop)
         prepare(lines, BYTE, tmp_path / "store")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(epath.Path(tmp_path)), "rmtree", removed)
+        patch.setattr(kind, "rmtree", removed)
+        patch.setattr(kind, "iterdir", lambda path: iter(sorted(iterdir(path))))  # work.json, the worst order, last
         prepare(DataConfig(**vars(lines) | {"heldout_fraction": 0.3}), BYTE, tmp_path / "store")
     assert not (tmp_path / "store.partial" / "tasks").exists()
     assert prepare(lines, BYTE, tmp_path / "store")
