@@ -4,7 +4,7 @@
         --config.data.source=text --config.data.path='gs://BUCKET/corpus/*.txt'
 
 Hardware: 256 chips of TPU v5e or v6e. 240,000 updates of 4.2M tokens are 1.0T tokens.
-Plan (compiled, not run): v5e:16x16 9.0 of 15.75 GiB a chip, MFU at most 56 %; v6e:16x16 9.5 of 31.2 GiB, at most 39 %
+Plan (compiled, not run): v5e:16x16 9.0 of 15.75 GiB a chip, MFU at most 68 %; v6e:16x16 9.5 of 31.2 GiB, at most 45 %
 by an assumed clock. No loss or speed is claimed.
 """
 

@@ -21,10 +21,14 @@ class Memory(NamedTuple):
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """The compiler's layout. Its own peak leaves temporaries out on CPUs, is missing on GPUs, and counts what was put
-    into the host's memory on TPUs: then it is all parts at once.
+    """The compiler's layout."""
+    return laid_out(compiled.memory_analysis())
+
+
+def laid_out(m) -> Memory:
+    """A layout from the compiler's statistics (`memory_analysis`). Its own peak leaves temporaries out on CPUs, is
+    missing on GPUs, and counts what was put into the host's memory on TPUs: then it is all parts at once.
     """
-    m = compiled.memory_analysis()
     told = getattr(m, "peak_memory_in_bytes", 0)
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
     total = m.argument_size_in_bytes + outputs + m.temp_size_in_bytes
@@ -94,7 +98,7 @@ def readable(op_name: str) -> str:
     """`jit(f)/while/body/transpose(jvp(mlp))/BTD,DF->BTF/dot_general` as `backward: mlp/BTD,DF->BTF/dot_general`."""
     way = "backward: " if "transpose(jvp" in op_name else "forward: " if "jvp(" in op_name else ""
     noise = r"jit\(\w+\)|(transpose\()?jvp\(\)+|forward_backward|while|body|cond|closed_call|checkpoint|"
-    noise += "rematted_computation|shard_map"
+    noise += "rematted_computation|shard_map|eval_jaxpr"
     words = [word for word in op_name.split("/") if not re.fullmatch(noise, word)]
     words = [re.sub(r"^(transpose\()?jvp\((.*?)\)+$", r"\2", word) for word in words]
     # A kernel's path says its name several times.

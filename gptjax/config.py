@@ -11,7 +11,7 @@ import math
 import jax
 from ml_collections import ConfigDict
 
-from gptjax import evaluate, lora, optimizer, recovery, sharding, stopping
+from gptjax import compiler, evaluate, lora, optimizer, recovery, sharding, stopping
 from gptjax.checkpoint import CheckpointConfig
 from gptjax.data import augment, clean, curriculum, packing
 from gptjax.data.augment import AugmentConfig
@@ -51,6 +51,7 @@ class Config:
     sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
     init_from: str = ""  # a workdir whose model a new run begins with; empty: with weights that are drawn
     init_step: int = -1  # the checkpoint there; -1 is the newest
+    compiler_options: str = ""  # of XLA for the train step, NAME=VALUE,…; another platform's are passed over (compiler.py)
     lora: LoraConfig = LoraConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -95,13 +96,16 @@ class Config:
 # sees depends on these. A section stands for all its keys.
 FREE_KEYS = (
     "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
-    "tracker", "sample_prompt", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks", "stopping", "recovery", "watchdog", "model.dropout",
-    "model.remat", "model.scan_unroll", "model.isolate_products", "model.dtype", "optimizer.peak_learning_rate", "optimizer.schedule",
+    "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks", "stopping", "recovery", "watchdog", "model.dropout",
+    "model.remat", "model.scan_unroll", "model.dtype", "optimizer.peak_learning_rate", "optimizer.schedule",
     "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
     "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
     "optimizer.offload", "data.store",
 )  # fmt: skip
 
+# What runs of earlier versions name in their config.json, and what never changed more than their speed: passed over
+# there, so that their checkpoints stay readable.
+RETIRED_KEYS = ("model.isolate_products",)
 
 MAX_JSON_BYTES = 1 << 20  # of a config.json
 
@@ -131,6 +135,8 @@ def _build(kind, values, prefix):
         raise Refused(f"{prefix.removesuffix('.') or 'config'}={shown(values)} is no section of keys.")
     made = {}
     for key, value in values.items():
+        if prefix + str(key) in RETIRED_KEYS:
+            continue
         if key not in fields:
             raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
         expected = fields[key].type
@@ -216,6 +222,7 @@ def resolve(config: Config) -> Config:
             f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
             "would not know where prompts end: put it off."
         )
+    compiler.options(config.compiler_options)
     lora.check(config.lora, config.init_from)
     optimizer.check(config.optimizer, config.num_steps)
     if config.model.mup_base_width and config.optimizer.name == "adafactor":
@@ -267,7 +274,7 @@ def differences(old: dict, new: Config) -> list[str]:
     """
 
     def bound(key: str) -> bool:
-        return not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        return not any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *RETIRED_KEYS))
 
     # What a run of an earlier version does not name had no effect on it, and that is what a default is.
     old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))

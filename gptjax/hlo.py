@@ -56,6 +56,8 @@ def parse(text: str) -> Program:
         elif current is not None and re.match(r"\}($|, execution_thread)|\s+(ROOT )?%[\w.\-]+ = ", line):
             if pending:
                 made = instruction(pending)
+                for name in made.operands:
+                    add_element(current, name)
                 current[made.name] = made
             pending = line
             if line.startswith("}"):
@@ -75,8 +77,29 @@ def instruction(line: str) -> Instruction:
     start = rest.index("(")
     end = closing(rest, start)
     opcode, inside = rest[:start], rest[start + 1 : end]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) if opcode not in ("parameter", "constant") else (inside,)
+    operands = tuple(re.findall(r"%([\w.\-#]+)", inside)) if opcode not in ("parameter", "constant") else (inside,)
     return Instruction(name, shape, opcode, operands, rest[end + 1 :])
+
+
+def add_element(siblings: dict[str, Instruction], name: str) -> None:
+    """Adds what an operand `tuple#1` stands for, which programs since jax 0.11 write so: a get-tuple-element."""
+    whole, _, index = name.rpartition("#")
+    if whole and name not in siblings:
+        add_element(siblings, whole)
+        shape = elements(siblings[whole].shape)[int(index)]
+        siblings[name] = Instruction(name, shape, "get-tuple-element", (whole,), f"index={index}")
+
+
+def elements(shape: str) -> list[str]:
+    """The shapes in a tuple's."""
+    depth, found = 0, [""]
+    for letter in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [each.strip() for each in found]
 
 
 def closing(text: str, start: int) -> int:

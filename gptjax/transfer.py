@@ -22,7 +22,7 @@ from gptjax.tokenizers.exact import RESERVED
 from gptjax.update import TrainState
 
 # What a model may be trained with otherwise: the same weights, with these, are the same function of a text.
-FREE = {"dropout", "remat", "isolate_products", "scan_unroll", "dtype", "param_dtype"}
+FREE = {"dropout", "remat", "scan_unroll", "dtype", "param_dtype"}
 
 
 def check(config: Config, folder: epath.Path) -> None:

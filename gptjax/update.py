@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gptjax import sharding
+from gptjax import compiler, sharding
 from gptjax.checkpoint import placed
 from gptjax.config import Config
 from gptjax.data import stream
@@ -128,9 +128,12 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.Abstra
 
 
 def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
-    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand."""
-    batch = abstract_batch(config, mesh)
-    return train_step.lower(state, batch, config=config, vocab_size=vocab_size).compile()
+    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand.
+
+    Raises: Refused, by the compiler for its options.
+    """
+    lowered = train_step.lower(state, abstract_batch(config, mesh), config=config, vocab_size=vocab_size)
+    return compiler.compile(lowered, config.compiler_options, mesh.devices.flat[0].platform)
 
 
 def weights(state: TrainState) -> Transformer:

@@ -292,6 +292,15 @@ def test_differences_of_an_average_and_of_other_versions():
     assert differences(there, parse(dict(model=dict(mup_base_width=64)))) == ["model.mup_base_width (0 there, 64 here)"]
 
 
+def test_a_run_of_an_earlier_version_names_retired_keys(tmp_path):
+    there = dataclasses.asdict(parse({}))
+    there["model"]["isolate_products"] = True
+    assert parse(there) == parse({}) and differences(there, parse({})) == []
+    path = write(tmp_path, "config.model.isolate_products = True")
+    with pytest.raises(Refused, match='unknown key "isolate_products"'):
+        load(path, {})
+
+
 def test_free_keys_exist():
     keys = flatten(default())
     sections = {key.partition(".")[0] for key in keys if "." in key}

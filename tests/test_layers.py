@@ -54,6 +54,7 @@ ROWS = (
         "owner",
         "topology",
         "compiled",
+        "compiler",
         "collectives",
         "flops",
         "hlo",

@@ -56,7 +56,6 @@ class ModelConfig:
     mup_base_width: int = 0  # embed_dim at which the learning rate was tuned, for wider ones: see `widened`; 0 is off
     mup_base_head_dim: int = 0  # head_dim there; 0: this one, wider models having more heads and not larger ones
     remat: str = "none"  # what the backward pass finds in memory: models/remat.py
-    isolate_products: bool = False  # lets XLA fuse nothing into matrix products: see `Block.alone`
     scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
     param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, and rounded to it

@@ -94,23 +94,14 @@ class Block(nnx.Module):
 
     # What follows runs inside `manual`, on this device's rows, heads and part of the MLP.
 
-    def alone(self, x):
-        """Under `isolate_products` a barrier, so that no product or gradient of one is fused with its neighbours.
-
-        On TPU v5p at width 8192 fused products take 5 to 70 % more cycles by the compiler's own estimate; on narrow
-        models, and where memory is slow beside the matrix units, what is saved by fusing counts for more
-        (benchmarks/NOTES.md, Products).
-        """
-        return jax.lax.optimization_barrier(x) if self.config.isolate_products else x
-
     def project(self, equation: str, x, weight: nnx.Param, bias: nnx.Param | None = None):
         """A matrix product in the compute dtype, and its bias."""
-        y = self.alone(product(equation, x, weight))
+        y = product(equation, x, weight)
         return y if bias is None else y + bias[...].astype(y.dtype)
 
     def heads(self, x_BTD, rotation, sequence):
         """Queries, keys and values of every position."""
-        h_BTD = self.alone(gather_sequence(self.norm_attention(x_BTD), sequence))
+        h_BTD = gather_sequence(self.norm_attention(x_BTD), sequence)
         q_BTNH = self.project("BTD,DNH->BTNH", h_BTD, self.query, self.query_bias)
         k_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.key, self.key_bias)
         v_BTKH = self.project("BTD,DKH->BTKH", h_BTD, self.value, self.value_bias)
@@ -124,11 +115,11 @@ class Block(nnx.Module):
 
     def mix(self, a_BTNH, sequence):
         """What attention adds to the stream."""
-        a_BTD = reduce_sequence(self.project("BTNH,NHD->BTD", self.alone(a_BTNH), self.output), sequence)
+        a_BTD = reduce_sequence(self.project("BTNH,NHD->BTD", a_BTNH, self.output), sequence)
         return a_BTD if self.output_bias is None else a_BTD + self.output_bias[...].astype(a_BTD.dtype)
 
     def widen(self, x_BTD, sequence):
-        h_BTD = self.alone(gather_sequence(self.norm_mlp(x_BTD), sequence))
+        h_BTD = gather_sequence(self.norm_mlp(x_BTD), sequence)
         u_BTF = checkpoint_name(self.project("BTD,DF->BTF", h_BTD, self.up, self.up_bias), "mlp_up")
         activation = ACTIVATIONS[self.config.activation]
         if self.gate is None:
@@ -137,7 +128,7 @@ class Block(nnx.Module):
 
     def narrow(self, u_BTF, sequence):
         """What the MLP adds to the stream."""
-        m_BTD = reduce_sequence(self.project("BTF,FD->BTD", self.alone(u_BTF), self.down), sequence)
+        m_BTD = reduce_sequence(self.project("BTF,FD->BTD", u_BTF, self.down), sequence)
         return m_BTD if self.down_bias is None else m_BTD + self.down_bias[...].astype(m_BTD.dtype)
 
 

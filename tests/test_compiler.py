@@ -1,0 +1,56 @@
+"""XLA's options: which reach the compiler, and what it is told when they are wrong."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import training
+from gptjax import compiler, config, update
+from gptjax.errors import Refused
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    return jax.jit(lambda x: jnp.sin(x) + jnp.cos(x)).lower(jnp.ones(8))
+
+
+def test_of_a_text():
+    assert compiler.options("") == {}
+    assert compiler.options("xla_a=1, xla_b=two") == {"xla_a": "1", "xla_b": "two"}
+
+
+@pytest.mark.parametrize("text, word", [
+    ("--xla_a=1", "--xla_a=1"), ("xla_a", "xla_a"), ("xla_a=", "xla_a="), ("xla_a=1,", ""), ("a=1", "a=1"),
+    ("xla_a=1=2", "xla_a=1=2"),
+])  # fmt: skip
+def test_bad_forms_are_refused_with_the_config(text, word):
+    with pytest.raises(Refused, match=f'compiler_options="{text}" has "{word}", which is not of the form xla_NAME=VALUE'):
+        config.parse(dict(compiler_options=text))
+
+
+def test_they_reach_the_compiler(lowered, tmp_path):
+    dumped = compiler.compile(lowered, f"xla_dump_to={tmp_path}", "cpu")
+    assert dumped(jnp.zeros(8)).sum() == 8
+    assert list(tmp_path.glob("*after_optimizations*"))
+
+
+def test_those_of_another_platform_are_passed_over(lowered):
+    compiler.compile(lowered, "xla_tpu_scoped_vmem_limit_kib=98304,xla_gpu_nothing=1", "cpu")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("xla_cpu_nothing=1", "No such compile option: 'xla_cpu_nothing'"),
+    ("xla_backend_optimization_level=no", "'no' is not a valid int32 value"),
+])  # fmt: skip
+def test_what_the_compiler_does_not_know(lowered, text, words):
+    with pytest.raises(Refused) as refusal:
+        compiler.compile(lowered, text, "cpu")
+    assert f'compiler_options="{text}" is refused by the compiler of this cpu' in str(refusal.value)
+    assert words in str(refusal.value)
+
+
+def test_a_train_step_is_compiled_with_them():
+    its = training.tiny(compiler_options="xla_cpu_nothing=1")
+    mesh = training.mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh), pytest.raises(Refused, match="xla_cpu_nothing"):
+        update.compile_step(its, 257, update.abstract_state(its, 257, mesh), mesh)
