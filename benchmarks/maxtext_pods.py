@@ -6,8 +6,8 @@
 No TPU is needed; libtpu is, of one version in both environments. MaxText does not declare what it imports: see its base
 requirements. Its settings are those that it publishes for these machines, but for AdamW in all rows and the compiler's
 options, which are the same on both sides; its own `train_compile` compiles its own step, and what the compiler says of
-it is read by the reader of `gptjax plan`: the peak's bytes of a chip, and the compiler's cycles with Pallas kernels at
-the peak. Half an hour for all rows.
+it is read by the reader of `gptjax plan`: the peak's bytes of a chip, and the ceiling on MFU, which is the model's
+FLOPs by our count over the compiler's cycles, with Pallas kernels at the peak. Some three minutes a row and side.
 """
 
 import argparse
@@ -95,8 +95,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def theirs(row: Row, python: str, config: Config, flops: int) -> str:
-    """What the compiler says of MaxText's step. Exits where it fails for another reason than memory."""
+def maxtext(row: Row, python: str, config: Config, flops: int) -> str:
+    """What the compiler says of MaxText's step; flops: of the model, by our count. Exits where it fails for another
+    reason than memory."""
     options = " ".join(f"--{name}={value}" for name, value in compiler.options(config.compiler_options).items())
     find = "import importlib.util; print(importlib.util.find_spec('maxtext').submodule_search_locations[0])"
     package = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
@@ -106,8 +107,10 @@ def theirs(row: Row, python: str, config: Config, flops: int) -> str:
             "run_name": "peer", "base_output_directory": name, "enable_checkpointing": False, "hardware": "tpu",
             "dataset_type": "synthetic", "attention": "flash", "use_iota_embed": True, "opt_type": "adamw",
             "skip_jax_distributed_system": True, "jax_cache_dir": "", "compile_topology": row.machine,
-            "compile_topology_num_slices": row.topology.slices, "compile_xla_flags": options,
+            "compile_topology_num_slices": row.topology.slices, "override_model_config": True,
         } | row.theirs  # fmt: skip
+        if options:
+            settings["compile_xla_flags"] = options
         command = [python, "-m", "maxtext.trainers.pre_train.train_compile", f"{package}/configs/base.yml"]
         env = environment(folder)
         del env["PYTHONPATH"]  # of this environment
@@ -129,12 +132,12 @@ def theirs(row: Row, python: str, config: Config, flops: int) -> str:
         analysis["tokens_per_step"] = config.batch_size * config.seq_len
         floor, warnings = compute_floor(config, row.topology, analysis)
         ceiling = flops / (row.topology.figures.peak_flops * row.topology.num_devices * floor) if floor else None
-        return told_as(memory.peak, memory.host, ceiling, "; ".join(warnings))
+        return shown(memory.peak, memory.host, ceiling, "; ".join(warnings))
 
 
-def told_as(peak: int, host: int, ceiling: float | None, warnings: str = "") -> str:
-    shown = f"{ceiling:.1%}" if ceiling else "no floor"
-    return f"{peak / GIB:.1f} GiB a chip{f' and {host / GIB:.1f} of the host' if host else ''}, {shown} {warnings}".strip()
+def shown(peak: int, host: int, ceiling: float | None, warnings: str = "") -> str:
+    on_host = f" and {host / GIB:.1f} of the host" if host else ""
+    return f"{peak / GIB:.1f} GiB a chip{on_host}, {f'{ceiling:.1%}' if ceiling else 'no floor'} {warnings}".strip()
 
 
 def main():
@@ -149,8 +152,8 @@ def main():
         config = config_file.load(str(CONFIGS / row.config), row.ours | options)
         made = plan(config, row.topology)
         print(f"{name}: {row.about}; {row.topology.name} × {row.topology.slices}")
-        print(f"   gptjax   {told_as(made['hbm_bytes'], made['host_bytes'], made['mfu_ceiling'])}", flush=True)
-        print(f"   MaxText  {theirs(row, args.python, config, made['flops_per_step'])}", flush=True)
+        print(f"   gptjax   {shown(made['hbm_bytes'], made['host_bytes'], made['mfu_ceiling'])}", flush=True)
+        print(f"   MaxText  {maxtext(row, args.python, config, made['flops_per_step'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def origin(program: hlo.Program, value: str) -> str:
 def readable(op_name: str) -> str:
     """`jit(f)/while/body/transpose(jvp(mlp))/BTD,DF->BTF/dot_general` as `backward: mlp/BTD,DF->BTF/dot_general`."""
     way = "backward: " if "transpose(jvp" in op_name else "forward: " if "jvp(" in op_name else ""
-    noise = r"jit\(\w+\)|(transpose\()?jvp\(\)+|forward_backward|while|body|cond|closed_call|checkpoint|"
+    noise = r"jit\(\w+\)|(transpose\()?jvp\((eval_jaxpr)?\)+|forward_backward|while|body|cond|closed_call|checkpoint|"
     noise += "rematted_computation|shard_map|eval_jaxpr"
     words = [word for word in op_name.split("/") if not re.fullmatch(noise, word)]
     words = [re.sub(r"^(transpose\()?jvp\((.*?)\)+$", r"\2", word) for word in words]

@@ -51,7 +51,7 @@ class Config:
     sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
     init_from: str = ""  # a workdir whose model a new run begins with; empty: with weights that are drawn
     init_step: int = -1  # the checkpoint there; -1 is the newest
-    compiler_options: str = ""  # of XLA for the train step, NAME=VALUE,…; another platform's are passed over (compiler.py)
+    compiler_options: str = ""  # of XLA, for the train step: NAME=VALUE …; see compiler.py
     lora: LoraConfig = LoraConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -96,15 +96,16 @@ class Config:
 # sees depends on these. A section stands for all its keys.
 FREE_KEYS = (
     "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
-    "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks", "stopping", "recovery", "watchdog", "model.dropout",
-    "model.remat", "model.scan_unroll", "model.dtype", "optimizer.peak_learning_rate", "optimizer.schedule",
-    "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
+    "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks",
+    "stopping", "recovery", "watchdog", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
+    "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps",
+    "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
     "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
     "optimizer.offload", "data.store",
 )  # fmt: skip
 
-# What runs of earlier versions name in their config.json, and what never changed more than their speed: passed over
-# there, so that their checkpoints stay readable.
+# What runs of earlier versions name in their config.json, and what never changed which function is computed: passed
+# over there, so that their checkpoints stay readable.
 RETIRED_KEYS = ("model.isolate_products",)
 
 MAX_JSON_BYTES = 1 << 20  # of a config.json

@@ -138,10 +138,16 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
         "largest_buffers": row.get("largest_buffers", []),
         "compile_seconds": row["compile_seconds"],
         "versions": row["versions"],
-        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
+        "flags": flags(config),
         "warnings": warnings,
     }
     return result | {"verdict": verdict(config, topology, result)}
+
+
+def flags(config: Config) -> dict[str, str]:
+    """What the compiler is to be told, by the environment and by the config, for all platforms."""
+    told = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {name: text for name, text in (told | {"compiler_options": config.compiler_options}).items() if text}
 
 
 def compute_floor(config: Config, topology: Topology, row: dict) -> tuple[float | None, list[str]]:

@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as configs
-from gptjax import heartbeat, hosts, manifest, rotation, sharding, stopping, tokenizer, untrusted, writers
+from gptjax import compiler, heartbeat, hosts, manifest, rotation, sharding, stopping, tokenizer, untrusted, writers
 from gptjax.checkpoint import Checkpoints, placed
 from gptjax.config import Config
 from gptjax.data import augment, mixture
@@ -45,6 +45,7 @@ def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written. Raises: Refused."""
     configs.check_batch(config, mesh)
     check_divides(config, tokenizer.expected_vocab_size(config.tokenizer), mesh)
+    compiler.check(config.compiler_options, mesh.devices.flat[0].platform)
     if "://" not in str(folder):
         check_writable(folder)
     if rotation.at(folder / "checkpoints", CONVERTED).exists():

@@ -114,11 +114,6 @@ ENTRY %main (x.m: bf16[8,64]) -> bf16[8,64] {
 }
 """
 
-# The same as programs since jax 0.11 are written: the element of a tuple has no line of its own.
-SHORT = LOOP
-for line, name, whole, number in re.findall(r"(  %([\w.]+) = .* get-tuple-element\(%([\w.]+)\), index=(\d)\n)", LOOP):
-    SHORT = re.sub(rf"%{re.escape(name)}(?![\w.])", f"%{whole}#{number}", SHORT.replace(line, ""))
-
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 1024, page 0, parameter 0, shape |bf16[8,64]| at ShapeIndex {}, maybe-live-out:
  value: <1 x.m @0> (size=1024,offset=0): bf16[8,64]{1,0}
@@ -131,7 +126,27 @@ allocation 2: size 3000, page 0, preallocated-temp:
 """
 
 
-@pytest.mark.parametrize("text", [LOOP, SHORT], ids=["long", "short"])
+def short(text):
+    """The same as jax 0.11 has it written: the element of a tuple has no line of its own."""
+    elements = r"(  %([\w.]+) = .* get-tuple-element\(%([\w.]+)\), index=(\d)\n)"
+    for line, name, whole, number in re.findall(elements, text):
+        text = re.sub(rf"%{re.escape(name)}(?![\w.])", f"%{whole}#{number}", text.replace(line, ""))
+    return text
+
+
+both_ways = pytest.mark.parametrize("text", [LOOP, short(LOOP)], ids=["long", "short"])
+
+
+def test_elements_of_a_tuple():
+    assert hlo.elements("((bf16[16]), bf16[6,4]{1,0:T(8,128)}, /*index=2*/u32[])") == [
+        "(bf16[16])", "bf16[6,4]{1,0:T(8,128)}", "u32[]",
+    ]  # fmt: skip
+    siblings = {"a": hlo.instruction("  %a = ((s32[2], u32[]), pred[]) parameter(0)")}
+    hlo.add_element(siblings, "a#0#1")
+    assert siblings["a#0#1"] == ("a#0#1", "u32[]", "get-tuple-element", ("a#0",), "index=1")
+
+
+@both_ways
 def test_the_schedule_counts_what_a_loop_repeats(text):
     program = hlo.parse(text)
     times = {step.name: count for _, step, count in hlo.schedule(program)}
@@ -148,8 +163,9 @@ def test_a_loop_that_can_not_be_counted_is_said():
     assert {step.name: count for _, step, count in hlo.schedule(hlo.parse(known))}["gathered"] == 7
 
 
-def test_collectives_of_a_program():
-    rows = collectives.collectives(hlo.parse(LOOP), [("data", 1), ("fsdp", 4), ("tensor", 2)], [0] * 8, 2)
+@both_ways
+def test_collectives_of_a_program(text):
+    rows = collectives.collectives(hlo.parse(text), [("data", 1), ("fsdp", 4), ("tensor", 2)], [0] * 8, 2)
     found = {(row.operation, row.axes): row for row in rows}
     gather = found["all-gather", "fsdp"]  # in the open, in the chain of fusions, on another core
     assert (gather.calls, gather.bytes) == (9, 3 * (1024 + 256 + 128))
@@ -317,6 +333,9 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):
     assert made["floor_step_seconds"] == pytest.approx(made["hardware_flops_per_step"] / (8 * 197e12))
     code, out, _ = gptjax_main(*argv)
     assert code == 0 and "ANALYTIC" in out and "pip install libtpu" in out and "bounds, not predictions" in out
+    told = "xla_tpu_scoped_vmem_limit_kib=32768"
+    code, out, _ = gptjax_main(*argv, f"--config.compiler_options={told}", "--json")
+    assert code == 0 and json.loads(out)["flags"]["compiler_options"] == told
 
 
 def test_a_plan_that_does_not_fit_is_no_failure(gptjax_main, no_compiler):
