@@ -77,7 +77,7 @@ ROWS = {
         {
             "model_name": "gpt3-175b", "per_device_batch_size": 0.5, "max_target_length": 4096,
             "ici_fsdp_parallelism": 128, "ici_tensor_parallelism": 2, "dcn_data_parallelism": 2,
-            "remat_policy": "save_dot_with_context_except_mlp",
+            "remat_policy": "save_dot_with_context_except_mlp", "allow_split_physical_axes": True,
         },
     ),
     "D": Row(

@@ -366,3 +366,36 @@ def test_sizes_are_worked_out():
     assert (config.num_kv_heads, config.head_dim, config.mlp_dim) == (4, 12, 192)
     assert ModelConfig(num_heads=4, embed_dim=48, activation="swiglu").resolved().mlp_dim == 128
     assert config.resolved() == config
+
+
+CONTRACTIONS = [("BTD,DF->BTF", (4, 8)), ("BTF,FD->BTD", (8, 4)), ("BTD,DNH->BTNH", (4, 2, 6)), ("BTNH,NHD->BTD", (2, 6, 4))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("equation, shape", CONTRACTIONS)
+def test_the_gradient_of_a_product_is_that_of_einsum(equation, shape, dtype):
+    x, w = products_of(equation, shape, dtype)
+    made, back = jax.vjp(functools.partial(layers.contract, equation, x.dtype), x, w)
+    expected, back_expected = jax.vjp(functools.partial(jnp.einsum, equation), x, w)
+    np.testing.assert_array_equal(made, expected)
+    for mine, theirs in zip(back(expected), back_expected(expected)):
+        assert mine.dtype == dtype and mine.shape == theirs.shape
+        np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("equation, shape", CONTRACTIONS)
+def test_of_the_gradient_of_a_weight_the_smaller_side_is_transposed(equation, shape):
+    """XLA contracts rows of the second operand, so that it is the first one that it transposes."""
+    x, w = products_of(equation, shape, "float32")
+    gradient = jax.make_jaxpr(jax.grad(lambda w: layers.contract(equation, x.dtype, x, w).sum()))(w)
+    last = [eqn for eqn in gradient.eqns if eqn.primitive.name == "dot_general"][-1]
+    first, second = (operand.aval.size for operand in last.invars)
+    assert first < second
+
+
+def products_of(equation, shape, dtype):
+    left, right = equation.split("->")[0].split(",")
+    sizes = dict(zip(right, shape)) | {"B": 3, "T": 5}
+    keys = jax.random.split(jax.random.key(0))
+    draw = lambda key, names: jax.random.normal(key, [sizes[name] for name in names]).astype(dtype)
+    return draw(keys[0], left), draw(keys[1], right)

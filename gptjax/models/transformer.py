@@ -270,7 +270,7 @@ class Transformer(nnx.Module):
         """Scores of the next token from last hidden states: float32 [B, V], padding included."""
 
         def local(table_VD, x_BD):
-            return product("BD,VD->BV", x_BD, table_VD, preferred_element_type=jnp.float32)
+            return product("BD,VD->BV", x_BD, table_VD, dtype=jnp.float32)
 
         logits_BV = manual(local, "act_batch act_vocab")(self.unembedding, x_BD)
         return soft_capped(logits_BV, self.config.logits_softcap)
