@@ -1,0 +1,63 @@
+"""What the compiler says of a train step's memory against what the process then takes, on a CPU.
+
+    python -m benchmarks.memory [REMAT …]
+
+Six layers of width 384, 32 sequences of 256, vocabulary 4,096, float32; each setting of `model.remat` in a process of
+its own. Measured: the most that the process has in memory in three steps, less what it has before there is a state.
+"""
+
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from benchmarks import ours, peer
+from gptjax import compiled, sharding, update
+from gptjax.config import Config, resolve
+from gptjax.models.config import ModelConfig
+
+SHAPE = peer.Shape(layers=6, heads=6, width=384, length=256, batch=32, vocab=4096)
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: `VmRSS`, now, or `VmHWM`, at the most since it was reset (proc(5))."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
+
+
+def measure(remat: str) -> tuple[int, int]:
+    """(bytes as compiled, bytes as measured) of a train step."""
+    model = ModelConfig(num_layers=SHAPE.layers, num_heads=SHAPE.heads, embed_dim=SHAPE.width, remat=remat)
+    config = resolve(Config(batch_size=SHAPE.batch, seq_len=SHAPE.length, model=model))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        init = jax.jit(functools.partial(update.init_state, config, SHAPE.vocab)).lower().compile()
+        step = update.compile_step(config, SHAPE.vocab, update.abstract_state(config, SHAPE.vocab, mesh), mesh)
+        batch = sharding.place(ours.batch(SHAPE), np.arange(SHAPE.batch), mesh, SHAPE.batch, 1)
+        before = resident("VmRSS")
+        state = init()
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        metrics["loss"].block_until_ready()
+        return compiled.memory(step).peak, resident("VmHWM") - before
+
+
+def main():
+    if sys.argv[1:2] == ["--measure"]:
+        print(*measure(sys.argv[2]))
+        return
+    print(f"{'model.remat':32}{'compiled, MB':>14}{'measured, MB':>14}{'ratio':>8}")
+    for remat in sys.argv[1:] or ["none", "dots", "full", "full,context=save"]:
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", remat]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        predicted, measured = (int(word) / 1e6 for word in said.split())
+        print(f"{remat:32}{predicted:14,.0f}{measured:14,.0f}{measured / predicted:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
