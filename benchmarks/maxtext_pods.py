@@ -95,9 +95,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def maxtext(row: Row, python: str, config: Config, flops: int) -> str:
-    """What the compiler says of MaxText's step; flops: of the model, by our count. Exits where it fails for another
-    reason than memory."""
+def maxtext(row: Row, python: str, config: Config, ours: dict) -> str:
+    """What the compiler says of MaxText's step; ours: the plan of that config, whose FLOPs it is taken to do. Exits
+    where it fails for another reason than memory."""
     options = " ".join(f"--{name}={value}" for name, value in compiler.options(config.compiler_options).items())
     find = "import importlib.util; print(importlib.util.find_spec('maxtext').submodule_search_locations[0])"
     package = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
@@ -131,7 +131,7 @@ def maxtext(row: Row, python: str, config: Config, flops: int) -> str:
         analysis = {"source": "compiled", "cycles": compiled.cycles(program), "kernels": kernels}
         analysis["tokens_per_step"] = config.batch_size * config.seq_len
         floor, warnings = compute_floor(config, row.topology, analysis)
-        ceiling = flops / (row.topology.figures.peak_flops * row.topology.num_devices * floor) if floor else None
+        ceiling = ours["mfu_ceiling"] * ours["floor_step_seconds"] / floor if floor else None
         return shown(memory.peak, memory.host, ceiling, "; ".join(warnings))
 
 
@@ -153,7 +153,7 @@ def main():
         made = plan(config, row.topology)
         print(f"{name}: {row.about}; {row.topology.name} × {row.topology.slices}")
         print(f"   gptjax   {shown(made['hbm_bytes'], made['host_bytes'], made['mfu_ceiling'])}", flush=True)
-        print(f"   MaxText  {maxtext(row, args.python, config, made['flops_per_step'])}", flush=True)
+        print(f"   MaxText  {maxtext(row, args.python, config, made)}", flush=True)
 
 
 if __name__ == "__main__":

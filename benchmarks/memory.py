@@ -7,8 +7,8 @@ its own. Measured: the most that the process has in memory in three steps, less 
 """
 
 import functools
+import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -23,14 +23,14 @@ from gptjax.models.config import ModelConfig
 SHAPE = peer.Shape(layers=6, heads=6, width=384, length=256, batch=32, vocab=4096)
 
 
-def resident(what: str) -> int:
-    """Bytes of this process: `VmRSS`, now, or `VmHWM`, at the most since it was reset (proc(5))."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
+def resident(process: int, what: str = "VmRSS") -> float:
+    """Megabytes of a process in memory: `VmRSS` now, `VmHWM` at the most since that was reset (proc(5))."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text()
+    return 1.024e-3 * int(status.partition(f"{what}:")[2].split()[0])
 
 
-def measure(remat: str) -> tuple[int, int]:
-    """(bytes as compiled, bytes as measured) of a train step."""
+def measure(remat: str) -> tuple[float, float]:
+    """Megabytes of a train step, (as compiled, as measured)."""
     model = ModelConfig(num_layers=SHAPE.layers, num_heads=SHAPE.heads, embed_dim=SHAPE.width, remat=remat)
     config = resolve(Config(batch_size=SHAPE.batch, seq_len=SHAPE.length, model=model))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -38,13 +38,13 @@ def measure(remat: str) -> tuple[int, int]:
         init = jax.jit(functools.partial(update.init_state, config, SHAPE.vocab)).lower().compile()
         step = update.compile_step(config, SHAPE.vocab, update.abstract_state(config, SHAPE.vocab, mesh), mesh)
         batch = sharding.place(ours.batch(SHAPE), np.arange(SHAPE.batch), mesh, SHAPE.batch, 1)
-        before = resident("VmRSS")
+        before = resident(os.getpid())
         state = init()
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         for _ in range(3):
             state, metrics = step(state, batch)
         metrics["loss"].block_until_ready()
-        return compiled.memory(step).peak, resident("VmHWM") - before
+        return compiled.memory(step).peak / 1e6, resident(os.getpid(), "VmHWM") - before
 
 
 def main():
@@ -55,7 +55,7 @@ def main():
     for remat in sys.argv[1:] or ["none", "dots", "full", "full,context=save"]:
         command = [sys.executable, "-m", "benchmarks.memory", "--measure", remat]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        predicted, measured = (int(word) / 1e6 for word in said.split())
+        predicted, measured = map(float, said.split())
         print(f"{remat:32}{predicted:14,.0f}{measured:14,.0f}{measured / predicted:8.2f}", flush=True)
 
 

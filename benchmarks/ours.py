@@ -30,7 +30,7 @@ def build(shape: peer.Shape, biases: bool):
             num_layers=shape.layers, num_heads=shape.heads, embed_dim=shape.width, scan_unroll=shape.layers,
             biases=biases,
         ),
-        loss=LossConfig(num_chunks=2),  # of a batch as small as W2's, each more adds to the whole table's gradient once more
+        loss=LossConfig(num_chunks=2),  # each more adds to the gradient of the whole table once more
         optimizer=OptimizerConfig(
             peak_learning_rate=peer.RATE, schedule="constant", warmup_steps=0, beta1=peer.BETA1, beta2=peer.BETA2,
             weight_decay=peer.DECAY, clip_norm=peer.CLIP,

@@ -18,13 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from benchmarks.memory import resident  # noqa: E402
+
 SAVES, EVERY = 200, 10
-
-
-def resident(process: int) -> float:
-    """Megabytes of a process in memory."""
-    status = pathlib.Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1e3
 
 
 def rows(folder: pathlib.Path) -> list[dict]:

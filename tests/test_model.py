@@ -368,7 +368,9 @@ def test_sizes_are_worked_out():
     assert config.resolved() == config
 
 
-CONTRACTIONS = [("BTD,DF->BTF", (4, 8)), ("BTF,FD->BTD", (8, 4)), ("BTD,DNH->BTNH", (4, 2, 6)), ("BTNH,NHD->BTD", (2, 6, 4))]
+CONTRACTIONS = [
+    ("BTD,DF->BTF", (4, 8)), ("BTF,FD->BTD", (8, 4)), ("BTD,DNH->BTNH", (4, 2, 6)), ("BTNH,NHD->BTD", (2, 6, 4)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
