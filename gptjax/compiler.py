@@ -49,5 +49,10 @@ def check(text: str, platform: str) -> None:
 
     Raises: Refused.
     """
+    cache = jax.config.jax_compilation_cache_dir
     if text:
-        compile(jax.jit(lambda: 0).lower(), text, platform)
+        try:
+            jax.config.update("jax_compilation_cache_dir", None)  # it may be within a workdir, and would be made
+            compile(jax.jit(lambda: 0).lower(), text, platform)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", cache)

@@ -1,5 +1,8 @@
 """XLA's options: which reach the compiler, and what it is told when they are wrong."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,8 +65,23 @@ def test_a_train_step_is_compiled_with_them():
         update.compile_step(its, 257, update.abstract_state(its, 257, mesh), mesh)
 
 
-def test_a_run_is_refused_before_anything_is_written(gptjax_main, tmp_path):
-    argv = ["train", f"--config={DEBUG}", f"--workdir={tmp_path / 'run'}"]
-    code, _, error = gptjax_main(*argv, "--config.compiler_options=xla_cpu_nothing=1")
-    assert code == 2 and "No such compile option: 'xla_cpu_nothing'" in error
+def test_a_run_is_refused_before_anything_is_written(tmp_path):
+    """In a process of its own, which as a user's keeps its compiled programs in the workdir."""
+    argv = [sys.executable, "-m", "gptjax", "train", f"--config={DEBUG}", f"--workdir={tmp_path / 'run'}"]
+    argv += ["--config.compiler_options=xla_cpu_nothing=1"]
+    ended = subprocess.run(argv, capture_output=True, text=True)
+    assert ended.returncode == 2 and "No such compile option: 'xla_cpu_nothing'" in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_compiled_after_the_check_is_kept(tmp_path):
+    program = f"""
+import jax
+from gptjax import compiler
+jax.config.update("jax_compilation_cache_dir", "{tmp_path}/kept")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+compiler.check("xla_backend_optimization_level=1", "cpu")
+assert jax.jit(lambda x: x + 1)(1) == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert any((tmp_path / "kept").iterdir())
