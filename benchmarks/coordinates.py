@@ -15,14 +15,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gptjax import config as configs
-from gptjax import sharding, update
-from gptjax.config import Config
-from gptjax.data.stream import Batch
+from gptjax.data.stream.stream import Batch
 from gptjax.models.attention import attention
 from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
-from gptjax.optimizer import OptimizerConfig
+from gptjax.parallel import sharding
+from gptjax.training import step as update
+from gptjax.training.config import schema as configs
+from gptjax.training.config.schema import Config
+from gptjax.training.optim.optimizers import OptimizerConfig
 
 BASE, HEAD_DIM, VOCAB, STEPS = 64, 32, 128, 4
 PLACES = ("embedding", "attention_out", "mlp_out", "stream", "logits_change")

@@ -6,7 +6,7 @@ Bytes of the standard library, two layers; batch by the law of configs/dial.py, 
 parametrization.
 """
 
-from gptjax.config import default
+from gptjax.training.config.schema import default
 
 SEQ_LEN = 64
 

@@ -17,12 +17,12 @@ import torch
 import transformers
 from flax import nnx
 
-from gptjax import sharding
-from gptjax.generate import generate
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
 from gptjax.models import int8
 from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
-from gptjax.sampling import Sampling
+from gptjax.parallel import sharding
 
 VOCAB, LENGTH, PROMPT = 50257, 1024, 63
 HOW = {

@@ -19,11 +19,12 @@ import time
 
 import numpy as np
 
-from gptjax import bench, config_file
-from gptjax import tokenizer as tokenizers
-from gptjax.data import curriculum, mixture, stream
-from gptjax.data import store as stores
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.store import store as stores
+from gptjax.data.stream import curriculum, mixture, stream
+from gptjax.planning import benchmark as bench
+from gptjax.tokenizers import tokenizer as tokenizers
+from gptjax.tokenizers.tokenizer import TokenizerConfig
+from gptjax.training.config import files as config_file
 
 QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 TOKENS = 50_000_000

@@ -20,10 +20,14 @@ import tempfile
 import types
 from typing import NamedTuple
 
-from gptjax import aot, compiled, compiler, config_file, hlo, topology
-from gptjax.config import Config
-from gptjax.plan import compute_floor, environment, plan
-from gptjax.topology import GIB, Topology
+from gptjax.parallel.xla import analysis as compiled
+from gptjax.parallel.xla import hlo
+from gptjax.parallel.xla import options as compiler
+from gptjax.planning import aot, topology
+from gptjax.planning.plan import compute_floor, environment, plan
+from gptjax.planning.topology import GIB, Topology
+from gptjax.training.config import files as config_file
+from gptjax.training.config.schema import Config
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 

@@ -16,9 +16,11 @@ import jax
 import numpy as np
 
 from benchmarks import ours, peer
-from gptjax import compiled, sharding, update
-from gptjax.config import Config, resolve
 from gptjax.models.config import ModelConfig
+from gptjax.parallel import sharding
+from gptjax.parallel.xla import analysis as compiled
+from gptjax.training import step as update
+from gptjax.training.config.schema import Config, resolve
 
 SHAPE = peer.Shape(layers=6, heads=6, width=384, length=256, batch=32, vocab=4096)
 

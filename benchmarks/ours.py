@@ -6,13 +6,14 @@ import jax
 import numpy as np
 
 from benchmarks import peer
-from gptjax import sharding, update
-from gptjax.config import Config, resolve
-from gptjax.data.stream import Batch
-from gptjax.loss import LossConfig
+from gptjax.data.stream.stream import Batch
 from gptjax.models.config import ModelConfig
-from gptjax.optimizer import OptimizerConfig
-from gptjax.sharding import MeshConfig
+from gptjax.models.loss import LossConfig
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import MeshConfig
+from gptjax.training import step as update
+from gptjax.training.config.schema import Config, resolve
+from gptjax.training.optim.optimizers import OptimizerConfig
 
 
 def batch(shape: peer.Shape) -> Batch:

@@ -33,7 +33,7 @@ def main() -> None:
     print("| the signal came while | exit code | seconds to the end |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for phase, step, seconds in MOMENTS:
-            program = [sys.executable, f"{ROOT}/tests/signalled.py", phase, str(step), str(seconds), "SIGTERM"]
+            program = [sys.executable, f"{ROOT}/tests/support/signalled.py", phase, str(step), str(seconds), "SIGTERM"]
             done = subprocess.run([*program, *flags, f"--workdir={folder}/run"], capture_output=True, text=True)
             ended = time.time()
             sent = re.findall(r"^signalled ([\d.]+) while (.*)$", done.stdout, re.MULTILINE)

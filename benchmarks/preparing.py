@@ -24,11 +24,14 @@ import time
 import sentencepiece
 from etils import epath
 
-from gptjax import tokenizer as tokenizers
-from gptjax.data import engine, pieces, prepare, sources
-from gptjax.data.clean import CleanConfig
-from gptjax.data.documents import DataConfig
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.cleaning.pipeline import CleanConfig
+from gptjax.data.preparation import executor as engine
+from gptjax.data.preparation import prepare
+from gptjax.data.preparation import tasks as pieces
+from gptjax.data.sources import sources
+from gptjax.data.sources.documents import DataConfig
+from gptjax.tokenizers import tokenizer as tokenizers
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
 

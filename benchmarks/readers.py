@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from benchmarks import hostile
-from gptjax import cli, config, config_file, hosts, sharding, topology, train, workdir, writers
+from gptjax.cli import main as cli
 from gptjax.errors import Refused
 from gptjax.models import remat
+from gptjax.parallel import sharding
+from gptjax.planning import topology
+from gptjax.runtime import distributed as hosts
+from gptjax.training import loop as train
+from gptjax.training import workdir
+from gptjax.training.config import files as config_file
+from gptjax.training.config import schema as config
+from gptjax.training.monitoring import writers
 
 CONFIG = json.loads(config.to_json(config.parse({})))
 

@@ -14,23 +14,20 @@ from hypothesis import strategies as st
 
 from benchmarks import hostile
 from benchmarks.readers import CONFIG, Reader
-from gptjax import (
-    checkpoint,
-    config,
-    heartbeat,
-    manifest,
-    recovery,
-    rotation,
-    sharding,
-    status,
-    tokenizer,
-    workdir,
-)  # fmt: skip
-from gptjax.data import curriculum, mixture, stream
-from gptjax.data import store as stores
+from gptjax.checkpoints import manager as checkpoint  # fmt: skip
+from gptjax.checkpoints import manifest
+from gptjax.checkpoints import retention as rotation
+from gptjax.data.store import store as stores
+from gptjax.data.stream import curriculum, mixture, stream
 from gptjax.errors import Refused
-from gptjax.tokenizer import TokenizerConfig
-from gptjax.tokenizers import huggingface
+from gptjax.parallel import sharding
+from gptjax.runtime import heartbeat
+from gptjax.tokenizers import huggingface, tokenizer
+from gptjax.tokenizers.tokenizer import TokenizerConfig
+from gptjax.training import workdir
+from gptjax.training.config import schema as config
+from gptjax.training.monitoring import rollback as recovery
+from gptjax.training.monitoring import status
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # the quick brown fox, étude {i}\n" for i in range(200)]
 

@@ -25,13 +25,16 @@ import jax
 import matplotlib
 from etils import epath
 
-from gptjax import config_file, sharding, train, update
-from gptjax.data import stream
-from gptjax.data.mixture import Corpus
-from gptjax.data.prepare import prepare
-from gptjax.evaluate import evaluate
+from gptjax.data.preparation.prepare import prepare
+from gptjax.data.stream import stream
+from gptjax.data.stream.mixture import Corpus
+from gptjax.evaluation.heldout import evaluate
 from gptjax.models.size import num_parameters
-from gptjax.sharding import MeshConfig
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import MeshConfig
+from gptjax.training import loop as train
+from gptjax.training import step as update
+from gptjax.training.config import files as config_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

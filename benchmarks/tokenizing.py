@@ -19,11 +19,11 @@ import sentencepiece
 import tokenizers as library
 from tokenizers import models, pre_tokenizers, trainers
 
-from gptjax import tokenizer
-from gptjax.data import pieces
-from gptjax.data.documents import DataConfig
-from gptjax.data.sources import documents
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.preparation import tasks as pieces
+from gptjax.data.sources.documents import DataConfig
+from gptjax.data.sources.sources import documents
+from gptjax.tokenizers import tokenizer
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 
 VOCAB_SIZE = 8192
 # Whose encoder each is measured against.

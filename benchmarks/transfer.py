@@ -18,8 +18,8 @@ import sys
 import tempfile
 import zlib
 
-from gptjax.data import sources
-from gptjax.data.documents import DataConfig
+from gptjax.data.sources import sources
+from gptjax.data.sources.documents import DataConfig
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 

@@ -1,5 +1,5 @@
 """`python -m gptjax` is `gptjax`."""
 
-from gptjax.cli import main
+from gptjax.cli.main import main
 
 main()

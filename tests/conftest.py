@@ -1,7 +1,6 @@
 """Eight CPU devices in this process, compiled programs kept between runs, one small corpus and one short run for all."""
 
 import gc
-import hashlib
 import os
 import pathlib
 import shutil
@@ -17,23 +16,15 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from support.command import CACHE, corpus_text, training, tree  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-import gptjax  # noqa: E402
-from gptjax import cli  # noqa: E402
-from gptjax.data.prepare import DataConfig, prepare  # noqa: E402
-from gptjax.tokenizer import TokenizerConfig  # noqa: E402
-
-DEBUG = str(pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py")
-
-
-def corpus_text() -> str:
-    """Lines that a small model can learn something of: arithmetic spelled out."""
-    return "".join(f"{a} plus {b} is {a + b}.\n" for a in range(120) for b in range(40))
+from gptjax.cli import main as cli  # noqa: E402
+from gptjax.data.preparation.prepare import DataConfig, prepare  # noqa: E402
+from gptjax.tokenizers.tokenizer import TokenizerConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +52,6 @@ def released():
     yield
     jax.clear_caches()
     gc.collect()
-
-
-def tree(folder):
-    """Every path in a folder, and the bytes of the files; None where it is missing."""
-    if not folder.exists():
-        return None
-    return {path: hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -103,23 +87,6 @@ def refused(gptjax_main):
     return call
 
 
-def training(corpus, workdir, *more):
-    """The command line of a run of four steps."""
-    return [
-        "train",
-        f"--config={DEBUG}",
-        f"--workdir={workdir}",
-        "--config.data.source=text",
-        f"--config.data.path={corpus}",
-        "--config.num_steps=4",
-        "--config.checkpoint_every=2",
-        "--config.optimizer.warmup_steps=2",
-        "--config.num_samples=1",
-        "--config.seq_len=32",
-        *more,
-    ]
-
-
 @pytest.fixture(scope="session")
 def finished(corpus, tmp_path_factory):
     """The workdir of a finished run."""
@@ -137,7 +104,9 @@ def copied(finished, tmp_path):
 
 
 # Those that take longest, so that none of them is the last to begin while the other process has nothing to do.
-FIRST = "notebooks processes train recovery chaos heartbeat bucket plan run sweep preemption saving mup recompute".split()
+FIRST = (
+    "notebooks processes train recovery chaos heartbeat bucket plan run sweep preemption saving mup recompute".split()
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -147,5 +116,5 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all_pods", action="store_true", help="compile every config for its pod (tests/test_pod_configs.py)"
+        "--all_pods", action="store_true", help="compile every config for its pod (tests/planning/test_pod_configs.py)"
     )

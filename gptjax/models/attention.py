@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from gptjax.sharding import spec
+from gptjax.parallel.sharding import spec
 
 # Smaller blocks skip more of the upper triangle and stay in the cache; below 64 rows, and with more than 8 programs to
 # compile, that no longer pays (benchmarks/NOTES.md, Attention).

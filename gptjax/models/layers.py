@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.sharding import gather, index, spec
+from gptjax.parallel.sharding import gather, index, spec
 
 # One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero, `widened`
 # how many times more inputs a matrix has than at the base width, by which the optimizer makes its update smaller.

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gptjax import extra, untrusted
 from gptjax.errors import Refused, shown
+from gptjax.runtime import optional as extra
+from gptjax.runtime import untrusted
 from gptjax.tokenizers import exact
 from gptjax.tokenizers.exact import SPACE_SIGN
 
@@ -32,7 +33,7 @@ BYTE_OF = dict(zip(PRINTED, PRINTED)) | dict(enumerate(sorted({*range(256)} - {*
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json that gives every text back; see gptjax/tokenizer.py for what each kind has."""
+    """A tokenizer.json that gives every text back; see gptjax/tokenizers/tokenizer.py for what each kind has."""
 
     def __init__(self, content: bytes, hash: str, names: Iterable[str], path: str):
         """Raises: Refused, for what is no such file, or is seen to change text by its structure."""
@@ -49,7 +50,9 @@ class HuggingFaceTokenizer:
         self.special, self.vocab_size = exact.special_ids(known, names, _size(pieces, path))
         self.end_of_text = exact.end_of_text(self.special, path)
         if strange := [i for i in self.opening if i not in self.special.values()]:
-            raise Refused(f"{path} has a post_processor that puts {strange[0]}, no special token, before a text: {REMEDY}.")
+            raise Refused(
+                f"{path} has a post_processor that puts {strange[0]}, no special token, before a text: {REMEDY}."
+            )
         self.ends, self.prefix = (self.end_of_text,), ""
         begins = [known[name] for name in exact.BEGINS if name in known]  # not those that a config names
         self.begin = [*self.opening, *begins, self.end_of_text][0]

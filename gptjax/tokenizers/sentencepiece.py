@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import sentencepiece
 
-from gptjax import untrusted
 from gptjax.errors import Refused
+from gptjax.runtime import untrusted
 from gptjax.tokenizers import exact
 from gptjax.tokenizers.exact import SPACE_SIGN
 
@@ -25,7 +25,7 @@ RANDOM_SEED = (1 << 32) - 1  # of SentencePiece's generator: the largest one ask
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model that gives every text back; see gptjax/tokenizer.py for what each kind has."""
+    """A SentencePiece model that gives every text back; see gptjax/tokenizers/tokenizer.py for what each kind has."""
 
     def __init__(self, model: bytes, hash: str, names: Iterable[str] = (), where: str = ""):
         self._pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)

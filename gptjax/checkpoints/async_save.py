@@ -1,0 +1,120 @@
+"""One save in the background: how files become a checkpoint on all processes, or on none."""
+
+import contextlib
+import ctypes
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+from etils import epath
+
+from gptjax.checkpoints import manifest
+from gptjax.checkpoints import retention as rotation
+from gptjax.runtime import distributed as hosts
+from gptjax.runtime import heartbeat
+
+
+class _Failure(Exception):
+    """Of a save, on whichever process, known to all of them."""
+
+
+class Save(threading.Thread):
+    """Writes a checkpoint whose arrays are copied off the devices meanwhile.
+
+    Every process has one of its own, and they agree on each part, so that none waits for a file that another could not
+    write. Once the thread has ended, `failure` says why the save failed, `seconds` how long it took, and
+    `blocked_seconds` how long the run waited for it: for the save before, and to begin this one.
+    """
+
+    def __init__(self, folder: epath.Path, step: int, name: str, began: float):
+        """`folder`: of all checkpoints. `name`: of what the processes exchange; new for each save."""
+        super().__init__(name=name)
+        self.step, self.began = step, began
+        self.failure, self.blocked_seconds, self.seconds = "", 0.0, 0.0
+        self._checkpoints, self._folder = folder, rotation.at(folder, step)
+
+    def begin(
+        self,
+        write: Callable[[], list],
+        merge: Callable[[], None],
+        content: dict,
+        config,
+        losses: Mapping[int, float],
+        rotate: bool,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+          write: begins to write the arrays' files, and returns what is waited for them with, `result()` each.
+          merge: makes one store of what several processes wrote, on process 0. content: of the manifest, without its
+          files. config: a CheckpointConfig. losses: by step; the checkpoint with the lowest stays. rotate: whether any
+          are removed.
+        """
+        self._write, self._merge, self._content = write, merge, content
+        self._config, self._losses, self._rotate = config, losses, rotate
+        self.blocked_seconds = time.perf_counter() - self.began
+        self.start()
+
+    def run(self):
+        try:
+            self._commit()
+        except _Failure as failure:
+            self.failure = str(failure)
+        except Exception as error:
+            self.failure = manifest.reason(error)
+        self._write = self._content = None  # they hold a copy of the state, and the tokenizer
+        # glibc keeps for each thread what it freed, and orbax has new threads at each save: 10 % more after 200.
+        with contextlib.suppress(AttributeError):  # where it is not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        self.seconds = time.perf_counter() - self.began
+        if hosts.first():
+            with heartbeat.background("rotating"):
+                try:
+                    self._tidy()
+                except Exception as error:  # of whatever file system; what can't be removed now is by the next save
+                    told = f"gptjax: warning: {self._checkpoints} can't be tidied up ({manifest.reason(error)})"
+                    print(told, file=sys.stderr, flush=True)
+
+    def _commit(self) -> None:
+        process, processes = jax.process_index(), jax.process_count()
+        with heartbeat.background("writing"):
+            self._agreed("written", self._written)
+            paths = self._agreed("merged", self._merged if process == 0 else lambda: None)[0]
+        with heartbeat.background("hashing"):
+            digests = self._agreed("hashed", lambda: manifest.digests(self._folder, paths[process::processes]))
+            files = sorted((path, file) for share in digests for path, file in share.items())
+            if process == 0:
+                manifest.write(self._folder, self._content | {"files": dict(files)})
+
+    def _agreed(self, part: str, work: Callable[[], object]) -> list:
+        """What `work` returns, by process. Raises: _Failure, on all of them, where it failed on one, now or before."""
+        failure, value = self.failure, None
+        if not failure:
+            try:
+                value = work()
+            except Exception as error:  # TensorStore has no one kind for a full disk
+                failure = manifest.reason(error)
+        found = hosts.exchange([failure, value], f"{self.name}/{part}")
+        for process, (failure, _) in enumerate(found):
+            if failure:
+                raise _Failure(failure + f" on process {process}" * (len(found) > 1))
+        return [value for _, value in found]
+
+    def _written(self) -> None:
+        until = time.monotonic() + self._config.write_seconds
+        for write in self._write():
+            write.result(timeout=max(0.0, until - time.monotonic()))
+
+    def _merged(self) -> list[str]:
+        self._merge()
+        return manifest.stored(self._folder)
+
+    def _tidy(self) -> None:
+        if self.failure:
+            rotation.clear(self._folder)
+        else:
+            (self._folder / rotation.UNFINISHED).unlink()
+            if self._rotate:
+                rotation.rotate(self._checkpoints, self._config.keep, self._config.keep_every, self._losses)

@@ -1,0 +1,179 @@
+"""The checkpoints of a workdir, looked at and thinned out without a run: `gptjax checkpoint ls|verify|diff|prune`."""
+
+import contextlib
+import time
+
+import numpy as np
+from etils import epath
+
+from gptjax.checkpoints import manifest
+from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints.manager import Checkpoints
+from gptjax.errors import Failed, Refused
+from gptjax.runtime import lock as owner
+from gptjax.runtime.progress import duration
+from gptjax.training.config.schema import flatten
+from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.training.workdir import losses, read_config
+
+NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  # the tokenizer's hash is
+
+
+def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
+    """Their folder, and their steps. Raises: Refused, where there is none."""
+    folder = workdir / "checkpoints"
+    steps, _ = rotation.found(folder)
+    if not steps:
+        raise Refused(f"{folder} holds no checkpoint: give the --workdir of a run that has saved one.")
+    return folder, steps
+
+
+def ls(workdir: epath.Path) -> list[dict]:
+    """A row a checkpoint: step, saved_at (seconds since 1970), bytes, files, differs, damage, and, if it was evaluated,
+    eval_loss.
+
+    `differs` are the config's keys that config.json has otherwise, as "key (there, here)"; `damage` is what the
+    manifest and the files' sizes show, and empty for a checkpoint that seems whole.
+    """
+    folder, steps = checkpoints_of(workdir)
+    here = flatten(read_config(workdir)) if (workdir / "config.json").exists() else {}
+    rows, known = [], losses(workdir)
+    for step in steps:
+        row = {"step": step, "saved_at": None, "bytes": None, "files": None, "differs": [], "damage": ""}
+        row |= {"eval_loss": known[step]} if step in known else {}
+        try:
+            saved = manifest.read(rotation.at(folder, step), step)
+            sizes = [file["bytes"] for file in saved["files"].values()]
+            row |= {"saved_at": saved["saved_at"], "bytes": sum(sizes), "files": len(sizes)}
+            row["differs"] = _differing(flatten(saved["config"]), here) if here else []
+            manifest.check_sizes(rotation.at(folder, step), saved)
+        except manifest.Damaged as damage:
+            row["damage"] = str(damage)
+        rows.append(row)
+    return rows
+
+
+def _differing(one: dict, other: dict) -> list[str]:
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    return [f"{key} ({one.get(key, 'not set')}, {other.get(key, 'not set')})" for key in keys]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of `ls` as text."""
+    best = stopping.best(
+        {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}, [row["step"] for row in rows]
+    )
+    lines = [f"{'step':>10}  {'age':>9}  {'MB':>10}  {'files':>5}"]
+    for row in rows:
+        known = row["files"] is not None
+        age = duration(max(0, time.time() - row["saved_at"])) if known else "?"
+        size, files = (f"{row['bytes'] / 1e6:,.1f}", row["files"]) if known else ("?", "?")
+        lines.append(f"{row['step']:>10}  {age:>9}  {size:>10}  {files:>5}  {row['damage'] or 'whole, by its sizes'}")
+        if row["step"] == best:
+            lines[-1] += f", the best: held-out loss {row['eval_loss']:.4f}"
+        if row["differs"]:
+            lines.append(f"{'':>10}  not as in config.json: {', '.join(row['differs'])}")
+    return "\n".join(lines)
+
+
+def verify(workdir: epath.Path, step: int) -> None:
+    """Reads every file of all checkpoints, or of that of a step, and prints what is damaged. Raises: Refused, Failed."""
+    folder, steps = checkpoints_of(workdir)
+    if step != -1 and step not in steps:
+        raise Refused(f"{folder} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}.")
+    chosen = steps if step == -1 else [step]
+    damages = {step: _damage(folder, step) for step in chosen}
+    for step, damage in damages.items():
+        print(f"step {step}: {damage or 'verified'}", flush=True)
+    damaged = [step for step, damage in damages.items() if damage]
+    if damaged:
+        raise Failed(
+            f"{len(damaged)} of {len(chosen)} checkpoints in {folder} can't be used: put the files of step "
+            f"{', '.join(map(str, damaged))} back; a run goes on from the newest that verifies."
+        )
+
+
+def _damage(folder: epath.Path, step: int) -> str:
+    try:
+        manifest.verify(rotation.at(folder, step), step)
+    except manifest.Damaged as damage:
+        return str(damage)
+    return ""
+
+
+def diff(workdir: epath.Path, steps: str) -> dict:
+    """What differs between the checkpoints of --steps=A:B: `says`, of the manifests, and `arrays`, by name.
+
+    An array that both have has `norm` of A's, and `difference`, the norm of B - A. Raises: Refused.
+    """
+    folder, there = checkpoints_of(workdir)
+    first, _, second = steps.partition(":")
+    if not {first, second} <= set(map(str, there)):
+        raise Refused(f"--steps={steps} is no A:B of steps in {folder}: it has {', '.join(map(str, there))}.")
+    with Checkpoints(folder) as checkpoints:
+        pair = [(step, checkpoints.run(step)) for step in (int(first), int(second))]
+        said = [flatten({key: value for key, value in saved.items() if key not in NOT_COMPARED}) for _, saved in pair]
+        for manifests in said:
+            manifests.pop("recovery.losses", None)  # those of the last steps
+        one, other = (saved["arrays"] for _, saved in pair)
+        arrays = {}
+        for name in sorted(one.keys() | other.keys()):
+            shapes = [
+                f"{saved[name]['dtype']} {saved[name]['shape']}" if name in saved else "" for saved in (one, other)
+            ]
+            if shapes[0] != shapes[1]:
+                arrays[name] = {"there": shapes[0] or "no such array", "here": shapes[1] or "no such array"}
+                continue
+            a, b = (checkpoints.array(step, name).astype(np.float64) for step, _ in pair)
+            arrays[name] = {"norm": float(np.linalg.norm(a)), "difference": float(np.linalg.norm(b - a))}
+    return {"says": _differing(*said), "arrays": arrays}
+
+
+def differences(found: dict) -> str:
+    """What `diff` found as text."""
+    lines = found["says"] or ["the manifests say the same"]
+    for name, row in found["arrays"].items():
+        if "norm" in row:
+            lines.append(f"{name}: norm {row['norm']:.6g}, of the difference {row['difference']:.6g}")
+        else:
+            lines.append(f"{name}: {row['there']}, {row['here']}")
+    return "\n".join(lines)
+
+
+def prune(workdir: epath.Path, keep: int, dry_run: bool) -> None:
+    """Removes all but the newest `keep` that verify, also what is damaged, put aside or left by a kill; prints each.
+
+    The best stays too, if it verifies, where the run keeps it.
+
+    Raises: Refused, where none verifies, a run is at work or one can't be removed, or for a `keep` below 1.
+    """
+    if keep < 1:
+        raise Refused(f"--keep={keep} must be at least 1: the newest checkpoint that verifies stays.")
+    checkpoints_of(workdir)  # refused before a lock is made
+    with contextlib.nullcontext() if dry_run else owner.owned(workdir):
+        folder, steps = checkpoints_of(workdir)
+        _prune(folder, steps, keep, _best(workdir, steps), dry_run)
+
+
+def _best(workdir: epath.Path, steps: list[int]) -> int:
+    """The step that a run with early stopping keeps, as `rotate` does; 0 where there is none."""
+    config = flatten(read_config(workdir)) if (workdir / "config.json").exists() else {}
+    return stopping.best(losses(workdir), steps) if config.get("stopping.patience") else 0
+
+
+def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: bool) -> None:
+    kept = []
+    for step in reversed(steps):
+        if (len(kept) < keep or step == best) and not _damage(folder, step):
+            kept.append(step)
+    if not kept:
+        raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: see them by ls.")
+    _, left = rotation.found(folder)
+    for path in [*left, *rotation.aside(folder), *(rotation.at(folder, step) for step in steps if step not in kept)]:
+        try:
+            if not dry_run:
+                rotation.remove(path)
+        except Exception as error:  # of whatever file system
+            raise Refused(f"{path} can't be removed ({manifest.reason(error)}): make it writable.") from error
+        print(f"{'would remove' if dry_run else 'removed'} {path.name}", flush=True)
+    print(f"kept {', '.join(rotation.at(folder, step).name for step in sorted(kept))}", flush=True)

@@ -1,0 +1,169 @@
+"""What a checkpoint says of itself: `manifest.json` names every file of its `state` with size and hash.
+
+It is written last, so a folder that a kill left in the midst of a save has none. It carries a hash of itself, so what
+it says can be trusted as far as the disk can; nothing that it names may lie outside of its folder.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+
+from etils import epath
+
+from gptjax.errors import shown
+from gptjax.runtime import untrusted
+
+FORMAT = 1
+NAME = "manifest.json"
+MAX_BYTES = 64 << 20  # what is longer is cut, and then not what its hash is of
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be used. The message is the reason, to be put behind its step and folder."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception of the disk, orbax or TensorStore says, short enough for a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).partition("See full TensorStore details")[0].split())
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code[1]))
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def stored(folder: epath.Path) -> list[str]:
+    """The files of a checkpoint's state, as paths in its folder, sorted; a link is listed, not followed."""
+    found, top = [], None
+    for where, folders, files in (folder / "state").walk():
+        top = top or where  # on a bucket it has another form than `folder`
+        inside = epath.Path("state") / where.relative_to(top)
+        links = [name for name in folders if os.path.islink(where / name)]
+        found += [(inside / name).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
+def digests(folder: epath.Path, paths: list[str]) -> dict[str, dict]:
+    """Bytes and sha256 of each file, which is on the disk afterwards. Raises: OSError."""
+    found = {}
+    for path in paths:
+        with (folder / path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            _to_the_disk(file)  # a file system that is full or lost may say so only here
+            found[path] = {"bytes": file.tell(), "sha256": digest}
+    return found
+
+
+def write(folder: epath.Path, content: dict) -> None:
+    """Makes a checkpoint of a folder. Raises: OSError."""
+    beside = folder / f"{NAME}.partial"
+    with beside.open("wb") as file:
+        file.write(_encoded(content))
+        file.flush()
+        _to_the_disk(file)
+    beside.replace(folder / NAME)
+
+
+def _to_the_disk(file) -> None:
+    with contextlib.suppress(io.UnsupportedOperation):  # gs:// has no such thing
+        os.fsync(file.fileno())
+
+
+def _encoded(content: dict) -> bytes:
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({"sha256": digest} | content, indent=1).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def _reading(path: str):
+    """A block that reads a file of a checkpoint. Raises: Damaged, where it can't be read."""
+    try:
+        yield
+    except (Damaged, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing") from error
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
+        raise Damaged(f"{path} can't be read ({reason(error)})") from error
+
+
+def read(folder: epath.Path, step: int) -> dict:
+    """The manifest of a step's folder, as it was written. Raises: Damaged."""
+    with _reading(NAME):
+        if not untrusted.is_file(folder / NAME):
+            raise Damaged(f"{NAME} is missing")
+        with (folder / NAME).open("rb") as file:
+            text = file.read(MAX_BYTES)
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+        whole = _encoded(content) == text
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{NAME} is damaged: it is not what its own hash is of")
+    if content.get("format") != FORMAT:
+        raise Damaged(f"{NAME} is of format {content.get('format')}, and this gptjax reads {FORMAT}")
+    if content.get("step") != step:
+        raise Damaged(f"{NAME} is that of step {content.get('step')}")
+    _check_form(content)
+    return content
+
+
+def _check_form(content: dict) -> None:
+    """What is said of files, arrays and config can be relied on, whoever wrote it. Raises: Damaged."""
+    number = lambda value: type(value) is int and value >= 0
+    try:
+        for path, file in content["files"].items():
+            parts = pathlib.PurePosixPath(path).parts
+            if parts[:1] != ("state",) or ".." in parts or not path.isprintable():
+                raise Damaged(f"{NAME} names {path}, which is not in its state")
+            if not (number(file["bytes"]) and isinstance(file["sha256"], str)):
+                raise TypeError
+        for array in content["arrays"].values():
+            if not all(map(number, (*array["shape"], array["bytes"]))):
+                raise TypeError
+        if not (isinstance(content["config"], dict) and number(content["saved_at"])):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{NAME} does not have the form of format {FORMAT}") from error
+
+
+def check_sizes(folder: epath.Path, content: dict, share: int = 0, shares: int = 1) -> None:
+    """A share of the files that a manifest names is there, with their sizes; the first also looks for others.
+
+    Raises: Damaged.
+    """
+    files = content["files"]
+    for path in sorted(files)[share::shares]:
+        with _reading(path):
+            if any(os.path.islink(folder / part) for part in (path, *pathlib.PurePosixPath(path).parents[:-1])):
+                raise Damaged(f"{path} is a link")
+            size = (folder / path).stat().length
+            if not untrusted.is_file(folder / path):
+                raise Damaged(f"{path} is not a file")
+            if size != files[path]["bytes"]:
+                raise Damaged(f"{path} has {size:,} bytes of {files[path]['bytes']:,}")
+    with _reading("state"):
+        others = sorted(set(stored(folder)) - files.keys()) if share == 0 else ()
+    if others:
+        raise Damaged(f"{shown(others[0])} is not in {NAME}")
+
+
+def verify(folder: epath.Path, step: int, share: int = 0, shares: int = 1) -> dict:
+    """The manifest of a checkpoint of which a share of the files has been read and compared with it.
+
+    Raises: Damaged, for the first file that differs.
+    """
+    content = read(folder, step)
+    check_sizes(folder, content, share, shares)
+    for path, file in sorted(content["files"].items())[share::shares]:
+        with _reading(path), (folder / path).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != file["sha256"]:
+            raise Damaged(f"{path} is not what was written: its hash differs")
+    return content

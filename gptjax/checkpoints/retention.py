@@ -1,0 +1,79 @@
+"""The folder of a run's checkpoints: what is in it, which of them stay, and what is put aside."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+
+from etils import epath
+
+from gptjax.checkpoints import manifest
+from gptjax.errors import Refused
+from gptjax.training.monitoring import early_stopping as stopping
+
+UNFINISHED = "unfinished"  # a file in the folder of a checkpoint until it has its manifest
+
+
+def at(folder: epath.Path, step: int) -> epath.Path:
+    """The folder of a step's checkpoint."""
+    return folder / f"step_{step:08}"
+
+
+def found(folder: epath.Path) -> tuple[list[int], list[epath.Path]]:
+    """Steps of the checkpoints, ascending, whole or damaged, and what saves that were killed left. Raises: Refused."""
+    steps, left = [], []
+    try:
+        for path in folder.iterdir() if folder.exists() else ():
+            named = re.fullmatch(r"step_(\d{8,})", path.name)
+            if not (named and path == at(folder, int(named[1])) and path.is_dir()):
+                continue
+            killed = (path / UNFINISHED).exists() and not (path / manifest.NAME).exists()
+            if killed or not any(path.iterdir()):
+                left.append(path)
+            else:
+                steps.append(int(named[1]))
+    except Exception as error:  # those of gcsfs and google-auth are no OSError
+        raise Refused(f"{folder} can't be read ({manifest.reason(error)}): give another --workdir.") from error
+    return sorted(steps), sorted(left)
+
+
+def aside(folder: epath.Path) -> list[epath.Path]:
+    """What was put aside."""
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}\.(damaged|replaced)\d*", path.name))
+
+
+def put_aside(folder: epath.Path, step: int, why: str) -> epath.Path:
+    """Renames a checkpoint to step_….WHY, numbered where there is one; returns where it is now. Raises: OSError."""
+    taken = {path.name for path in folder.iterdir()}
+    names = (f"{at(folder, step).name}.{why}{number}" for number in ("", *range(2, len(taken) + 3)))
+    return at(folder, step).rename(folder / next(name for name in names if name not in taken))
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a checkpoint, its manifest first, so that what a kill leaves is never taken for one. Raises: OSError."""
+    with contextlib.suppress(OSError):  # on a full disk it goes without; what a kill leaves then counts as damaged
+        (path / UNFINISHED).touch()
+    if (path / manifest.NAME).is_file():
+        (path / manifest.NAME).unlink()
+    if (path / "state").is_dir():  # before the mark that it is unfinished
+        (path / "state").rmtree()
+    path.rmtree()
+
+
+def clear(path: epath.Path) -> None:
+    """Removes what a save that failed has written. Raises: OSError.
+
+    The mark that it is unfinished stays for the next save to remove: TensorStore may still write what it had begun, and
+    makes the folders for it anew.
+    """
+    unfinished = (path / UNFINISHED).exists() and not (path / manifest.NAME).exists()
+    if unfinished and (path / "state").is_dir():
+        (path / "state").rmtree()
+
+
+def rotate(folder: epath.Path, keep: int, keep_every: int, losses: Mapping[int, float]) -> None:
+    """Removes all but the newest `keep`, those of multiples of `keep_every`, and the best by `losses`. Raises: OSError."""
+    steps, _ = found(folder)
+    best = stopping.best(losses, steps)
+    for step in steps[:-keep]:
+        if not (step == best or keep_every and step % keep_every == 0):
+            remove(at(folder, step))

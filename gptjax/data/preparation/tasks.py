@@ -1,0 +1,267 @@
+"""What workers do for `prepare`, task by task: count, sample, tokenize. No JAX here, nor anything that imports it.
+
+A task is a few parts of a source (sources.py), in their order. Each step leaves FOLDER/TASK.json when the rest of its
+result is whole; where that file is, the step is done.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+
+from gptjax.data.sources import sources
+from gptjax.data.sources.documents import Damages, DataConfig, Document, Part
+from gptjax.data.sources.formats import lines
+from gptjax.data.store import store as stores
+from gptjax.tokenizers import tokenizer as tokenizers
+
+# How much text is tokenized at a time: enough to occupy the cores, and what is held in memory.
+BATCH_BYTES = 4 << 20
+# The files of a task's documents in a split.
+KINDS = "tokens", "lengths", "prompts", "names"
+# Of the held-out text, gzip and xz are told on no more than this.
+COMPRESSED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tasks, and how to read them."""
+
+    data: DataConfig
+    tasks: epath.Path  # TASK.json is the list of a task's parts
+
+    def documents(self, task: int, damages: Damages) -> Iterator[Document]:
+        for part in result(self.tasks, task):
+            yield from sources.read(Part(*part), self.data, damages)
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Writes the documents of each task as TASK.documents, for sources of which reading them anew would take long.
+
+    Result: documents, bytes, and what `lost` says.
+    """
+
+    corpus: Corpus
+    folder: epath.Path
+
+    def __call__(self, task: int, told: Callable[[int, int, int], None]):
+        if done(self.folder, task):
+            return
+        damages, count, num_bytes = Damages(self.corpus.data.damaged), 0, 0
+        with path(self.folder, task, "documents").open("wb") as texts:
+            for document in self.corpus.documents(task, damages):
+                size = len(document.text.encode())
+                texts.write(lines.line_of(document))
+                count, num_bytes = count + 1, num_bytes + size
+                told(1, size, 0)
+        finish(self.folder, task, {"documents": count, "bytes": num_bytes} | lost(damages))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts the documents of each task, and finds the smallest and the largest hash.
+
+    Result: documents, bytes, digest (of the text), smallest, largest (hashes), and what `lost` says.
+    """
+
+    corpus: Corpus
+    folder: epath.Path
+
+    def __call__(self, task: int, told: Callable[[int, int, int], None]):
+        if done(self.folder, task):
+            return
+        damages, digest = Damages(self.corpus.data.damaged), hashlib.sha256()
+        count, num_bytes, smallest, largest = 0, 0, 1 << 64, -1
+        for texts in batches(document.text.encode() for document in self.corpus.documents(task, damages)):
+            hashes = [hash_of(text) for text in texts]
+            digest.update(_packed(hashes))
+            size = sum(map(len, texts))
+            count, num_bytes = count + len(texts), num_bytes + size
+            smallest, largest = min(smallest, *hashes), max(largest, *hashes)
+            told(len(texts), size, 0)
+        result = {"documents": count, "bytes": num_bytes, "digest": digest.hexdigest(), "smallest": smallest}
+        finish(self.folder, task, result | {"largest": largest} | lost(damages))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Writes what the tokenizer learns from: training documents, each `every`-th of the corpus.
+
+    firsts: the number in the corpus of each task's first document. cut: documents with a smaller hash are held out.
+    """
+
+    corpus: Corpus
+    folder: epath.Path
+    every: int
+    cut: int
+    firsts: tuple[int, ...]
+
+    def __call__(self, task: int, told: Callable[[int, int, int], None]):
+        if done(self.folder, task):
+            return
+        with path(self.folder, task, "texts").open("w") as file:
+            documents = self.corpus.documents(task, Damages("skip"))
+            for number, document in enumerate(documents, self.firsts[task]):
+                if number % self.every == 0 and hash_of(document.text.encode()) >= self.cut:
+                    file.write(json.dumps(document.text) + "\n")
+                told(1, 0, 0)
+        finish(self.folder, task, {})
+
+    def texts(self) -> Iterator[str]:
+        """All that was written, in order."""
+        for task in range(len(self.firsts)):
+            with path(self.folder, task, "texts").open() as file:
+                yield from map(json.loads, file)
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Writes the tokens of each task, in the store's dtype, and of each document what a `SplitWriter` takes.
+
+    Of a task and each split: TASK.SPLIT.tokens; .lengths, int64, tokens of each document; .prompts, int64, how many of
+    these are of its prompt; .names, the lines of documents.jsonl. TASK.heldout is held-out text without prompts,
+    COMPRESSED_BYTES at most; TASK.hashes those of all documents.
+    Result: documents, bytes, digest as in the survey, and `splits`: tokens, documents and bytes of each.
+    """
+
+    corpus: Corpus
+    folder: epath.Path
+    tokenizer: epath.Path
+    cut: int
+    threads: bool  # whether this process has all cores to itself
+
+    def __call__(self, task: int, told: Callable[[int, int, int], None]):
+        if done(self.folder, task):
+            return
+        tokenizer = _tokenizer(self.tokenizer)
+        splits = {name: _Piece(self.folder, task, name, tokenizer) for name in stores.SPLITS}
+        digest, kept = hashlib.sha256(), 0
+        with (
+            path(self.folder, task, "hashes").open("wb") as all_hashes,
+            path(self.folder, task, "heldout").open("wb") as heldout,
+        ):
+            for batch in batches(self.corpus.documents(task, Damages("skip"))):
+                texts = [document.text.encode() for document in batch]
+                hashes = [hash_of(text) for text in texts]
+                digest.update(_packed(hashes))
+                all_hashes.write(_packed(hashes))
+                tokens = _encoded(tokenizer, batch, self.threads)
+                for document, text, hash, ids in zip(batch, texts, hashes, tokens):
+                    if hash < self.cut:
+                        response = text[len(document.text[: document.prompt].encode()) :]
+                        kept += heldout.write(response[: COMPRESSED_BYTES - kept])
+                    splits["heldout" if hash < self.cut else "train"].append(document, len(text), *ids)
+                for piece in splits.values():
+                    piece.write()
+                told(len(batch), sum(map(len, texts)), sum(1 + len(prompt) + len(text) for prompt, text in tokens))
+        sizes = {name: piece.close() for name, piece in splits.items()}
+        total = {key: sum(size[key] for size in sizes.values()) for key in ("documents", "bytes")}
+        finish(self.folder, task, total | {"digest": digest.hexdigest(), "splits": sizes})
+
+
+class _Piece:
+    """The files of a task's documents in one split."""
+
+    def __init__(self, folder: epath.Path, task: int, split: str, tokenizer: tokenizers.Tokenizer):
+        self._dtype, self._end_of_text = stores.token_dtype(tokenizer.vocab_size), tokenizer.end_of_text
+        self._files = [path(folder, task, f"{split}.{kind}").open("wb") for kind in KINDS]
+        self._tokens, self._lengths, self._prompts, self._names = [], [], [], []
+        self.size = dict.fromkeys(stores.SIZES, 0)
+
+    def append(self, document: Document, num_bytes: int, prompt: np.ndarray, text: np.ndarray):
+        """Adds a document: its bytes, and the tokens of its prompt and of the rest."""
+        length = 1 + len(prompt) + len(text)
+        self._tokens += [[self._end_of_text], prompt, text]
+        self._lengths.append(length)
+        self._prompts.append(len(prompt))
+        self._names.append(stores.named(document.name, document.offset))
+        for key, more in (("tokens", length), ("documents", 1), ("bytes", num_bytes)):
+            self.size[key] += more
+
+    def write(self):
+        """Writes what was appended, which is then gone from memory."""
+        if self._lengths:
+            tokens, lengths, prompts, names = self._files
+            tokens.write(np.concatenate(self._tokens).astype(self._dtype).tobytes())
+            lengths.write(np.array(self._lengths, np.int64).tobytes())
+            prompts.write(np.array(self._prompts, np.int64).tobytes())
+            names.write("".join(self._names).encode())
+        self._tokens, self._lengths, self._prompts, self._names = [], [], [], []
+
+    def close(self) -> dict[str, int]:
+        for file in self._files:
+            file.close()
+        return self.size
+
+
+def lost(damages: Damages) -> dict:
+    """What of a task's source is not among its documents."""
+    return {"damaged": damages.count, "places": damages.places, "without_text": damages.without_text}
+
+
+def path(folder: epath.Path, task: int, kind: str) -> epath.Path:
+    """A file of a task."""
+    return folder / f"{task:05}.{kind}"
+
+
+def done(folder: epath.Path, task: int) -> bool:
+    """Whether the result of a task is there."""
+    return path(folder, task, "json").exists()
+
+
+def finish(folder: epath.Path, task: int, result: dict) -> None:
+    """Leaves the result of a task, after all else that it wrote."""
+    beside = path(folder, task, f"json.{os.getpid()}")
+    beside.write_text(json.dumps(result))
+    beside.replace(path(folder, task, "json"))
+
+
+def result(folder: epath.Path, task: int):
+    """What a task left, or is."""
+    return json.loads(path(folder, task, "json").read_text())
+
+
+def hash_of(text: bytes) -> int:
+    """By which a document is held out or not, so that equal ones are on the same side: 64 bits."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
+def _packed(hashes: list[int]) -> bytes:
+    return np.array(hashes, ">u8").tobytes()
+
+
+def batches(documents: Iterable) -> Iterator[list]:
+    """Lists of documents or texts, each closed by the one that takes it over BATCH_BYTES."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text if isinstance(document, Document) else document)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.cache
+def _tokenizer(folder: epath.Path) -> tokenizers.Tokenizer:
+    """Loaded once in each process."""
+    return tokenizers.load(folder)
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, documents: list[Document], threads: bool) -> list[list[np.ndarray]]:
+    """The tokens of each document's prompt and of its other text; by all cores, or by this one where workers have the
+    others.
+
+    Each by itself, the prompt as `generate` encodes one, so that no token reaches over from one into the other.
+    """
+    prompt = lambda of: tokenizers.prompted(tokenizer, of.text[: of.prompt])
+    texts = [text for of in documents for text in (prompt(of), of.text[of.prompt :])]
+    ids = tokenizer.encode_batch(texts, -1 if threads else 1)
+    return [ids[at : at + 2] for at in range(0, len(ids), 2)]

@@ -1,0 +1,125 @@
+"""The verbs about tokenizers: training one for use by path, and comparing several on the held-out text."""
+
+import contextlib
+import time
+
+import numpy as np
+from etils import epath
+
+from gptjax.data.preparation import prepare
+from gptjax.data.preparation import tasks as pieces
+from gptjax.data.sources.documents import Document
+from gptjax.errors import Failed, Refused
+from gptjax.tokenizers import tokenizer as tokenizers
+from gptjax.training.config.schema import Config
+
+# Tokenizers are compared on no more held-out text than this, which is read in parts of pieces.BATCH_BYTES.
+COMPARED_BYTES = 64 << 20
+
+
+def train(config: Config, target: epath.Path, workers: int) -> None:
+    """Trains the tokenizer of a config on its training documents, and writes it to a folder for `tokenizer.path`.
+
+    workers: processes that read the corpus.
+
+    Raises: Refused, Failed.
+    """
+    tokenizers.check(config.tokenizer)
+    if not config.tokenizer.trained:
+        raise Refused(
+            f'tokenizer.kind={config.tokenizer.kind} with tokenizer.path="{config.tokenizer.path}" leaves nothing to '
+            "train: set tokenizer.kind=sentencepiece and no path."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refused(f"--target={target} exists and is no empty folder: give another.")
+    try:
+        made = tokenizers.train(config.tokenizer, prepare.training_texts(config.data, config.clean, workers), target)
+    except OSError as error:  # a part of it would be no empty folder
+        with contextlib.suppress(OSError):
+            target.rmtree()
+        raise Failed(
+            f"--target={target} can't be written ({error.strerror or error}): make room, or give another folder."
+        ) from error
+    print(f"{target}: {made.vocab_size} ids, hash {made.hash[:12]}; use it by --config.tokenizer.path={target}")
+
+
+def compare(config: Config, paths: list[str], workers: int) -> dict:
+    """How tokenizers do on the held-out text of a config's data.
+
+    paths: as `tokenizer.existing` takes them; if there are none, the config's own tokenizer is compared, which must
+    not be in need of training. They take turns on each part of the text, so that other load falls on all. workers:
+    processes that read the corpus.
+    """
+    if not paths and config.tokenizer.trained:
+        raise Refused(
+            'tokenizer.path is "" and --tokenizers is not given, so there is nothing to compare: give folders that '
+            "gptjax tokenizer train wrote, or the tokenizer folder of a run."
+        )
+    tokenizers.check(config.tokenizer)
+    paths = paths or [config.tokenizer.path or "byte"]
+    rows = [_Row(path, tokenizers.existing(path)) for path in paths]
+    documents, num_bytes = 0, 0
+    for batch in pieces.batches(prepare.heldout_documents(config.data, config.clean, workers)):
+        documents, num_bytes = documents + len(batch), num_bytes + sum(len(d.text.encode()) for d in batch)
+        for row in rows:
+            row.add(batch)
+        if num_bytes >= COMPARED_BYTES:
+            break
+    results = [row.result(documents, num_bytes) for row in rows]
+    return {"documents": documents, "bytes": num_bytes, "tokenizers": results}
+
+
+class _Row:
+    """What one tokenizer has done so far."""
+
+    def __init__(self, path: str, tokenizer: tokenizers.Tokenizer):
+        self._path, self._tokenizer = path, tokenizer
+        self._seen = np.zeros(tokenizer.vocab_size, bool)
+        self._tokens, self._seconds, self._changed = 0, 0.0, []
+
+    def add(self, batch: list[Document]):
+        began = time.perf_counter()
+        try:
+            encoded = self._tokenizer.encode_batch([document.text for document in batch])
+        except Refused:  # of one text: then which?
+            encoded = [self._encoded(document) for document in batch]
+        self._seconds += time.perf_counter() - began
+        for document, ids in zip(batch, encoded, strict=True):
+            self._seen[ids] = True
+            self._tokens += len(ids)
+            if self._tokenizer.decode(ids) != document.text:
+                self._changed.append(document.name)
+
+    def _encoded(self, document: Document) -> np.ndarray:
+        try:
+            return self._tokenizer.encode(document.text)
+        except Refused:
+            return np.zeros(0, np.int32)
+
+    def result(self, documents: int, num_bytes: int) -> dict:
+        return {
+            "tokenizer": self._path,
+            "vocab_size": self._tokenizer.vocab_size,
+            "vocab_used": float(self._seen.mean()),
+            "bytes_per_token": num_bytes / max(1, self._tokens),
+            "megabytes_per_second": num_bytes / 1e6 / self._seconds,
+            "exact_documents": documents - len(self._changed),
+            "changed": self._changed[:5],
+        }
+
+
+def table(found: dict) -> str:
+    """What `compare` found, as text."""
+    width = max(len(row["tokenizer"]) for row in found["tokenizers"])
+    lines = [
+        f"{found['documents']:,} held-out documents, {found['bytes'] / 1e6:,.2f} MB",
+        f"{'tokenizer':<{width}}  {'ids':>7}  {'used':>6}  {'bytes/token':>11}  {'MB/s':>7}  exact",
+    ]
+    for row in found["tokenizers"]:
+        exact = f"{row['exact_documents']:,} of {found['documents']:,}"
+        lines.append(
+            f"{row['tokenizer']:<{width}}  {row['vocab_size']:>7}  {row['vocab_used']:>6.1%}  "
+            f"{row['bytes_per_token']:>11.3f}  {row['megabytes_per_second']:>7.1f}  {exact}"
+            f"{', not ' + ', '.join(row['changed']) if row['changed'] else ''}"
+        )
+    return "\n".join(lines)

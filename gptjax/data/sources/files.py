@@ -1,0 +1,146 @@
+"""Finding the files of a source, and reading them in bounded pieces, compressed or not."""
+
+import contextlib
+import glob
+import gzip
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from etils import epath
+
+from gptjax.data.sources.documents import END, PART_BYTES, RECORD_BYTES, Damages, DataConfig, Part
+from gptjax.errors import Refused
+from gptjax.runtime import optional as extra
+from gptjax.runtime import untrusted
+
+COMPRESSED = ".gz", ".zst"
+
+
+def parts(data: DataConfig) -> list[Part]:
+    """The files that data.path matches, each one part. Raises: Refused."""
+    return [Part(data.source, str(file), 0, END, size) for file, size in sized(data)]
+
+
+def ranges(data: DataConfig) -> list[Part]:
+    """The files that data.path matches, in parts of PART_BYTES. Raises: Refused."""
+    return [part for file, size in sized(data) for part in split(file, size, data.source)]
+
+
+def split(file: epath.Path, size: int, source: str) -> list[Part]:
+    """A file as parts of PART_BYTES; whole where it is compressed, since then only its start can be found."""
+    whole = size <= PART_BYTES or file.name.endswith(COMPRESSED)
+    starts = [0] if whole else range(0, size, PART_BYTES)
+    stops = [*starts[1:], END]
+    return [Part(source, str(file), start, stop, min(stop, size) - start) for start, stop in zip(starts, stops)]
+
+
+def sized(data: DataConfig) -> list[tuple[epath.Path, int]]:
+    """The files that data.path matches, sorted, with their bytes. Raises: Refused, where there are none."""
+    path = data.path
+    if not path:
+        raise Refused(
+            f'data.source={data.source} needs data.path, which is "": give a file or a glob, such as corpus/*.txt.'
+        )
+    files = matching(path)
+    if not files:
+        hint = f' It is a folder: try "{path.rstrip("/")}/*".' if epath.Path(path).is_dir() else ""
+        raise Refused(f'data.path "{path}" matches 0 files, and at least 1 is needed.{hint}')
+    return with_bytes(files)
+
+
+def with_bytes(files: list[epath.Path]) -> list[tuple[epath.Path, int]]:
+    """Files and how many bytes each has."""
+    return list(zip(files, _at_once(lambda file: file.stat().length, files)))
+
+
+def _at_once(ask: Callable, files: list[epath.Path]) -> list:
+    """What is said of each file. Many are asked of at a time: in a bucket each is a request, and waits for its answer."""
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(ask, files))
+
+
+def matching(path: str) -> list[epath.Path]:
+    """The files that a glob matches, sorted."""
+    if "://" not in path:
+        names = glob.glob(os.path.expanduser(path), recursive=True)
+        return [epath.Path(name) for name in sorted(names) if os.path.isfile(name)]
+    if not glob.has_magic(path):
+        return [epath.Path(path)] if epath.Path(path).is_file() else []
+    if "**" in path:
+        raise Refused(f'data.path "{path}" has **, which works on local paths alone: write one * for each level.')
+    scheme, rest = path.split("://", 1)
+    bucket, pattern = rest.split("/", 1)
+    found = sorted(epath.Path(f"{scheme}://{bucket}").glob(pattern))
+    return [file for file, is_folder in zip(found, _at_once(lambda file: file.is_dir(), found)) if not is_folder]
+
+
+def opened(path: str) -> BinaryIO:
+    """A file's bytes, decompressed where its name says that it is compressed."""
+    file = untrusted.opened(epath.Path(path))
+    if path.endswith(COMPRESSED):
+        if not file.read(1):
+            raise EOFError("it is empty, which no compressed file is")
+        file.seek(0)
+    if path.endswith(".gz"):
+        return gzip.open(file)
+    if path.endswith(".zst"):
+        arrow = extra.package("pyarrow", f"{path} (zstandard)")
+        return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(file), "zstd"))
+    return file
+
+
+@contextlib.contextmanager
+def local(path: str):
+    """The path of a file on this machine, for libraries that read no other; one on a bucket is copied for the block."""
+    if "://" not in path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(epath.Path(path).copy(f"{folder}/{epath.Path(path).name}"))
+
+
+class Lines:
+    """The lines of a part, with their ends: those that begin in it. One of more than RECORD_BYTES is damage.
+
+    offset: byte at which the last one began, of the decompressed file. next: at which the next one does.
+    """
+
+    def __init__(self, part: Part, damages: Damages):
+        self._part, self._damages, self._count = part, damages, 0
+        self.offset = self.next = part.start
+
+    def __iter__(self) -> Iterator[bytes]:
+        with opened(self._part.path) as stream:
+            if self._part.start:
+                stream.seek(self._part.start - 1)
+                self.next += self._rest(stream, self._part.stop - self._part.start + 1) - 1
+            while self.next < self._part.stop and (line := stream.readline(RECORD_BYTES + 1)):
+                self.offset, self.next, self._count = self.next, self.next + len(line), self._count + 1
+                if len(line) <= RECORD_BYTES or line.endswith(b"\n"):
+                    yield line
+                else:
+                    self._damages(self.where, f"has more than {RECORD_BYTES:,} bytes", "cut the line")
+                    del line
+                    self.next += self._rest(stream, END)
+
+    @staticmethod
+    def _rest(stream: BinaryIO, most: int) -> int:
+        """Reads to the end of a line, or `most` bytes of it; how many there were."""
+        count, line = 0, b""
+        while count < most and not line.endswith(b"\n") and (line := stream.readline(min(1 << 20, most - count))):
+            count += len(line)
+        return count
+
+    def where(self) -> str:
+        """The file, and the number of the last line in it, from 1."""
+        number = self._count
+        if self._part.start:
+            number = 1
+            with opened(self._part.path) as stream:
+                while (at := stream.tell()) < self.offset:
+                    number += stream.read(min(1 << 20, self.offset - at)).count(b"\n")
+        return f"{self._part.path} line {number}"

@@ -1,0 +1,128 @@
+"""Records that are found by their number: ArrayRecord, and data sets of TFDS, which are such files."""
+
+import functools
+import os
+from collections.abc import Iterator
+
+from gptjax.data.sources import files
+from gptjax.data.sources.documents import END, PART_BYTES, Damages, DataConfig, Document, Part
+from gptjax.data.sources.formats.lines import NAME_IT, listed
+from gptjax.data.sources.formats.text import decoded
+from gptjax.errors import Refused
+from gptjax.runtime import optional as extra
+from gptjax.runtime import untrusted
+
+
+def arrayrecord_parts(data: DataConfig) -> list[Part]:
+    """Files, and ranges of the records of large ones."""
+    found = []
+    for file, size in files.sized(data):
+        count = 1
+        if size > PART_BYTES and "://" not in str(file):
+            try:
+                count = _reader(str(file)).num_records()
+            except ValueError:  # damaged: who reads it says so
+                pass
+        found += _ranges(Part(data.source, str(file), 0, END, size), count)
+    return found
+
+
+def _ranges(part: Part, count: int) -> list[Part]:
+    """A part of so many records as parts of PART_BYTES; the last goes on as far as there are records."""
+    step = max(1, count * PART_BYTES // max(part.size, 1))
+    starts = range(0, max(count, 1), step)
+    size = part.size // len(starts)
+    return [part._replace(start=start, stop=stop, size=size) for start, stop in zip(starts, [*starts[1:], END])]
+
+
+def _reader(path: str):
+    # One thread reads ahead, so that what a worker holds does not grow with the cores of its machine.
+    return extra.package("array_record.python.array_record_module", path).ArrayRecordReader(path, "max_parallelism:1")
+
+
+def read_arrayrecord(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
+    """Each record is a text, or with data.text_field a tf.train.Example; offset is its number in the file, from 0."""
+    with files.local(part.path) as path:
+        reader = _reader(path)
+        if not reader.ok():  # it also has no records then
+            raise ValueError("it is no ArrayRecord file, or was cut")
+        reader.seek(part.start)
+        for number in range(part.start, min(part.stop, reader.num_records())):
+            record, where = reader.read(), f"{part.path} record {number}"
+            if data.text_field:
+                try:
+                    features = _features(record)
+                except ValueError as error:
+                    plain = 'where records are texts by themselves, set data.text_field=""'
+                    damages(where, f"is no tf.train.Example ({error})", plain)
+                    continue
+                if data.text_field not in features:
+                    damages(where, f'has no text in "{data.text_field}" (it has {listed(features)})', NAME_IT)
+                    continue
+                record = features[data.text_field]
+            for document in decoded(record, where, 0, damages):
+                yield Document(part.path, number, document.text)
+        reader.close()
+
+
+def _features(record: bytes) -> dict[str, bytes]:
+    """The first value of each feature of a tf.train.Example that has bytes. Raises: ValueError, where it is none.
+
+    In the words of its .proto: Example.features 1, Features.feature 1 (a map: key 1, value 2), Feature.bytes_list 1,
+    BytesList.value 1.
+    """
+    found, fields = {}, untrusted.protobuf_fields
+    for entry in (entry for _, features in fields(record) for number, entry in fields(features) if number == 1):
+        pair = dict(fields(entry))
+        for kind, values in fields(pair.get(2, b"")):
+            if kind == 1:
+                found |= {pair.get(1, b"").decode(): value for _, value in [*fields(values)][:1]}
+    return found
+
+
+def tfds_parts(data: DataConfig) -> list[Part]:
+    """Ranges of the examples of a data set that was prepared before; see `_tfds`."""
+    _opened.cache_clear()  # what is listed anew is opened anew
+    examples = _tfds(data)
+    whole = Part("tfds", data.path, 0, END, max(examples.dataset_info.splits[_named(data)[1]].num_bytes, 1))
+    return _ranges(whole, len(examples))
+
+
+def _named(data: DataConfig) -> tuple[str, str]:
+    """The data set and the split of data.path, which is NAME:VERSION or, for another than train, NAME:VERSION:SPLIT."""
+    name, _, rest = data.path.removeprefix("tfds:").partition(":")
+    version, _, split = rest.partition(":")
+    if not (name and version):
+        raise Refused(f'data.path is "{data.path}", and data.source=tfds needs NAME:VERSION, or NAME:VERSION:SPLIT.')
+    return f"{name}:{version}", split or "train"
+
+
+def _tfds(data: DataConfig):
+    """The examples, by their number; no TensorFlow is imported. Raises: Refused."""
+    tfds = extra.package("tensorflow_datasets", "data.source=tfds")
+    folder, (name, split) = os.environ.get("TFDS_DATA_DIR"), _named(data)
+    where = folder or tfds.core.constants.DATA_DIR
+    try:
+        return tfds.data_source(name, split=split, data_dir=folder, try_gcs=False)
+    except Exception as error:  # whatever the library raises where a data set is not there or not as it should be
+        raise Refused(
+            f"The split {split} of {name} can't be read from {where} ({' '.join(str(error).split())[:200]}): prepare "
+            "it there with file_format=array_record, or say in TFDS_DATA_DIR where it is."
+        ) from error
+
+
+# A data set of many files takes long to open, and has a part of each 8 MiB.
+_opened = functools.lru_cache(maxsize=1)(_tfds)
+
+
+def read_tfds(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
+    """The feature data.text_field; offset is the number of the example, from 0."""
+    examples = _opened(data)
+    for number in range(part.start, min(part.stop, len(examples))):
+        example, where = examples[number], f"{part.path} example {number}"
+        text = example.get(data.text_field)
+        if isinstance(text, bytes):
+            for document in decoded(text, where, 0, damages):
+                yield Document(part.path, number, document.text)
+        else:
+            damages(where, f'has no text in "{data.text_field}" (it has {listed(example)})', NAME_IT)

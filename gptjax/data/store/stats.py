@@ -1,0 +1,194 @@
+"""What is in a token store: counts, lengths, duplicates, languages, the most frequent n-grams.
+
+All of it is read from the store itself: every token once, and of documents whose tokens have a small hash the text, by
+decoding them. A hash of the content takes all copies of a document or none, so the share of duplicates in the sample is
+that of the corpus. Memory is bounded by the sizes below, whatever the store's.
+"""
+
+import hashlib
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+from gptjax.data.cleaning import filters as clean_steps
+from gptjax.data.store.store import REMEDY, Split, Store
+from gptjax.errors import Refused
+from gptjax.runtime import heartbeat, untrusted
+from gptjax.runtime import progress as terminal
+
+# As many documents and bytes are looked at, about; of a smaller store all.
+SAMPLE_DOCUMENTS, SAMPLE_BYTES = 50_000, 64 << 20
+# Of the others, only tokens are read; so many at a time, and so many documents' starts.
+READ_TOKENS, READ_DOCUMENTS = 4 << 20, 1 << 16
+NGRAMS = 1, 2, 3
+TOP = 20
+# Different n-grams that are counted at a time; when there are more, the rarer half is forgotten.
+MAX_NGRAMS = 1 << 20
+WORD = re.compile(r"\w+")
+QUANTILES = {"min": 0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1}
+# A document counts as one of a language from this probability on.
+SURE = 0.5
+
+
+def stats(store: Store) -> dict:
+    """Everything of stats.json; counts are of the whole store, and the rest of `sample`."""
+    splits = {
+        name: {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes}
+        for name, split in store.splits.items()
+    }
+    total = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")}
+    share = min(1, SAMPLE_DOCUMENTS / total["documents"], SAMPLE_BYTES / total["bytes"])
+    sample = _Sample()
+    with terminal.progress("reading documents", total["documents"]) as bar:
+        for number, (hash, tokens) in enumerate(_documents(store), 1):
+            if hash < share * (1 << 64):
+                sample.add(hash, len(tokens), store.tokenizer.decode(tokens))
+            bar.update(number, f"{sample.documents:,} looked at")
+            heartbeat.moved()
+    return {
+        "store": str(store.folder),
+        "settings": store.manifest["settings"],
+        "vocab_size": store.tokenizer.vocab_size,
+        "total": total,
+        "splits": splits,
+        "bytes_per_token": total["bytes"] / total["tokens"],
+        "sample": {"documents": sample.documents, "bytes": sample.bytes, "whole": share == 1},
+        **sample.result(),
+        "cleaning": _cleaning(store),
+    }
+
+
+def _documents(store: Store) -> Iterator[tuple[int, np.ndarray]]:
+    """A 64-bit hash of each document's tokens, and these; end_of_text is the first of them. Raises: Refused."""
+    for name, split in store.splits.items():
+        try:
+            for tokens in _split(split, store.tokenizer.vocab_size):
+                yield int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()), tokens
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Refused(f"{store.folder / name} is not as it was written ({reason}): {REMEDY}.") from error
+
+
+def _split(split: Split, vocab_size: int) -> Iterator[np.ndarray]:
+    """The tokens of each document. Raises: ValueError, for what can't be."""
+    for first in range(0, split.documents, READ_DOCUMENTS):
+        last = min(first + READ_DOCUMENTS, split.documents)
+        starts = split.document_starts(first, min(last + 1, split.documents))
+        if last == split.documents:
+            starts = np.append(starts, split.tokens)
+        begin = 0
+        while begin < len(starts) - 1:
+            # As many whole documents as go into a read; one that is larger, alone.
+            end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + READ_TOKENS, "right")) - 1)
+            (window,) = split.read(starts[begin : begin + 1], int(starts[end] - starts[begin]))
+            if window.max() >= vocab_size:
+                raise ValueError(f"token {window.max()} of {vocab_size}")
+            yield from np.split(window, starts[begin + 1 : end] - starts[begin])
+            begin = end
+
+
+def _cleaning(store: Store) -> dict:
+    """What the manifest says of cleaning; nothing where there was none. Raises: Refused."""
+    report, where = store.manifest.get("cleaning", {}), store.folder / "manifest.json"
+    if report == {}:
+        return {}
+    untrusted.check_types({"cleaning": report}, {"cleaning": dict}, where, REMEDY)
+    untrusted.check_types(report, {"read": dict, "kept": dict, "steps": list}, where, REMEDY)
+    rows = [{"step": "kept", "removed": report["kept"]}, {"step": "read", "removed": report["read"]}, *report["steps"]]
+    for row in rows:
+        untrusted.check_types({"a step": row}, {"a step": dict}, where, REMEDY)
+        untrusted.check_types(row, {"step": str, "removed": dict}, where, REMEDY)
+        untrusted.check_types(row["removed"], {"documents": int, "bytes": int}, where, REMEDY)
+    return {row["step"]: row["removed"] for row in rows}
+
+
+class _Words(WhitespaceTokenizer):
+    """Splits words for MinHash as they are counted here, many times faster than by the rules of a language."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text)
+
+
+class _Sample:
+    """Counts over the documents that are looked at."""
+
+    def __init__(self):
+        self.documents = self.bytes = 0
+        self._tokens, self._bytes = [], []  # of each document
+        self._seen, self._buckets = set(), set()  # hashes of documents, and of MinHash's buckets
+        self._duplicates = dict.fromkeys(("exact", "near"), (0, 0))
+        self._languages = Counter(), Counter()  # documents and bytes
+        self._ngrams = {n: Counter() for n in NGRAMS}
+        self._words = dict.fromkeys(NGRAMS, 0)
+        self._forgot = dict.fromkeys(NGRAMS, 0)
+        self._minhash = MinhashDedupSignature("memory://", language=_Words())
+
+    def add(self, hash: int, tokens: int, text: str) -> None:
+        size = len(text.encode())
+        self.documents, self.bytes = self.documents + 1, self.bytes + size
+        self._tokens.append(tokens)
+        self._bytes.append(size)
+        self._compare(hash, text, size)
+        (found,) = clean_steps.languages(text, 1)
+        language = found["lang"] if found["score"] >= SURE else "not sure"
+        for counter, more in zip(self._languages, (1, size)):
+            counter[language] += more
+        words = WORD.findall(text)
+        for n, counter in self._ngrams.items():
+            counter.update(zip(*(words[i:] for i in range(n))))
+            self._words[n] += max(0, len(words) - n + 1)
+            if len(counter) > MAX_NGRAMS:
+                kept = counter.most_common(MAX_NGRAMS // 2)
+                self._forgot[n] += kept[-1][1]
+                self._ngrams[n] = Counter(dict(kept))
+
+    def _compare(self, hash: int, text: str, size: int) -> None:
+        """Whether an equal document, or one that is alike, came before."""
+        shingles = self._minhash.get_shingles(text)
+        buckets = set(enumerate(map(tuple, self._minhash.get_signature(shingles)))) if len(shingles) else set()
+        kind = "exact" if hash in self._seen else "" if buckets.isdisjoint(self._buckets) else "near"
+        if kind:
+            documents, num_bytes = self._duplicates[kind]
+            self._duplicates[kind] = documents + 1, num_bytes + size
+        self._seen.add(hash)
+        self._buckets |= buckets
+
+    def result(self) -> dict:
+        languages = {
+            name: {"documents": documents, "bytes": self._languages[1][name]}
+            for name, documents in self._languages[0].most_common()
+        }
+        ngrams = {
+            str(n): {
+                "total": self._words[n],
+                "counted_low_by_at_most": self._forgot[n],
+                "most_frequent": [[" ".join(words), count] for words, count in _most(counter)],
+            }
+            for n, counter in self._ngrams.items()
+        }
+        return {
+            "tokens_per_document": _lengths(self._tokens),
+            "bytes_per_document": _lengths(self._bytes),
+            "duplicates": {kind: dict(zip(("documents", "bytes"), two)) for kind, two in self._duplicates.items()},
+            "languages": languages,
+            "ngrams": ngrams,
+        }
+
+
+def _most(counter: Counter) -> list[tuple]:
+    """The most frequent; of as frequent ones in the order of the alphabet, so that it is the same every time."""
+    return heapq.nsmallest(TOP, counter.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _lengths(lengths: list[int]) -> dict:
+    """Mean, quantiles, and a histogram whose bins double: `counts[i]` from `edges[i]` to below `edges[i + 1]`."""
+    values = np.array(lengths or [0])
+    edges = 2 ** np.arange(int(values.max()).bit_length() + 1)
+    counts, _ = np.histogram(values, edges)
+    quantiles = {name: int(np.quantile(values, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
+    return {"mean": float(values.mean())} | quantiles | {"edges": edges.tolist(), "counts": counts.tolist()}

@@ -1,0 +1,274 @@
+"""Batches of a corpus as a function of their number.
+
+The tokens of a store make up rows (`packing.py`), for example windows: window i covers the tokens from i*T to i*T + T,
+both included, so that every token but the first is predicted once an epoch. Training takes the rows of each store in an
+order shuffled anew each epoch, and which store the next row is of is a formula too. As any batch can be looked up, where we are is the only
+thing to save: the same batches come back on any number of hosts and after any restart.
+
+A phase of shorter sequences takes the same rows in the same order, each cut into as many as make it up.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.data.store.store import Split, Store
+from gptjax.data.stream import curriculum, mixture
+from gptjax.data.stream.augment import Augment, AugmentConfig
+from gptjax.data.stream.curriculum import Phase
+from gptjax.data.stream.mixture import Corpus
+from gptjax.data.stream.packing import PackingConfig, Spans, packed
+from gptjax.data.stream.shuffle import shuffled
+from gptjax.errors import Refused, shown
+from gptjax.tokenizers.tokenizer import Tokenizer
+
+
+class Batch(NamedTuple):
+    """Rows of a step; each field is [rows, seq_len], weights float32 and the others int32.
+
+    inputs, targets: tokens, and the tokens that follow them.
+    positions: from 0 at each document's start, and at the window's.
+    segments: number of the document within the window, from 1; 0 is padding.
+    weights: 1 where the target counts, 0 on padding and where it is of a prompt.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    weights: np.ndarray
+
+
+class Source(NamedTuple):
+    """Where a row of a batch comes from: spans of the tokens of a store, by the place of each in the row."""
+
+    store: str
+    spans: list[tuple[int, int, int]]  # place, start, length
+
+
+class Stream:
+    """The endless training data of a run."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        phases: list[Phase],
+        seq_len: int,
+        seed: int,
+        packing: PackingConfig = PackingConfig(),
+        augment: AugmentConfig = AugmentConfig(),
+    ):
+        """seq_len: the longest, of which the rows are that are shuffled. Raises: Refused, for a store of less than one."""
+        corpus.check_windows(seq_len)
+        self.corpus, self.phases, self._starts = corpus, phases, curriculum.starts(phases)
+        self._seq_len, self._seed = seq_len, seed
+        self._augment = Augment(augment, corpus.tokenizer, seed) if augment.on else None
+        for store in corpus.stores.values():
+            if augment.on and store.split("train").has_prompts:
+                raise Refused(
+                    f"{store.folder} has prompts, and augment={shown(asdict(augment))} would not know where they end: "
+                    "put it off."
+                )
+        self.packed = {name: packed(packing, store.split("train"), seq_len) for name, store in corpus.stores.items()}
+
+    def phase(self, index: int) -> Phase:
+        """The phase that batch `index` is of."""
+        return [phase for phase in self.phases if phase.first <= index][-1]
+
+    def batch(self, index: int, rows: np.ndarray) -> Batch:
+        """Some rows of batch `index`, as they are trained on.
+
+        rows: indexes into the global batch, those that this process holds, in its order. A batch may take its last rows
+        from the next epoch.
+        """
+        batch = self.plain(index, rows)
+        if self._augment and len(rows):
+            told = [
+                self._augment.row(index, int(row), *its)
+                for row, *its in zip(rows, batch.inputs, batch.targets, batch.segments)
+            ]
+            batch = _batch(*(np.stack(each) for each in zip(*told)))
+        return batch
+
+    def plain(self, index: int, rows: np.ndarray) -> Batch:
+        """The same before augmentation."""
+        seq_len, tokenizer = self.phase(index).seq_len, self.corpus.tokenizer
+        whole = None
+        for name, places, spans in self._spans(index, rows):
+            part = _rows(self.corpus.stores[name].split("train"), spans, len(places), seq_len, tokenizer)
+            if len(places) == len(rows):
+                return part
+            whole = padding(len(rows), seq_len) if whole is None else whole
+            for field, its in zip(whole, part):
+                field[places] = its
+        return padding(0, seq_len) if whole is None else whole
+
+    def _spans(self, index: int, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, Spans]]:
+        """By store the places in `rows` that are its, and what these rows are made of."""
+        phase, at = [pair for pair in zip(self.phases, self._starts) if pair[0].first <= index][-1]
+        stores, before = mixture.taken(phase.shares, (index - phase.first) * phase.batch_size + rows)
+        for number, name in enumerate(phase.shares):
+            (places,) = np.nonzero(stores == number)
+            if len(places):
+                if name not in self.packed:
+                    raise Refused(
+                        f"batch {index} has rows of the store {name}, which mixture.stores does not have any more: add "
+                        f"it there, as {name}=FOLDER; mixture.weights may leave it out."
+                    )
+                examples, first = np.divmod(at[name] + before[places] * phase.seq_len, self._seq_len)
+                order = shuffled(examples, self.packed[name].rows, self._seed, name)
+                yield name, places, self.packed[name].spans(order, first, phase.seq_len)
+
+    def sources(self, index: int) -> list[Source]:
+        """Where each row of batch `index` comes from."""
+        rows = np.arange(self.phase(index).batch_size)
+        found = [Source("", [])] * len(rows)
+        for name, places, spans in self._spans(index, rows):
+            for number, place in enumerate(places):
+                its = zip(*(field[spans.rows == number].tolist() for field in spans[1:]))
+                found[place] = Source(name, [span for span in its if span[2]])
+        return found
+
+    def documents(self, index: int) -> list[dict]:
+        """Name and offset of each document that batch `index` has tokens of, by store and in their order there."""
+        numbers = {name: set() for name in self.corpus.stores}
+        for source in self.sources(index):
+            split = self.corpus.stores[source.store].split("train")
+            for _, start, length in source.spans:
+                found = range(split.document_at(start), split.document_at(start + length) + 1)
+                numbers[source.store].update(found)
+        return [
+            ({"store": name} if name else {}) | row
+            for name, found in numbers.items()
+            for row in self.corpus.stores[name].split("train").names(found)
+        ]
+
+
+def iterate(
+    read: Callable[[int], Batch], start: int, stop: int, threads: int = 2, prefetch: int = 8
+) -> Iterator[Batch]:
+    """What `read` gives for `start` to `stop`, in order, `prefetch` of them read ahead by `threads`."""
+    pool = ThreadPoolExecutor(threads, "stream")
+    try:
+        waiting = collections.deque()
+        for index in range(start, stop):
+            waiting.append(pool.submit(read, index))
+            if len(waiting) > prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def heldout_batches(store: Store, *, seq_len: int, batch_size: int, rows: np.ndarray) -> Sequence[Batch]:
+    """All held-out windows in order, of each batch only `rows`; rows after the last window have weight 0.
+
+    Of a store with prompts they are the rows of `best_fit`, whatever training reads, so that each response is judged
+    after its prompt.
+    """
+    return _HeldoutBatches(store, seq_len, batch_size, np.asarray(rows))
+
+
+def padding(rows: int, seq_len: int) -> Batch:
+    """Rows of nothing that counts."""
+    return Batch(*(np.zeros((rows, seq_len), np.int32) for _ in range(4)), np.zeros((rows, seq_len), np.float32))
+
+
+class _HeldoutBatches(Sequence):
+    def __init__(self, store: Store, seq_len: int, batch_size: int, rows: np.ndarray):
+        self._store, self._seq_len, self._batch_size, self._rows = store, seq_len, batch_size, rows
+        split = store.split("heldout")
+        self._packed = packed(PackingConfig("best_fit" if split.has_prompts else "concat"), split, seq_len)
+
+    def __len__(self) -> int:
+        return -(-self._packed.rows // self._batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = index * self._batch_size + self._rows
+        spans = self._packed.spans(rows, np.zeros_like(rows), self._seq_len)
+        return _rows(self._store.split("heldout"), spans, len(rows), self._seq_len, self._store.tokenizer)
+
+
+def _rows(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
+    """The batch of so many rows that are made of these spans, from the left on."""
+    batch = _told(split, spans, rows, seq_len, tokenizer)
+    if not split.has_prompts:
+        return batch
+    weights = np.zeros((rows, seq_len), np.float32)
+    weights.ravel()[_places(spans, seq_len)] = ~split.in_prompts(spans.starts + 1, spans.lengths)
+    return batch._replace(weights=weights)
+
+
+def _places(spans: Spans, seq_len: int) -> np.ndarray:
+    """Where the tokens of spans, end to end, are in rows of so many, end to end."""
+    ends = np.cumsum(spans.lengths)
+    begins = spans.rows * seq_len + spans.places - (ends - spans.lengths)
+    return np.repeat(begins, spans.lengths) + np.arange(spans.lengths.sum())
+
+
+def _told(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
+    """The same with a weight of 1 for all targets."""
+    tokens = split.spans(spans.starts, spans.lengths + 1)
+    if len(spans.starts) == rows and (spans.lengths == seq_len).all():
+        tokens = tokens.reshape(rows, seq_len + 1)
+        opens = tokens[:, :-1] == tokenizer.end_of_text
+        opens[:, 0] = True
+        tokens = tokens.astype(np.int32)
+        return _batch(_begun(tokens[:, :-1], tokenizer), tokens[:, 1:], opens)
+    inputs, targets = np.zeros((2, rows, seq_len), np.int32)
+    opens = np.zeros((rows, seq_len), bool)
+    at, places = spans.rows * seq_len + spans.places, _places(spans, seq_len)
+    last = np.cumsum(spans.lengths + 1) - 1
+    inputs.ravel()[places] = np.delete(tokens, last)
+    targets.ravel()[places] = np.delete(tokens, last - spans.lengths)
+    opens.ravel()[places] = inputs.ravel()[places] == tokenizer.end_of_text
+    opens.ravel()[at[spans.lengths > 0]] = True
+    opens[:, 0] = True
+    real = np.bincount(spans.rows, spans.lengths, rows).astype(np.int64)
+    return _batch(_begun(inputs, tokenizer), targets, opens, real)
+
+
+def _begun(inputs: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Inputs with what opens a document for a model, in place of the end-of-text that does in a store."""
+    if tokenizer.begin == tokenizer.end_of_text:
+        return inputs
+    return np.where(inputs == tokenizer.end_of_text, np.int32(tokenizer.begin), inputs)
+
+
+def _batch(inputs: np.ndarray, targets: np.ndarray, opens: np.ndarray, real: np.ndarray | None = None) -> Batch:
+    """The batch of some rows.
+
+    Computed by documents and not by tokens, of which there are some hundred times as many (benchmarks/NOTES.md).
+
+    Args:
+      opens: bool [rows, seq_len], where documents begin; the first place of a row is one. real: how many places of each
+        row are no padding, from the left on; None for all.
+    """
+    rows, seq_len = inputs.shape
+    at = np.flatnonzero(opens).astype(np.int32)
+    lengths = np.diff(at, append=rows * seq_len)
+    first = np.searchsorted(at, np.arange(rows) * seq_len)
+    number = np.arange(1, len(at) + 1, dtype=np.int32) - first[at // seq_len].astype(np.int32)
+    segments = np.repeat(number, lengths).reshape(rows, seq_len)
+    positions = np.repeat(at, lengths)
+    positions = np.subtract(_numbers(rows * seq_len), positions, out=positions).reshape(rows, seq_len)
+    if real is None:
+        return Batch(inputs, targets, positions, segments, np.broadcast_to(np.float32(1), (rows, seq_len)))
+    batch = Batch(inputs, targets, positions, segments, np.ones((rows, seq_len), np.float32))
+    for row in np.flatnonzero(real < seq_len):
+        for field in batch:
+            field[row, real[row] :] = 0
+    return batch
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(stop: int) -> np.ndarray:
+    return np.arange(stop, dtype=np.int32)

@@ -1,0 +1,284 @@
+"""Tasks of EleutherAI's lm-eval on a model here: `gptjax eval --tasks=…`, and the section `tasks` of a run.
+
+lm-eval makes the requests of a task and its scores of the answers. What is here are the answers: log-likelihoods of
+continuations and whole texts, and generated text, cut and encoded as its back end for Hugging Face models does, so that
+the scores of a converted model are equal. One thing differs: the name of a special token in a text is text here.
+
+With several processes each makes the same requests and all compute together.
+"""
+
+import functools
+import logging
+import math
+import pathlib
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec, reshard
+from lm_eval import evaluator, utils
+from lm_eval.api import task as lm_eval_task
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+
+from gptjax.errors import Failed, Preempted, Refused, nearest
+from gptjax.evaluation import bias_pairs as pairs
+from gptjax.evaluation import classification
+from gptjax.evaluation.heldout import TasksConfig
+from gptjax.inference import generate
+from gptjax.inference.decoder import doubled
+from gptjax.inference.generate import Sampling
+from gptjax.models.loss import next_token_scores
+from gptjax.models.transformer import Transformer
+from gptjax.parallel import sharding
+from gptjax.runtime import distributed as hosts
+from gptjax.runtime import heartbeat, preemption
+from gptjax.tokenizers.tokenizer import encode_prompt
+
+MIN_LENGTH = 64  # of a compiled program; the others have twice that, four times, … up to the context
+FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples come before a question
+MAX_GENERATED = 256  # tokens, where a task does not say; lm-eval's own
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of a task's generation_kwargs
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+datasets.disable_progress_bars()
+lm_eval_task.tqdm = lambda documents, **_: documents  # it would draw into a run's own
+
+
+def load(config: TasksConfig, seq_len: int) -> dict:
+    """The tasks of a config, by lm-eval, with their data.
+
+    Raises: Refused, for a name that is not known, and a task that can't be loaded or is none for this context.
+    """
+    names = [name.strip() for name in config.names.split(",")]
+    if config.folder and not pathlib.Path(config.folder).is_dir():
+        raise Refused(f"{config.folder} is no folder of tasks: give one with lm-eval's YAML files.")
+    try:
+        manager = TaskManager(include_path=[pairs.FOLDER, *filter(None, [config.folder])], include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):  # to look through lm-eval's own takes it 20 s
+            manager = TaskManager(include_path=manager.include_path)
+        for name in names:
+            if name not in manager.all_tasks:
+                raise Refused(f'Task "{name}" is unknown.{nearest(name, manager.all_tasks)}')
+        loaded = manager.load(names)
+        for name, task in loaded["tasks"].items():
+            _check(name, task, seq_len)
+            own = task.get_config("num_fewshot")
+            if own is None or config.num_fewshot >= 0 and own != 0:  # a task's own 0 means that it has to be
+                task.set_config(key="num_fewshot", value=max(config.num_fewshot, 0))
+    except Refused:
+        raise
+    except Exception as error:  # what is in the files of tasks may be anything, and so may what fails to download
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Refused(
+            f"Tasks {config.names} can't be loaded ({reason}): correct their files, or leave them out."
+        ) from error
+    return loaded
+
+
+def _check(name: str, task, seq_len: int) -> None:
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    asked = normalize_gen_kwargs(task.config.generation_kwargs or {}, MAX_GENERATED)
+    unknown = sorted(key for key in asked.keys() - KNOWN if asked[key] is not None)
+    if unknown:
+        raise Refused(
+            f"Task {name} generates with {', '.join(unknown)}, and here there are {', '.join(sorted(KNOWN))}."
+        )
+    if asked["max_gen_toks"] >= seq_len:
+        raise Refused(
+            f"Task {name} generates {asked['max_gen_toks']} tokens, and the context holds {seq_len}: give it less in "
+            "generation_kwargs.max_gen_toks."
+        )
+
+
+def scores(
+    tasks: dict, model: Transformer, tokenizer, *, seq_len: int, batch_size: int, limit: int
+) -> dict[str, dict[str, float]]:
+    """Of each task and group, its metrics by name, and `samples`, the number of documents. Under the model's mesh.
+
+    Args:
+      tasks: as of `load`. batch_size: rows at a time, rounded up to what divides over the mesh. limit: documents of a
+        task; 0 is all.
+
+    Raises:
+      Failed: where a task's own files fail on a document. Preempted: where the run is asked to stop meanwhile.
+    """
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    lm = LanguageModel(model, tokenizer, seq_len, batch_size)
+    try:
+        with heartbeat.phase("evaluating tasks"):
+            found = evaluator.evaluate(lm=lm, task_dict=tasks, limit=limit or None, bootstrap_iters=0)
+        results = {name: _metrics(row, tasks["tasks"].get(name), found) for name, row in found["results"].items()}
+        return {name: row for name, row in results.items() if row}  # a group need have none of its own
+    except (Preempted, Refused, Failed, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Failed(
+            f"Tasks {', '.join(tasks['tasks'])} can't be evaluated ({reason}): correct their files."
+        ) from error
+
+
+def _metrics(row: dict, task, found: dict) -> dict[str, float]:
+    """Of a row of results, of a task or, for None, of a group."""
+    # "acc,none" is a metric, and the filter that the answers went through before it.
+    named = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and "_stderr," not in key}
+    numbers = {key: float(value) for key, value in named.items() if isinstance(value, (int, float))}
+    numbers |= _classification(task, found["samples"][row["name"]]) if task else {}
+    finite = {key: value for key, value in numbers.items() if math.isfinite(value)}  # a perplexity may overflow
+    return finite | {"samples": row["sample_len"]} if finite else {}
+
+
+def _classification(task, samples: list[dict]) -> dict[str, float]:
+    """`classification.metrics` of a multiple-choice task; of others, and where several choices are right, none.
+
+    The classes are the places of the choices: the labels, where all documents have the same choices in the same order.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results) or task.multiple_target:
+        return {}
+    rows, gold = [], []
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        rows.append([loglikelihood for loglikelihood, _ in sample["filtered_resps"][: len(choices)]])
+        gold.append(right if isinstance(right, int) else choices.index(right) if right in choices else -1)
+    return classification.metrics(rows, gold)
+
+
+def table(step: int, found: dict[str, dict[str, float]]) -> str:
+    """What `scores` found at a step, as text."""
+    width = max(map(len, found), default=0)
+    lines = [f"step {step}"]
+    for name, row in found.items():
+        each = " · ".join(f"{metric} {value:.4f}" for metric, value in row.items() if metric != "samples")
+        lines.append(f"{name:<{width}}  {row['samples']:>6} documents  {each}")
+    return "\n".join(lines)
+
+
+class LanguageModel(TemplateLM):
+    """A model as lm-eval asks it."""
+
+    def __init__(self, model: Transformer, tokenizer, seq_len: int, batch_size: int):
+        super().__init__()
+        mesh = jax.sharding.get_mesh()
+        shards = sharding.row_shards(mesh)
+        self._model, self._text, self._seq_len = model, tokenizer, seq_len
+        self._batch_size, self._unit = -(-batch_size // shards) * shards, MIN_LENGTH * mesh.shape["tensor"]
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._text.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from."""
+        return self._text.begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        opening = () if add_special_tokens is False else self._text.opening
+        return [*opening, *encode_prompt(self._text, string).tolist()]
+
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+        """Each text in windows that do not overlap, but for the last one's context."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            cut = utils.get_rolling_token_windows(ids, self.prefix_token_id, self._seq_len, 1)
+            windows += [(None, *utils.make_disjoint_window(pair)) for pair in cut]
+            owners += [number] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for number, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[number] += loglikelihood
+        return totals
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation in nats, whether each of its tokens is the most likely one) by request.
+
+        A context that is too long loses its beginning. Longest first: what does not fit into memory fails at once.
+        """
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        batches = [order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size)]
+        found = {}
+        for batch in batches:
+            preemption.tick()
+            # One at a time: nothing orders programs that don't depend on each other, and the CPU devices of several
+            # processes, each in another one's collectives, would wait for ever.
+            with heartbeat.waiting():
+                loglikelihoods, greedy = jax.device_get(self._scores([requests[i][1:] for i in batch]))
+            found |= {i: (float(loglikelihoods[row]), bool(greedy[row])) for row, i in enumerate(batch)}
+        return [found[i] for i in range(len(requests))]
+
+    def _scores(self, pairs: list[tuple[list[int], list[int]]]):
+        """Dispatches `score_step` for at most a batch of (context, continuation)."""
+        longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+        length = doubled(self._unit, longest, self._seq_len)
+        inputs, targets, positions = (np.zeros((self._batch_size, length), np.int32) for _ in range(3))
+        weights = np.zeros((self._batch_size, length), np.float32)
+        positions[:] = np.arange(length)
+        for row, (context, continuation) in enumerate(pairs):
+            context = context or [self.prefix_token_id]
+            if len(continuation) > length:
+                raise Failed(
+                    f"A continuation has {len(continuation)} tokens, and the context holds {self._seq_len}: leave its "
+                    "task out."
+                )
+            ids = (context + continuation)[-(length + 1) :]
+            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+            weights[row, len(ids) - 1 - len(continuation) : len(ids) - 1] = 1
+        mesh = jax.sharding.get_mesh()
+        placed = jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq"))
+        arrays = [hosts.put(array, placed) for array in (inputs, targets, positions, weights)]
+        return score_step(self._model, *arrays, vocab_size=self._text.vocab_size)
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        made: dict[int, str] = {}
+        model = self._model.unstacked()  # once for all batches: a copy of the blocks
+        ids = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        alike = {}  # by what they ask for
+        for number, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(number)
+        eos = next((name for name, i in self._text.special.items() if i == self._text.end_of_text), None)
+        for numbers in alike.values():
+            asked = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_GENERATED)
+            until = handle_stop_sequences(asked["until"], eos)
+            temperature = asked["temperature"] if asked["do_sample"] else 0.0
+            sampling = Sampling(temperature or 0.0, asked.get("top_k") or 0, asked.get("top_p") or 1.0)
+            length = asked["max_gen_toks"]
+            numbers.sort(key=lambda number: -len(ids[number]))
+            for first in range(0, len(numbers), self._batch_size):
+                batch = numbers[first : first + self._batch_size]
+                preemption.tick()
+                with heartbeat.waiting():
+                    more = generate.generate(
+                        model,
+                        [ids[number][-(self._seq_len - length) :] for number in batch],
+                        self._text,
+                        seq_len=self._seq_len,
+                        max_tokens=length,
+                        sampling=sampling,
+                        seed=first,
+                        stop=tuple(until),
+                        opened=True,
+                    )
+                # Of a text that has a space before it, what is decoded has not: of a continuation too.
+                texts = (self._text.decode(tokens).removeprefix(" " * bool(self._text.prefix)) for tokens in more)
+                made |= dict(zip(batch, (postprocess_generated_text(text, until, None) for text in texts)))
+        return [made[number] for number in range(len(requests))]
+
+
+@functools.partial(jax.jit, static_argnames="vocab_size")
+def score_step(model: Transformer, inputs_BT, targets_BT, positions_BT, weights_BT, *, vocab_size: int):
+    """By row the sum of the weighted targets' log probabilities, and whether all of them are the most likely, [B]."""
+    x_BTD = model(inputs_BT, positions_BT, jnp.zeros_like(inputs_BT), None)
+    scores_BT, best_BT = next_token_scores(
+        x_BTD, model.unembedding, targets_BT, vocab_size=vocab_size, softcap=model.config.logits_softcap
+    )
+    found = (scores_BT * weights_BT).sum(-1), (best_BT | (weights_BT == 0)).all(-1)
+    return jax.tree.map(lambda each_B: reshard(each_B, PartitionSpec()), found)  # whole on every process

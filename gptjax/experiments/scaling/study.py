@@ -1,0 +1,216 @@
+"""`gptjax scale`: a grid of runs of the same compute, and the model and the tokens that are best for any compute."""
+
+import dataclasses
+import json
+import math
+import sys
+from typing import NamedTuple
+
+from etils import epath
+
+from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused
+from gptjax.experiments.scaling import laws
+from gptjax.experiments.scaling.laws import Point, Scaling
+from gptjax.models.size import flops_per_token
+from gptjax.runtime import subprocesses as child
+from gptjax.tokenizers import tokenizer
+from gptjax.training import workdir
+from gptjax.training.config import files as config_file
+from gptjax.training.config.schema import Config
+from gptjax.training.monitoring import writers
+
+MIN_STEPS = 10
+
+
+class Trial(NamedTuple):
+    """A run of the grid."""
+
+    budget: float
+    size: str
+    config_path: str  # as of `config.split`
+    config: Config
+    flops_per_token: int
+
+    @property
+    def tokens(self) -> int:
+        return self.config.num_steps * self.config.batch_size * self.config.seq_len
+
+    @property
+    def name(self) -> str:
+        return f"{self.budget:.3g}_{self.size}"
+
+
+def numbers(flag: str, text: str) -> list[float]:
+    """Those of `1e13,3e13`. Raises: Refused."""
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(float(word))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 < found[-1] < math.inf:
+            raise Refused(f"{flag}={text}: {word or 'an empty text'} is no number above 0: write 1e13,3e13,1e14.")
+    return found
+
+
+def grid(config_path: str, overrides: dict[str, str], sizes: list[str], budgets: list[float]) -> list[Trial]:
+    """A run for each size and budget, smallest budgets first.
+
+    Args:
+      config_path: one whose get_config(size, tokens) is a model of that size, to be trained on so many tokens.
+
+    Raises: Refused.
+    """
+    laws.check(sizes, budgets)
+    file, arguments = config_file.split(config_path)
+    if arguments:
+        raise Refused(f"--config={config_path}: the sizes are those of --sizes: write --config={file}.")
+    at = lambda size, tokens: f"{file}:{size}:{tokens:.6g}"
+    costs = {}
+    for size in sizes:
+        any_length = config_file.load(at(size, 1e9), overrides)
+        vocab_size = tokenizer.expected_vocab_size(any_length.tokenizer)
+        costs[size] = flops_per_token(any_length.model, vocab_size, any_length.seq_len)
+    trials = []
+    for budget in sorted(set(budgets)):
+        for size, cost in costs.items():
+            trial = Trial(
+                budget, size, at(size, budget / cost), config_file.load(at(size, budget / cost), overrides), cost
+            )
+            if len(trial.config.phases) > 1:
+                raise Refused(
+                    f"--config={file} changes its batches on the way, and here all have to be alike: take that out."
+                )
+            if trial.config.num_steps < MIN_STEPS:
+                raise Refused(
+                    f"--budgets={budget:.3g} pays for {trial.config.num_steps} steps of size {size}, and fewer than "
+                    f"{MIN_STEPS} say nothing: give a larger budget, or leave that size out."
+                )
+            trials.append(trial)
+    return trials
+
+
+def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> list[dict]:
+    """The rows of metrics.jsonl of a run, by `gptjax train` in a process of its own.
+
+    Raises: Refused, Failed or Preempted, as that ended; it has said why. Preempted, where this process is asked to stop:
+    that one is too, and saves.
+    """
+    words = ["train", f"--config={config_path}", f"--workdir={folder}"]
+    words += [f"--config.{key}={value}" for key, value in overrides.items()]
+    with child.asked_to_stop() as asked:
+        code = child.finish(child.Process(words), asked, f"training in {folder}")
+    if code:
+        kind = {2: Refused, TRY_AGAIN: Preempted}.get(code, Failed)
+        raise kind(f"The run in {folder} ended with exit code {code}" + "." * (kind is not Preempted))
+    return writers.rows_until(folder / "metrics.jsonl", sys.maxsize)
+
+
+def result(rows: list[dict], step: int) -> float:
+    """The held-out loss after `step`, the last one; nan where it was not evaluated."""
+    found = [row["eval_loss"] for row in rows if row["step"] == step and row.get("eval_loss") is not None]
+    return found[-1] if found else math.nan
+
+
+def measured(trial: Trial, folder: epath.Path, overrides: dict[str, str]) -> Point:
+    """A run of the grid: as it was found, where it is complete, or run now.
+
+    Raises: Refused, Failed or Preempted, as of `run_in`.
+    """
+    there = folder / "config.json"
+    loss = math.nan
+    if there.exists() and dataclasses.asdict(trial.config) == workdir.read_config(folder):
+        loss = result(writers.rows_until(folder / "metrics.jsonl", sys.maxsize), trial.config.num_steps)
+    if math.isnan(loss):
+        loss = result(run_in(folder, trial.config_path, overrides), trial.config.num_steps)
+    if math.isnan(loss):
+        raise Failed(f"The run in {folder} has no held-out loss: see its metrics.jsonl.")
+    return Point(trial.budget, trial.size, trial.flops_per_token / 6, float(trial.tokens), loss)
+
+
+def scale(
+    config_path: str, overrides: dict[str, str], folder: epath.Path, sizes: list[str], budgets: list[float]
+) -> list[Point]:
+    """Runs the grid in a folder, or what is left of it. Raises: Refused, Failed or Preempted."""
+    first = config_file.load(f"{config_file.split(config_path)[0]}:{sizes[0]}:1e9", overrides)
+    if not (first.data.store or first.mixture.stores):
+        overrides = overrides | {"data.store": str(folder / "store")}  # one for all
+    overrides = overrides | {"num_samples": "0"}
+    trials = grid(config_path, overrides, sizes, budgets)
+    total = sum(trial.tokens * trial.flops_per_token for trial in trials)
+    print(f"{len(trials)} runs, {total:.3g} FLOPs", file=sys.stderr, flush=True)
+    points = []
+    for number, trial in enumerate(trials, 1):
+        cost = f"{trial.flops_per_token / 6:.3g} parameters, {trial.tokens:.3g} tokens"
+        print(f"run {number} of {len(trials)}: {trial.name}: {cost}", file=sys.stderr, flush=True)
+        points.append(measured(trial, folder / "runs" / trial.name, overrides))
+    workdir.write_whole(folder / "points.json", (json.dumps([p._asdict() for p in points], indent=1) + "\n").encode())
+    return points
+
+
+def summary(found: Scaling, compute: float) -> dict:
+    """What the fits say, as plain numbers; each interval holds 90 % of the resamples."""
+    log_k, a = found.power
+    by_power = [math.exp(log_k + a * math.log(compute)) for log_k, a in found.powers]
+    by_law = [law.best_size(compute) for law in found.laws]
+    best = found.law.best_size(compute)
+
+    def optimal(N: float, resampled: list[float]) -> dict:
+        low, high = laws.interval(resampled)
+        tokens = {"tokens": compute / 6 / N, "tokens_interval": [compute / 6 / high, compute / 6 / low]}
+        return {"parameters": N, "parameters_interval": [low, high]} | tokens
+
+    losses = [law.loss(N, compute / 6 / N) for law, N in zip(found.laws, by_law)]
+    return {
+        "points": [point._asdict() for point in found.points],
+        "budgets": [
+            {"budget": each.budget, "edge": each.edge} | ({} if each.edge else {"parameters": each.N})
+            for each in found.parabolas
+        ],
+        "parabolas": {"exponent": a, "exponent_interval": list(laws.interval(found.powers[:, 1]))}
+        | optimal(math.exp(log_k + a * math.log(compute)), by_power),
+        "law": {
+            name: {"value": value, "interval": list(laws.interval([getattr(law, name) for law in found.laws]))}
+            for name, value in found.law._asdict().items()
+        }
+        | {"exponent": exponent(found.law), "exponent_interval": list(laws.interval([exponent(x) for x in found.laws]))}
+        | optimal(best, by_law)
+        | {"loss": found.law.loss(best, compute / 6 / best), "loss_interval": list(laws.interval(losses))},
+        "compute": compute,
+    }
+
+
+def exponent(law: laws.Law) -> float:
+    """By which the best size grows with compute (Hoffmann et al. 2022, equation 4)."""
+    return law.beta / (law.alpha + law.beta)
+
+
+def text(found: dict) -> str:
+    lines = ["budget       size  parameters     tokens    loss"]
+    for point in found["points"]:
+        lines.append(
+            f"{point['budget']:<9.3g}{point['size']:>8}{point['N']:>12.3g}{point['D']:>11.3g}{point['loss']:>8.4f}"
+        )
+    lines.append("")
+    for each in found["budgets"]:
+        best = f"not known: {each['edge']}" if each["edge"] else f"{each['parameters']:.3g} parameters"
+        lines.append(f"best at {each['budget']:.3g} FLOPs: {best}")
+    law, parabolas, compute = found["law"], found["parabolas"], found["compute"]
+    shown = lambda name: f"{law[name]['value']:.3g} [{' to '.join(f'{x:.3g}' for x in law[name]['interval'])}]"
+    lines += [
+        "",
+        f"L = E + A / N^alpha + B / D^beta: {', '.join(f'{name} {shown(name)}' for name in laws.Law._fields)}",
+        "",
+        f"best for {compute:.3g} FLOPs, with the middle 90 % of {laws.RESAMPLES} resamples:",
+    ]
+    for name, each in (("parabolas", parabolas), ("law", law)):
+        low, high = each["exponent_interval"]
+        ranges = [
+            f"{each[key]:.3g} {key} [{each[key + '_interval'][0]:.3g} to {each[key + '_interval'][1]:.3g}]"
+            for key in ("parameters", "tokens")
+        ]
+        lines.append(f"  by the {name}: {', '.join(ranges)}, size ~ C^{each['exponent']:.2f} [{low:.2f} to {high:.2f}]")
+    lines.append(
+        f"  loss by the law: {law['loss']:.3f} [{law['loss_interval'][0]:.3f} to {law['loss_interval'][1]:.3f}]"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,252 @@
+"""A tokenizer, carried between Hugging Face's files and ours.
+
+Ours give every text back. A tokenizer.json or SentencePiece model that puts a space before a text, or normalizes it, is
+taken without that, and what differs then is printed: the ids of a text are those that Hugging Face gives the text with
+that space, or the normalized one. A prompt gets the space (`tokenizer.encode_prompt`), and what was taken out goes back
+into the files for Hugging Face.
+"""
+
+import json
+import pathlib
+import sysconfig
+from typing import NamedTuple
+
+import sentencepiece
+from etils import epath
+
+from gptjax.errors import Refused
+from gptjax.runtime import optional as extra
+from gptjax.runtime import untrusted
+from gptjax.tokenizers import exact, tokenizer
+from gptjax.tokenizers.exact import SPACE_SIGN
+from gptjax.tokenizers.huggingface import BYTE_OF, SPACE_TO_SIGN
+from gptjax.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+
+REMEDY = "put the model's own tokenizer there"
+OTHERS = "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "spiece.model", "tokenizer.model.v3"
+# Appended to a SentencePiece model, whose protobuf reader takes the last value of a field: no space before a text, and
+# none removed.
+AS_IT_IS = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
+MAX_TEMPLATE_BYTES = 1 << 20
+MOST_DIFFERING = 0.01  # of texts: equally good segmentations of a Unigram model are told apart by rounding
+SAMPLE_BYTES = 1 << 18  # of Python's own library, on which a tokenizer that was rewritten is compared with ours
+
+
+class Carried(NamedTuple):
+    """A tokenizer as ours keep it. note: what is to be told of it; empty, where it is as it was."""
+
+    files: dict[str, bytes]
+    tokenizer: Tokenizer
+    note: str
+
+
+def taken(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
+    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused.
+
+    ends: the ids that end a text, by the model's own files; all below vocab_size.
+    """
+    kind, content, note, changes = _found(folder, vocab_size)
+    own = {tokenizer.FILE[kind]: content} if kind != "byte" else {}
+    kept = {"ends": ends, "tokenizer_config": _config(folder)} | changes
+    kept = {key: value for key, value in kept.items() if value}
+    made = lambda names, kept: {"tokenizer.json": tokenizer.description(kind, names, kept)} | own
+    files = made([], {})
+    known = tokenizer.from_files(files, str(folder), {"huggingface": "tokenizer.json"}.get(kind, "tokenizer.model"))
+    if known.vocab_size > vocab_size:
+        raise Refused(
+            f"{folder} has a tokenizer of {known.vocab_size} ids, and an embedding of {vocab_size}: {REMEDY}."
+        )
+    names = []
+    if missing := vocab_size - known.vocab_size:
+        # Those that it has reserved itself are named too, so that no other name takes them.
+        names = [name for name in known.special if exact.RESERVED.fullmatch(name)]
+        more = (name for name in exact.reserved(missing + len(names)) if name not in known.special)
+        names += [name for name, _ in zip(more, range(missing))]
+    files = made(names, kept)
+    return Carried(files, tokenizer.from_files(files, str(folder)), note)
+
+
+def _config(folder: pathlib.Path) -> dict:
+    """What of tokenizer_config.json is kept for others, and not read here. Raises: Refused."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
+    if template.exists():
+        content = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY)
+        config["chat_template"] = content.decode(errors="replace")
+    return {key: config[key] for key in ("eos_token", "chat_template") if config.get(key)}
+
+
+def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str, dict]:
+    """(kind, content of its own file, note, `prefix` and `taken_out` of tokenizer.CARRIED)."""
+    if (folder / "tokenizer.json").exists():
+        content = untrusted.read(epath.Path(folder / "tokenizer.json"), tokenizer.MAX_BYTES, REMEDY)
+        return "huggingface", *_without_changes(content, folder / "tokenizer.json")
+    if (folder / "tokenizer.model").exists():
+        content = untrusted.read(epath.Path(folder / "tokenizer.model"), tokenizer.MAX_BYTES, REMEDY)
+        try:
+            both = content, content + AS_IT_IS
+            theirs, plain = (sentencepiece.SentencePieceProcessor(model_proto=each) for each in both)
+        except RuntimeError as error:
+            raise Refused(f"{folder / 'tokenizer.model'} is not a SentencePiece model: {REMEDY}.") from error
+        lossy = theirs.encode(" a  b ") != plain.encode(" a  b ")
+        prefix = "" if theirs.encode("a") == plain.encode("a") else "always"
+        if theirs.encode(" a") == theirs.encode("a"):
+            prefix = prefix and "unless there"
+        note = "tokenizer.model adds or removes spaces, and is taken without that."
+        return "sentencepiece", content + AS_IT_IS * lossy, note * lossy, {"prefix": prefix}
+    others = [name for name in OTHERS if (folder / name).exists()]
+    if others or vocab_size < 257:
+        raise Refused(
+            f"{folder} has no tokenizer.json and no tokenizer.model"
+            f"{f', only {others[0]}, which is not read' if others else ''}: {REMEDY}; transformers' "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…) writes a tokenizer.json."
+        )
+    note = "there is no tokenizer beside the weights: the ids 0 to 255 stand for bytes, which they may not mean."
+    return "byte", b"", note, {}
+
+
+def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str, dict]:
+    """A tokenizer.json without what changes text and can be left out, what to tell of it, and what that was."""
+    file, changed = untrusted.json_object(content, path, REMEDY), []
+
+    def kept(part):
+        """The same without a prepended space and NFC."""
+        if type(part) is list:
+            return [inner for inner in map(kept, part) if inner is not None]
+        if type(part) is not dict:
+            return part
+        if part.get("type") in ("Prepend", "NFC"):
+            changed.append(part["type"])
+            return None
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never":
+            changed.append("Metaspace")
+            part = {key: value for key, value in part.items() if key != "add_prefix_space"}
+            return part | {"prepend_scheme": "never"}
+        if part.get("type") == "ByteLevel" and part.get("add_prefix_space"):
+            changed.append("ByteLevel")
+            return part | {"add_prefix_space": False}
+        return {key: kept(value) if type(value) is list else value for key, value in part.items()}
+
+    parts = {key: kept(file.get(key)) for key in ("normalizer", "pre_tokenizer")}
+    if not changed:
+        return content, "", {}
+    taken_out = {"taken_out": {key: file.get(key) for key in parts}}
+    if {*changed} != {"NFC"}:
+        taken_out["prefix"] = "always" if "Prepend" in changed else "unless there"
+    told = ("normalizes text by NFC" if name == "NFC" else "puts a space before every text" for name in changed)
+    why = " and ".join(dict.fromkeys(told))
+    note = f"tokenizer.json {why}, and is taken without that."
+    return json.dumps(file | parts, ensure_ascii=False).encode(), note, taken_out
+
+
+def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict, str]:
+    """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
+    names = {i: name for name, i in known.special.items()}
+    _, _, kept = tokenizer.described_by(json.loads(files["tokenizer.json"]), "the checkpoint")
+    ends = dict.fromkeys([*kept.get("ends", []), *known.ends])  # training here has taught end_of_text besides
+    ends = list(ends)
+    ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    best, note = 0.0, ""
+    if isinstance(known, HuggingFaceTokenizer):
+        content = _with_names(json.loads(files["huggingface.json"]) | kept.get("taken_out", {}), known)
+    else:
+        made = [_bytes(known)] if isinstance(known, ByteTokenizer) else _pieces(files["sentencepiece.model"], known)
+        differing = [_differing(content, known) for content in made]
+        best = min(differing)
+        if best > MOST_DIFFERING:
+            return {}, ends, f"no tokenizer is written: as tokenizer.json, it gives other ids for {best:.1%} of texts."
+        content = _opened(made[differing.index(best)], known)
+        note = f"tokenizer.json gives other ids than here for {best:.2%} of texts, where two segmentations are as good."
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"bos_token": names[known.begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
+    config |= kept.get("tokenizer_config", {})
+    encoded = {"tokenizer.json": content, "tokenizer_config.json": config}
+    return {name: (json.dumps(text) + "\n").encode() for name, text in encoded.items()}, ends, note if best else ""
+
+
+def _added(i: int, name: str) -> dict:
+    rest = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name} | rest | {"special": True}
+
+
+def _with_names(file: dict, known: HuggingFaceTokenizer) -> dict:
+    """A tokenizer.json with the special tokens that a config has named; what only fills the vocabulary is left out."""
+    named = {i: name for name, i in known.special.items()}
+    added = file.get("added_tokens") or []
+    here = {token["id"] for token in added}
+    added = [token | {"content": named.get(token["id"], token["content"])} for token in added]
+    more = [i for i in named if i not in here and not exact.RESERVED.fullmatch(named[i])]
+    return file | {"added_tokens": added + [_added(i, named[i]) for i in more]}
+
+
+def _file(model: dict, known: Tokenizer, normalizer, pre_tokenizer, decoder) -> dict:
+    named = sorted((i, name) for name, i in known.special.items())
+    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder}
+    added = [_added(i, name) for i, name in named]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added} | parts | {"model": model}
+
+
+def _opened(file: dict, known: Tokenizer) -> dict:
+    """A tokenizer.json of pieces, with the token and the space that their model had before each text."""
+    if known.prefix:
+        sign = {"type": "Prepend", "prepend": SPACE_SIGN}
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        file["normalizer"] = {"type": "Sequence", "normalizers": [sign, file["normalizer"]]}
+        file["decoder"]["decoders"].append(strip)
+    if known.opening:
+        name = next(name for name, i in known.special.items() if i == known.begin)
+        first, second = ({"SpecialToken": {"id": name, "type_id": number}} for number in (0, 1))
+        a, b = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
+        token = {name: {"id": name, "ids": [known.begin], "tokens": [name]}}
+        template = {"single": [first, a], "pair": [first, a, second, b], "special_tokens": token}
+        file["post_processor"] = {"type": "TemplateProcessing"} | template
+    return file
+
+
+BPE = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+
+
+def _bytes(known: ByteTokenizer) -> dict:
+    """Each byte as the character that stands for it, and no merges."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = BPE | {"fuse_unk": False, "byte_fallback": False, "merges": []}
+    return _file(model | {"vocab": {chr(char): i for char, i in BYTE_OF.items()}}, known, None, level, level)
+
+
+def _pieces(content: bytes, known: Tokenizer) -> list[dict]:
+    """A SentencePiece model as BPE and as Unigram; which of them it is shows in what they do.
+
+    SentencePiece merges whatever pair makes the piece of the highest score; as merges, these are all the pairs that
+    make it, in the order of the pieces' scores.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+    names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+    scores = [pieces.get_score(i) for i in range(pieces.vocab_size())]
+    silent = pieces.is_control, pieces.is_unknown, pieces.is_unused, pieces.is_byte
+    plain = {name: i for i, name in enumerate(names) if not any(kind(i) for kind in silent)}
+    merges = []
+    for name in sorted((name for name in plain if len(name) > 1), key=lambda name: -scores[plain[name]]):
+        cuts = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        pairs = [pair for pair in cuts if pair[0] in plain and pair[1] in plain]
+        merges += sorted(pairs, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+    bpe = BPE | {"unk_token": names[pieces.unk_id()], "fuse_unk": False, "byte_fallback": True}
+    bpe |= {"vocab": {name: i for i, name in enumerate(names)}, "merges": [list(pair) for pair in merges]}
+    unigram = {"type": "Unigram", "unk_id": pieces.unk_id(), "vocab": [*map(list, zip(names, scores))]}
+    back = {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "}
+    decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    models = bpe, unigram | {"byte_fallback": True}
+    return [_file(model, known, SPACE_TO_SIGN, None, decoder) for model in models]
+
+
+def _differing(file: dict, known: Tokenizer) -> float:
+    """The share of texts to which a tokenizer.json gives other ids; paragraphs of Python's own library, and odd ones."""
+    library = extra.package("tokenizers", "gptjax convert to-hf")
+    theirs = library.Tokenizer.from_str(json.dumps(file))
+    texts, size = ["naïve Größe, Ωμέγα, 東京 😀 \x00 \t\r\n", "  two  spaces  ", "x"], 0
+    for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        texts += path.read_text(errors="replace").replace(SPACE_SIGN, " ").split("\n\n")
+        if (size := size + path.stat().st_size) > SAMPLE_BYTES:
+            break
+    return sum(
+        theirs.encode(text, add_special_tokens=False).ids != known.encode(text).tolist() for text in texts
+    ) / len(texts)

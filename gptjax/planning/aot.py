@@ -1,0 +1,177 @@
+"""Compiles a config's train step for devices that are not there: `python -m gptjax.planning.aot FOLDER`.
+
+It is a process of its own, because a compiler may abort the whole process. `gptjax plan` starts it: FOLDER/request.json
+has the resolved configs, the topology, the slices and the source ("compiled" or "analytic"); FOLDER/results.json is
+the answer, for each config what `analyze` returns or {"refused": sentence}.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from importlib import metadata
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
+
+from gptjax import __version__
+from gptjax.errors import Refused
+from gptjax.models.size import flops_per_token, num_parameters
+from gptjax.parallel import sharding
+from gptjax.parallel.xla import analysis as compiled
+from gptjax.parallel.xla import communication as collectives
+from gptjax.parallel.xla import hlo
+from gptjax.planning import estimate as theory
+from gptjax.planning import topology
+from gptjax.planning.topology import Topology
+from gptjax.tokenizers import tokenizer
+from gptjax.training import step as update
+from gptjax.training.config import schema as configs
+from gptjax.training.config.schema import Config
+
+NUM_BUFFERS = 10
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Path) -> dict:
+    """All that is known of a config's step on a topology: `theory`'s part, and the compiler's where `source` is
+    "compiled". Bytes are those of one device. Of a curriculum it is the phase with the most tokens a step.
+
+    Raises: Refused.
+    """
+    tokenizer.check(config.tokenizer)
+    if config.lora.rank:
+        raise Refused(f"lora.rank={config.lora.rank} is not planned for: plan with 0, which needs more memory.")
+    config = config.largest
+    if not topology.is_tpu:
+        # JAX asks for the version of a cuDNN that neither tracing nor compiling needs.
+        fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
+    mesh = theory.abstract_mesh(config, topology)
+    if source == "compiled":
+        mesh = sharding.make_mesh(config.mesh, described(topology))
+    given = theory.shapes(config, getattr(mesh, "abstract_mesh", mesh))
+    vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
+    tokens = config.batch_size * config.seq_len
+    kept = theory.kept(config, given)
+    state = {
+        "parameters": theory.shard_bytes(given.state.model),
+        "optimizer": theory.shard_bytes(given.state.opt_state),
+        "average": theory.shard_bytes(given.state.ema),
+        "batch": theory.shard_bytes(given.batch),
+    }
+    result = {
+        "source": source,
+        "mesh": sharding.sizes(given.mesh),
+        "parameters": num_parameters(config.model, vocab_size, config.seq_len),
+        "tokens_per_step": tokens,
+        "flops_per_step": flops_per_token(config.model, vocab_size, config.seq_len) * tokens,
+        "hardware_flops_per_step": theory.step_flops(config, given),
+        "memory": state
+        | {"gradients": theory.shard_bytes(given.state.model, itemsize=4), "kept_activations": kept.device},
+        "expected_collectives": [
+            {"operation": operation, "axes": axes, "bytes": size}
+            for (operation, axes), size in theory.collectives(config, given).items()
+        ],
+        "versions": {"gptjax": __version__, "python": sys.version.split()[0]} | versions(),
+    }
+    if source == "compiled":
+        return result | compile_for(config, topology, mesh, folder)
+    chunk = theory.chunk_bytes(config, given)
+    result["memory"]["logits"] = chunk
+    return result | {
+        "hbm_bytes": sum(result["memory"].values()),
+        "host_bytes": kept.host + theory.shard_bytes(given.state.opt_state, "pinned_host"),
+        "compile_seconds": None,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def described(topology: Topology) -> list:
+    """The devices of a topology, as the compiler's plugin describes them. Raises: Refused."""
+    try:
+        return list(topologies.get_topology_desc(**topology.descriptor).devices)
+    except Exception as error:  # whatever the plugin raises
+        if "lockfile" in str(error):
+            raise Refused(
+                "Another process on this machine uses libtpu, which serves one: wait until it ends."
+            ) from error
+        raise Refused(
+            f"The compiler knows no {topology.name} × {topology.slices} ({str(error).splitlines()[0][:200]})."
+        ) from error
+
+
+def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict:
+    """The compiler's part: memory, collectives, cycles, or how much too big it is."""
+    vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            state = update.abstract_state(config, vocab_size, mesh)
+            step = update.compile_step(config, vocab_size, state, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        sizes = compiled.out_of_memory(str(error))
+        if sizes is None:
+            raise
+        seconds = time.perf_counter() - began
+        buffers = largest_buffers(folder, text_of(folder, "after_optimizations_before_buffer_assignment"))
+        return {"refused_bytes": sizes, "hbm_bytes": sizes[0], "compile_seconds": seconds, "largest_buffers": buffers}
+    seconds = time.perf_counter() - began
+    memory = compiled.memory(step)
+    # The text of the finished program fails for some TPU programs, so it is read from the dump; it alone has cycles.
+    text = text_of(folder, "after_codegen") if topology.is_tpu else step.as_text()
+    program = hlo.parse(text)
+    axes = collectives.numbering(mesh, topology.slices)
+    cards = topology.shape[0] if not topology.is_tpu else mesh.size
+    places = [device.id // cards for device in mesh.devices.flat]
+    return {
+        "hbm_bytes": memory.peak,
+        "host_bytes": memory.host,
+        "compiled_memory": memory._asdict(),
+        "compile_seconds": seconds,
+        "collectives": [row._asdict() for row in collectives.collectives(program, axes, places, topology.slices)],
+        "largest_buffers": largest_buffers(folder, text),
+        "cycles": compiled.cycles(program) if topology.is_tpu else None,
+        "kernels": [kernel._asdict() for kernel in compiled.kernels(program, config.model.sliding_window)],
+    }
+
+
+def text_of(folder: pathlib.Path, stage: str) -> str:
+    """The dumped text of the step at a stage of the compiler. Raises: FileNotFoundError."""
+    found = sorted((folder / "dump").glob(f"*train_step*.{stage}.txt"))
+    if not found:
+        raise FileNotFoundError(f"the compiler dumped no *.{stage}.txt of the train step")
+    return found[-1].read_text()
+
+
+def largest_buffers(folder: pathlib.Path, text: str) -> list[dict]:
+    assignment = sorted((folder / "dump").glob("*train_step*buffer-assignment.txt"))
+    if not assignment:
+        return []
+    buffers = compiled.largest_buffers(assignment[-1].read_text(), hlo.parse(text), NUM_BUFFERS)
+    return [buffer._asdict() for buffer in buffers]
+
+
+def main(folder: pathlib.Path) -> None:
+    request = json.loads((folder / "request.json").read_text())
+    where = topology.parse(request["topology"], request["slices"])
+    results = []
+    for config in request["configs"]:
+        try:
+            results.append(analyze(configs.parse(config), where, request["source"], folder))
+        except Refused as refusal:
+            results.append({"refused": str(refusal)})
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

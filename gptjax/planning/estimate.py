@@ -1,0 +1,152 @@
+"""What a step should need, from its shapes alone: nothing is compiled, and no device is there.
+
+The step is traced on an abstract mesh of the topology, so shapes, shardings and the choice of kernels are real.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.data.stream import stream
+from gptjax.evaluation.heldout import batch_sums
+from gptjax.models import remat
+from gptjax.models.config import padded_vocab
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import AXES
+from gptjax.parallel.xla import flops
+from gptjax.planning.topology import Topology
+from gptjax.tokenizers.tokenizer import expected_vocab_size
+from gptjax.training import step as update
+from gptjax.training import workdir
+from gptjax.training.config import schema as configs
+from gptjax.training.config.schema import Config
+from gptjax.training.optim.optimizers import is_param
+
+
+class Shapes(NamedTuple):
+    """A step's arguments without their contents."""
+
+    mesh: jax.sharding.AbstractMesh
+    state: update.TrainState
+    batch: stream.Batch
+
+
+def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMesh:
+    """The mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not make it up."""
+    *sizes, tensor = sharding.mesh_shape(config.mesh, topology.num_devices, topology.slices)
+    device = jax.sharding.AbstractDevice(
+        device_kind=topology.figures.device_kind, num_cores=None, platform="tpu" if topology.is_tpu else "gpu"
+    )
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    # `ring` is a part of `fsdp` that only real devices can tell.
+    return jax.sharding.AbstractMesh((*sizes, 1, tensor), AXES, axis_types=explicit, abstract_device=device)
+
+
+def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
+    """The state and batch of a config on a mesh. Raises: Refused, where they do not divide over it."""
+    configs.check_batch(config, mesh)
+    workdir.check_divides(config, expected_vocab_size(config.tokenizer), mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = update.abstract_state(config, expected_vocab_size(config.tokenizer), mesh)
+    return Shapes(mesh, state, update.abstract_batch(config, mesh))
+
+
+def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
+    """Bytes of a device's part of a tree, in its own memory or in the host's (`pinned_host`).
+
+    Args:
+      itemsize: bytes an element, where another dtype than the leaf's own is meant.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if (leaf.sharding.memory_kind or "device") == memory:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
+    return total
+
+
+def step_flops(config: Config, given: Shapes) -> int:
+    """FLOPs of the matrix products of a step over all devices, those done twice included."""
+    with jax.sharding.use_abstract_mesh(given.mesh):
+        traced = update.train_step.trace(
+            given.state, given.batch, config=config, vocab_size=expected_vocab_size(config.tokenizer)
+        )
+    return flops.executed(traced, config.model.sliding_window)
+
+
+class Kept(NamedTuple):
+    """Bytes a device that a micro-batch's forward pass leaves for the backward pass."""
+
+    device: int
+    host: int
+
+
+def kept(config: Config, given: Shapes) -> Kept:
+    """What the rematerialization policy keeps, read off the traced gradient; weights do not count."""
+
+    def leftovers(model, micro):
+        def objective(model):
+            sums = batch_sums(model, micro, None, vocab_size=expected_vocab_size(config.tokenizer), loss=config.loss)
+            return sums.objective
+
+        return jax.tree.leaves(jax.vjp(objective, model)[1])
+
+    with jax.sharding.use_abstract_mesh(given.mesh):
+        micro = jax.tree.map(first, given.batch)
+        leaves = jax.eval_shape(leftovers, given.state.model, micro)
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given.state.model)}
+    kept = [leaf for leaf in leaves if (leaf.shape, leaf.dtype) not in weights and leaf.sharding is not None]
+    return Kept(shard_bytes(kept), shard_bytes(kept, "pinned_host"))
+
+
+def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One micro-batch of a batch."""
+    place = jax.NamedSharding(leaf.sharding.mesh, jax.P(*leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
+
+
+def chunk_bytes(config: Config, given: Shapes) -> int:
+    """Bytes a device of the largest float32 logits that the loss holds, and of their gradient."""
+    rows = config.micro_batch_size // sharding.row_shards(given.mesh)
+    columns = padded_vocab(expected_vocab_size(config.tokenizer)) // given.mesh.shape["tensor"]
+    return 2 * 4 * rows * (config.seq_len // config.loss.num_chunks) * columns
+
+
+def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
+    """(operation, mesh axes) → bytes of the arrays of a step, as `compiled.Collective.bytes` counts them.
+
+    fsdp: every weight that is cut is gathered in the compute dtype, a block's once forward and once backward, an
+    embedding once; gradients are reduced once (ZeRO-3, Rajbhandari et al. 2020, section 7.2).
+    data, slices: a device's part of the gradients is summed once.
+    tensor: before attention and before the MLP a block gathers the sequence, and after them it scatters the sum of
+    their products; backward the other way (Korthikanti et al. 2022, section 4.2.2). Where not everything is kept, the
+    inputs are gathered once more for the gradients of weights, and full rematerialization scatters after attention
+    again. Before the first and after the last block there is one more of each.
+    """
+    sizes, item = given.mesh.shape, jnp.dtype(config.model.dtype).itemsize
+    cut = {True: 0, False: 0}
+    for param in jax.tree.leaves(given.state.model, is_leaf=is_param):
+        if "embed" in param.axes:
+            cut[param.axes[0] == "layers"] += param.size * item // (sizes["tensor"] if shared(param) else 1)
+    gradients = shard_bytes(given.state.model, itemsize=item)
+    expected = {
+        ("all-gather", "fsdp"): 2 * cut[True] + cut[False],
+        ("reduce-scatter", "fsdp"): cut[True] + cut[False],
+        ("all-reduce", "data"): gradients,
+        ("all-reduce", "slices"): gradients,
+    }
+    rows = config.micro_batch_size // sharding.row_shards(given.mesh)
+    stream_bytes = rows * config.seq_len * config.model.embed_dim * item
+    gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[remat.parse(config.model.remat)[0]]
+    expected["all-gather", "tensor"] = (gathers * config.model.num_layers + 2) * stream_bytes
+    expected["reduce-scatter", "tensor"] = (scatters * config.model.num_layers + 2) * stream_bytes
+    sharded = {axis: size for axis, size in sizes.items() if size > 1} | (
+        {"fsdp": 0} if sizes.get("ring", 1) > 1 else {}
+    )
+    return {key: config.grad_accum_steps * size for key, size in expected.items() if key[1] in sharded}
+
+
+def shared(param) -> bool:
+    """Whether a weight is cut over `tensor`."""
+    return any(sharding.LOGICAL_AXES[name] == "tensor" for name in param.axes)

@@ -1,0 +1,148 @@
+"""Config files: those that a user or a run wrote are read, and others written that are one of them with some keys set."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import pathlib
+import re
+import runpy
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptjax.errors import Refused, nearest
+from gptjax.runtime import untrusted
+from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, flatten, parse
+
+
+def split(path: str) -> tuple[str, list[str]]:
+    """The file of FILE[:ARGUMENT…], as --config has it, and the arguments of its get_config(), which are texts."""
+    file, dot, arguments = path.partition(".py:")
+    return (f"{file}.py", arguments.split(":")) if dot else (path, [])
+
+
+def load(path: str, overrides: dict[str, str]) -> Config:
+    """The Config of a file, with `KEY: TEXT` overrides from the command line.
+
+    Args:
+      path: of a Python file with a `get_config()`, and its arguments, as of `split`; or of the config.json of a run, for
+        another that is to be like it.
+
+    Raises:
+      Refused: for a file that is missing or broken, too few or too many arguments, an unknown key, or a value of the
+        wrong type.
+    """
+    path, arguments = split(path)
+    if not epath.Path(path).is_file():
+        beside = epath.Path(path).parent
+        names = [p.name for p in beside.glob("*.py")] if beside.is_dir() else []
+        raise Refused(f"--config={path} does not exist.{nearest(epath.Path(path).name, names)}")
+    config = _of_run(path) if path.endswith(".json") else _of_module(path, arguments)
+    for key, text in overrides.items():
+        override(config, key, text)
+    return parse(config)
+
+
+def _of_run(path: str) -> ConfigDict:
+    values = untrusted.read_json(epath.Path(path), MAX_JSON_BYTES, "give a config.json that a run wrote")
+    try:
+        return ConfigDict(dataclasses.asdict(parse(values))).lock()
+    except Refused as refusal:
+        raise Refused(f"{path}: {refusal}") from refusal
+
+
+def _of_module(path: str, arguments: list[str]) -> ConfigDict:
+    try:
+        module = runpy.run_path(path)
+        _check_arguments(path, module.get("get_config"), arguments)
+        config = module["get_config"](*arguments) if "get_config" in module else None
+    except Refused:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is a fault of the file
+        raise Refused(f"{path}: {_fault(error)}") from error
+    if "get_config" not in module:
+        raise Refused(
+            f"{path} has no get_config(): define one that returns gptjax.config.default() with its own values."
+        )
+    if not isinstance(config, ConfigDict):
+        raise Refused(
+            f"get_config() of {path} returns a {type(config).__name__}: return gptjax.config.default() with "
+            "its own values."
+        )
+    return config
+
+
+def _check_arguments(path: str, get_config, arguments: list[str]) -> None:
+    """Raises: Refused, where get_config() takes fewer or more than there are."""
+    parameters = inspect.signature(get_config).parameters.values() if callable(get_config) else []
+    needed = [each.name.upper() for each in parameters if each.default is each.empty]
+    if not len(needed) <= len(arguments) <= len(parameters):
+        form = ":".join([path, *needed]) + "".join(
+            f"[:{each.name.upper()}]" for each in list(parameters)[len(needed) :]
+        )
+        raise Refused(f"--config={':'.join([path, *arguments])} has {len(arguments)} arguments: write --config={form}.")
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a config file, from an exception; ConfigDict's own lists every field of the section."""
+    text = str(error)[:2000]  # the patterns below take long over a long one
+    unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
+    if unknown and isinstance(error, (AttributeError, KeyError)):
+        return f'unknown key "{unknown[1]}".{_nearest_key(unknown[1])}'
+    mistyped = re.search(r"override field '(\w+)' .*\. (.*) is of original type .* type <class '.*?(\w+)'>", text)
+    if mistyped:
+        return f"{mistyped[1]}={mistyped[2]} is not of type {mistyped[3]}."
+    return f"{type(error).__name__}: {' '.join(text.split())}."
+
+
+def _nearest_key(key: str) -> str:
+    """A hint at the key, in whatever section, or the section that `key` is probably meant to be."""
+    keys = flatten(default())
+    sections = {key.partition(".")[0] for key in keys}
+    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections))
+    close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
+    return f' Did you mean "{by_name[close[0]]}"?' if close else ""
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets `config.KEY` from the text of a command line, as the type that the key has.
+
+    Raises: Refused.
+    """
+    keys = flatten(config)
+    if key not in keys:
+        inside = [k for k in keys if k.startswith(key + ".")]
+        hint = f" It is a section: set {inside[0]}, for example." if inside else nearest(key, keys) or _nearest_key(key)
+        raise Refused(f"--config.{key} is unknown.{hint}")
+    old = keys[key]
+    read = {str: str, int: lambda text: int(text, 0), float: _finite, bool: {"true": True, "false": False}.__getitem__}
+    try:
+        value = read[type(old)](text.lower() if type(old) is bool else text)
+    except (KeyError, ValueError) as error:
+        raise Refused(f"--config.{key}={text} is not of type {type(old).__name__}: its default is {old!r}.") from error
+    section, _, name = key.rpartition(".")
+    target = config
+    for part in section.split(".") if section else ():
+        target = target[part]
+    target[name] = value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def write(path: pathlib.Path, original: str, docstring: str, values: dict[str, object]) -> None:
+    """Writes a config file that is `original`, as of `config.split`, with these values by key, whole or not at all."""
+    file, arguments = split(original)
+    lines = "".join(f"    config.{key} = {value!r}\n" for key, value in values.items())
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(
+        f'"""{docstring}"""\n\nimport runpy\n\n\ndef get_config():\n'
+        f'    config = runpy.run_path({str(pathlib.Path(file).resolve())!r})["get_config"](*{arguments!r})\n'
+        f"{lines}    return config\n"
+    )
+    beside.replace(path)

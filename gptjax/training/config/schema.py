@@ -1,0 +1,296 @@
+"""One Config: the sections of the rooms that read them, checked together before anything is computed.
+
+Outside, in config files and on the command line, it is a locked `ConfigDict` (`default()`), so an unknown key fails
+where it is written. Inside it is a tree of frozen dataclasses (`parse()`).
+"""
+
+import dataclasses
+import json
+import math
+
+import jax
+from ml_collections import ConfigDict
+
+from gptjax.checkpoints.manager import CheckpointConfig
+from gptjax.data.cleaning import pipeline as clean
+from gptjax.data.cleaning.pipeline import CleanConfig
+from gptjax.data.preparation.prepare import DataConfig
+from gptjax.data.stream import augment, curriculum, packing
+from gptjax.data.stream.augment import AugmentConfig
+from gptjax.data.stream.curriculum import CurriculumConfig, Phase
+from gptjax.data.stream.mixture import MixtureConfig
+from gptjax.data.stream.packing import PackingConfig
+from gptjax.errors import Refused, nearest, shown
+from gptjax.evaluation import heldout as evaluate
+from gptjax.evaluation.heldout import TasksConfig
+from gptjax.models import lora
+from gptjax.models.config import ModelConfig
+from gptjax.models.lora import LoraConfig
+from gptjax.models.loss import LossConfig
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel.xla import options as compiler
+from gptjax.runtime.watchdog import WatchdogConfig
+from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
+from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.training.monitoring import rollback as recovery
+from gptjax.training.monitoring.early_stopping import StoppingConfig
+from gptjax.training.monitoring.rollback import RecoveryConfig
+from gptjax.training.optim import optimizers as optimizer
+from gptjax.training.optim.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    seed: int = 0
+    num_steps: int = 1000  # updates
+    batch_size: int = 32  # sequences in the whole update, over all devices
+    seq_len: int = 256  # tokens in a sequence
+    grad_accum_steps: int = 1  # micro-batches that an update is summed from
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 0  # an evaluation reads this × batch_size held-out sequences; 0 is all
+    checkpoint_every: int = 200
+    tracker: str = ""  # where rows go besides: wandb, or package.module:function (tracking.py)
+    num_samples: int = 2  # texts that a finished run writes
+    sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
+    init_from: str = ""  # a workdir whose model a new run begins with; empty: with weights that are drawn
+    init_step: int = -1  # the checkpoint there; -1 is the newest
+    compiler_options: str = ""  # of XLA, for the train step: NAME=VALUE …; see compiler.py
+    lora: LoraConfig = LoraConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    clean: CleanConfig = CleanConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    packing: PackingConfig = PackingConfig()
+    augment: AugmentConfig = AugmentConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tasks: TasksConfig = TasksConfig()
+    stopping: StoppingConfig = StoppingConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in one forward and backward pass, over all devices."""
+        return self.batch_size // self.grad_accum_steps
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What a new run of this config reads, in its order."""
+        return curriculum.phases(self.mixture, self.curriculum, self.seq_len, self.batch_size)
+
+    @property
+    def largest(self) -> "Config":
+        """This config with the batch of its phase with the most tokens a step."""
+        return self.at(max(self.phases, key=lambda phase: phase.batch_size * phase.seq_len))
+
+    def at(self, phase: Phase) -> "Config":
+        """This config with the batch of a phase for good."""
+        return dataclasses.replace(
+            self, seq_len=phase.seq_len, batch_size=phase.batch_size, curriculum=CurriculumConfig()
+        )
+
+
+# What a run may change when it goes on: neither the parameters, nor the optimizer's state, nor which tokens a step
+# sees depends on these. A section stands for all its keys.
+FREE_KEYS = (
+    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
+    "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks",
+    "stopping", "recovery", "watchdog", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
+    "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps",
+    "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
+    "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
+    "optimizer.offload", "data.store",
+)  # fmt: skip
+
+# What runs of earlier versions name in their config.json, and what never changed which function is computed: passed
+# over there, so that their checkpoints stay readable.
+RETIRED_KEYS = ("model.isolate_products",)
+
+MAX_JSON_BYTES = 1 << 20  # of a config.json
+
+
+def default() -> ConfigDict:
+    """The defaults as a ConfigDict that knows its keys and their types."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def flatten(config, prefix: str = "") -> dict[str, object]:
+    """Nested keys as dotted ones: {"model.num_layers": 6, …}."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, (dict, ConfigDict))
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def parse(config) -> Config:
+    """The frozen, checked, resolved Config of a ConfigDict or a dict. Raises: Refused."""
+    return resolve(_build(Config, config, ""))
+
+
+def _build(kind, values, prefix):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, (dict, ConfigDict)):
+        raise Refused(f"{prefix.removesuffix('.') or 'config'}={shown(values)} is no section of keys.")
+    made = {}
+    for key, value in values.items():
+        if prefix + str(key) in RETIRED_KEYS:
+            continue
+        if key not in fields:
+            raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
+        expected = fields[key].type
+        if dataclasses.is_dataclass(expected):
+            made[key] = _build(expected, value, f"{prefix}{key}.")
+        elif type(value) is int and value.bit_length() > 63:
+            raise Refused(f"{prefix}{key} has {value.bit_length()} bits, and a number here at most 63.")
+        elif expected is float and type(value) is int:
+            made[key] = float(value)
+        elif type(value) is not expected:
+            raise Refused(f"{prefix}{key}={shown(value)} is not of type {expected.__name__}.")
+        elif expected is str and not _is_text(value):
+            raise Refused(f"{prefix}{key}={shown(value)} is no text in UTF-8, or has a NUL in it.")
+        elif expected is float and not math.isfinite(value):
+            raise Refused(f"{prefix}{key}={value} is not a finite number.")
+        else:
+            made[key] = value
+    return kind(**made)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be printed, encoded, and a part of a path."""
+    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
+
+
+def resolve(config: Config) -> Config:
+    """Checks values across sections and works out what is derived. Raises: Refused."""
+    config = dataclasses.replace(config, model=config.model.resolved())
+    for key in (
+        "num_steps",
+        "batch_size",
+        "seq_len",
+        "grad_accum_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+    ):
+        if getattr(config, key) < 1:
+            raise Refused(f"{key}={getattr(config, key)} must be at least 1.")
+    if config.num_steps >= 1 << 31:
+        raise Refused(f"num_steps={config.num_steps} is more than the {(1 << 31) - 1} that a step counts to.")
+    for key in ("seed", "eval_batches", "num_samples"):
+        if getattr(config, key) < 0:
+            raise Refused(f"{key}={getattr(config, key)} must not be negative.")
+    if config.seed >= 1 << 32:
+        raise Refused(f"seed={config.seed} has more than the 32 bits of a JAX key: use one below {1 << 32}.")
+    if config.checkpoint.keep < 1:
+        raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run goes on from the newest.")
+    for key in ("checkpoint.keep_every", "checkpoint.write_seconds", "loss.z_loss"):
+        value = flatten(dataclasses.asdict(config))[key]
+        if value < 0:
+            raise Refused(f"{key}={value} must not be negative.")
+    for key in ("watchdog.silent_seconds", "watchdog.step_seconds", "watchdog.phase_seconds"):
+        value = flatten(dataclasses.asdict(config))[key]
+        if value < 2:
+            raise Refused(f"{key}={value} must be at least 2: processes tell of themselves once a second.")
+    for phase in (config, *config.phases):
+        if config.loss.num_chunks < 1 or phase.seq_len % config.loss.num_chunks:
+            raise Refused(
+                f"seq_len={phase.seq_len} is not divisible by loss.num_chunks={config.loss.num_chunks}: choose a "
+                "divisor."
+            )
+        if phase.batch_size % config.grad_accum_steps:
+            raise Refused(
+                f"batch_size={phase.batch_size} is not divisible by grad_accum_steps="
+                f"{config.grad_accum_steps}: change one of them."
+            )
+    if config.mixture.stores and config.data.store:
+        raise Refused(
+            f"data.store={config.data.store} and mixture.stores={config.mixture.stores} are both set: leave data.store "
+            "empty, and name it in the mixture."
+        )
+    if config.init_step < -1 or config.init_step >= 0 and not config.init_from:
+        raise Refused(
+            f'init_step={config.init_step} is no step of init_from="{config.init_from}": give a workdir there, and -1 '
+            "for its newest."
+        )
+    if config.init_from and config.tokenizer.kind != "byte" and not config.tokenizer.path:
+        its = dataclasses.replace(config.tokenizer, path=f"{config.init_from.rstrip('/')}/tokenizer")
+        config = dataclasses.replace(config, tokenizer=its)
+    if config.data.prompt_field and config.clean.steps():
+        raise Refused(
+            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
+            "would not know where prompts end: put it off."
+        )
+    compiler.options(config.compiler_options)
+    lora.check(config.lora, config.init_from)
+    optimizer.check(config.optimizer, config.num_steps)
+    if config.model.mup_base_width and config.optimizer.name == "adafactor":
+        raise Refused(
+            f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: how its rate depends on "
+            "the width is not worked out; choose adamw, lion or muon."
+        )
+    evaluate.check(config.tasks)
+    stopping.check(config.stopping)
+    recovery.check(config.recovery)
+    clean.check(config.clean)
+    packing.check(config.packing)
+    augment.check(config.augment)
+    if not config.tokenizer.path and not config.mixture.stores:  # else the tokenizer may have more than are named here
+        augment.check_special(config.augment, special_names(config.tokenizer.special_tokens))
+    return config
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """The batch of every phase divides over the mesh. Raises: Refused."""
+    for phase in config.phases:
+        _check_batch(config.at(phase), mesh)
+
+
+def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    shards = sharding.row_shards(mesh)
+    if config.micro_batch_size % shards:
+        raise Refused(
+            f"A micro-batch of {config.micro_batch_size} sequences (batch_size={config.batch_size} / "
+            f"grad_accum_steps={config.grad_accum_steps}) does not divide over the {shards} devices of "
+            f"mesh.slices × mesh.data × mesh.fsdp: make batch_size a multiple of {shards * config.grad_accum_steps}."
+        )
+    if config.seq_len % mesh.shape["tensor"]:
+        raise Refused(
+            f"seq_len={config.seq_len} is not divisible by mesh.tensor={mesh.shape['tensor']}, over which it is cut "
+            "between blocks: change one of them."
+        )
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def differences(old: dict, new: Config) -> list[str]:
+    """Keys that a run must not change when it goes on, as `key (old there, new here)`.
+
+    Args:
+      old: the resolved config that the run was started with, as a dict.
+    """
+
+    def bound(key: str) -> bool:
+        return not any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *RETIRED_KEYS))
+
+    # What a run of an earlier version does not name had no effect on it, and that is what a default is.
+    old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
+    # One average of the weights is kept or none; how fast it moves is free.
+    for flat in (old, new):
+        flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
+    return [
+        f"{key} ({old.get(key, 'not set')} there, {new.get(key, 'not set')} here)"
+        for key in sorted(old.keys() | new.keys())
+        if bound(key) and old.get(key) != new.get(key)
+    ]

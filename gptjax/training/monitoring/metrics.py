@@ -1,0 +1,238 @@
+"""What a run tells: throughput, utilization, and the rows of its steps and evaluations."""
+
+import collections
+import contextlib
+import math
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from gptjax.runtime import distributed as hosts
+from gptjax.runtime import heartbeat
+from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.training.monitoring.writers import Writers
+
+# Dense bfloat16 FLOP/s of one device as JAX counts devices, by `device_kind`. TPUs: Google Cloud's "System
+# architecture" page of each version (a TPU7x chip of 2307 TFLOP/s is two devices); NVIDIA: the data sheet of each card,
+# which gives twice these figures, with sparsity.
+PEAK_BF16_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+def peak_flops(devices, dtype: str) -> float | None:
+    """FLOP/s of all the devices together; None where it is not known, and for other dtypes than bfloat16."""
+    peak = PEAK_BF16_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
+    return peak and peak * len(devices)
+
+
+@contextlib.contextmanager
+def compiling():
+    """Around a compilation. Yields a dict that has compile_seconds and compilation_cache at the end of the block.
+
+    The cache is JAX's persistent one: `hit`, `miss`, or `off`.
+    """
+    events, facts, began = collections.Counter(), {}, time.perf_counter()
+    count = lambda event, **_: events.update([event.rpartition("/")[2]])
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield facts
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    asked, hits = events["compile_requests_use_cache"], events["cache_hits"]
+    facts["compile_seconds"] = time.perf_counter() - began
+    used = asked and jax.config.jax_compilation_cache_dir
+    facts["compilation_cache"] = "off" if not used else "hit" if hits == asked else "miss"
+
+
+def measured_bytes() -> int | None:
+    """The most that has been in use on one of this process's devices; None where the platform does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
+
+
+@contextlib.contextmanager
+def trace(folder: epath.Path):
+    """Records what process 0 and its devices do in the block, for XProf or TensorBoard, into `folder`."""
+    if not hosts.first():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as local:  # the profiler knows no gs://
+        with jax.profiler.trace(local):
+            yield
+        for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
+            target = folder / file.relative_to(local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(file).copy(target)
+
+
+def _of_task(key: str) -> bool:
+    return key.startswith("task/")
+
+
+class Log:
+    """One row a logged step, written one step late, so that the device always has the next step to do.
+
+    A context manager: leaving it without an exception writes what is left.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        bar,
+        start: int,
+        watch,
+        log_every: int,
+        done: Callable[[int], tuple[int, int]],
+        peak: float | None,
+        tracker: Callable | None = None,
+    ):
+        """`watch`: sees the loss and the gradient's norm of each step before anything else is done with them. `done`: the
+        tokens, and the FLOPs of the model, in all steps up to one. `tracker`: as `Writers` takes it.
+        """
+        self._bar, self._watch, self._log_every = bar, watch, log_every
+        self._done, self._peak = done, peak
+        self._pending = None
+        self._began, self._steps = time.perf_counter(), 0
+        self._start, self._starting = start, None
+        self._flops = 0  # of the last logged step
+        self.step_seconds = []  # of the logged steps of as many FLOPs, which a curriculum changes
+        self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
+        self._writers = Writers(workdir, start, bar, tracker) if hosts.first() else None
+        rows = self._writers.rows if hosts.first() else []
+        self.losses = dict(hosts.exchange([*stopping.evaluations(rows).items()])[0])  # on held-out text, by step
+        self.scored = set(hosts.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind is None:
+            self._flush()
+        if hosts.first():
+            self._writers.close()
+
+    def starting(self, began: float, facts: dict) -> None:
+        """Has the row of this start written once its first step is done: `facts`, and the seconds since `began`."""
+        self._starting = began, facts
+
+    def push(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step just dispatched; waits for the step before it, and writes its row if due."""
+        self._flush()
+        self._pending = step, metrics
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Around what is not training: the last step is finished first, and the time does not count as a step's."""
+        self._flush()
+        before = time.perf_counter()
+        if hosts.first():
+            self._writers.flush()
+        yield
+        self._began += time.perf_counter() - before
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        with heartbeat.waiting():
+            loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))  # waits for the step
+        if told := self._watch.see(step, float(loss), float(grad_norm)):
+            self._bar.print(told)
+        if self._starting and hosts.first():
+            began, facts = self._starting
+            seconds = time.perf_counter() - began
+            self._writers.write({"step": self._start} | facts | {"first_step_seconds": seconds})
+            self._bar.print(f"the first step was done {seconds:.1f} s after the start")
+        self._starting = None
+        self._steps += 1
+        if step % self._log_every == 0 and hosts.first():
+            self._step(step, jax.device_get(metrics))
+
+    def _step(self, step: int, metrics: dict) -> None:
+        now = time.perf_counter()
+        seconds, steps = (now - self._began) / self._steps, self._steps
+        self._began, self._steps = now, 0
+        tokens, flops = self._done(step)
+        before = self._done(step - steps)
+        speed = (tokens - before[0]) / (seconds * steps)
+        each = (flops - before[1]) / steps
+        if each != self._flops:
+            self._flops, self.step_seconds = each, []
+        self.step_seconds.append(seconds)
+        self.floor_seconds = self._peak and each / self._peak
+        mfu = self._peak and self.floor_seconds / seconds
+        numbers = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        row |= {"skipped_updates": int(metrics["skipped"])}
+        row |= {"tokens_seen": tokens, "tokens_per_second": speed, "step_seconds": seconds}
+        self._writers.write(row | {"mfu": mfu})
+        shown = "unknown" if mfu is None else f"{mfu:.1%}"
+        self._bar.update(step, f"loss {numbers['loss']:.4f} · {speed:,.0f} tokens/s · MFU {shown}")
+
+    def evaluation(self, step: int, result) -> None:
+        """Writes the row of an `evaluate.Evaluation`."""
+        self.losses[step] = result.loss
+        row = {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte, "eval_accuracy": result.accuracy}
+        for name, its in result.sources.items():
+            row |= {f"eval_loss/{name}": its.loss, f"eval_bits_per_byte/{name}": its.bits_per_byte}
+            row |= {f"eval_accuracy/{name}": its.accuracy}
+        each = "".join(
+            f"; {name} {its.loss:.4f}, {its.bits_per_byte:.4f} bits a byte" for name, its in result.sources.items()
+        )
+        self._evaluation(
+            step,
+            row,
+            f"step {step}: held-out loss {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} "
+            f"bits a byte, accuracy {result.accuracy:.1%}{each}",
+        )
+
+    def scores(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Writes the row of the metrics of tasks, by their names."""
+        self.scored.add(step)
+        row = {f"task/{name}/{metric}": value for name, its in results.items() for metric, value in its.items()}
+        each = (
+            f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in its.items() if metric != "samples")
+            for name, its in results.items()
+        )
+        self._evaluation(step, row, f"step {step}: {'; '.join(each)}")
+
+    def failed_evaluation(self, step: int, error: Exception) -> None:
+        """Writes a row that says why there is none."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        told = f"warning: step {step} could not be evaluated ({reason}); the run goes on"
+        self._evaluation(step, {"eval_error": reason}, told)
+
+    def _evaluation(self, step: int, row: dict, told: str) -> None:
+        if hosts.first():
+            self._writers.write({"step": step} | row)
+            self._bar.print(told)
+
+    def saved(self, saves: list) -> None:
+        """Writes a row for each `saving.Save`."""
+        for save in saves if hosts.first() else ():
+            row = {"step": save.step, "save_blocked_seconds": save.blocked_seconds, "save_seconds": save.seconds}
+            self._writers.write(row)

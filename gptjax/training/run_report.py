@@ -1,0 +1,115 @@
+"""What a run says of itself: its compiled step as expected and as measured, and at the end its samples."""
+
+import statistics
+
+import jax
+from etils import epath
+
+from gptjax.checkpoints.manager import VERSIONS
+from gptjax.data.stream.mixture import Corpus
+from gptjax.data.stream.packing import report as report_of
+from gptjax.data.stream.packing import told
+from gptjax.data.stream.stream import Stream
+from gptjax.evaluation.heldout import Evaluation
+from gptjax.inference import generate
+from gptjax.models.size import num_parameters
+from gptjax.models.transformer import Transformer
+from gptjax.parallel import sharding
+from gptjax.parallel.xla import analysis as compiled
+from gptjax.parallel.xla import communication as collectives
+from gptjax.runtime import distributed as hosts
+from gptjax.training import workdir
+from gptjax.training.config.schema import Config
+from gptjax.training.monitoring import metrics
+
+
+def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> dict:
+    """Prints what is about to be trained, and where; returns it, and the versions, for the row of the start."""
+    parameters = num_parameters(config.model, vocab_size, config.seq_len)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}{processes}"
+    axes = ", ".join(f"{axis} {size}" for axis, size in sharding.sizes(mesh).items())
+    print(f"{parameters / 1e6:.2f}M parameters on {devices}, mesh {axes}", flush=True)
+    versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+    return {"parameters": parameters, "devices": devices, "mesh": axes, "versions": versions}
+
+
+def packing(config: Config, data: Stream) -> None:
+    """Prints what a layout that all starts of documents were read for costs; `gptjax data show` prints that of any."""
+    if config.packing.method == "concat" or not hosts.first():
+        return
+    for name, store in data.corpus.stores.items():
+        found = report_of(data.packed[name], store.split("train"), config.seq_len)
+        print(f"packing {told(config.packing.method, found)}{name and f' ({name})'}", flush=True)
+
+
+def compilation(
+    steps: dict[tuple[int, int], jax.stages.Compiled],
+    mesh: jax.sharding.Mesh,
+    compile_seconds: float,
+    compilation_cache: str,
+) -> dict:
+    """Prints what the compiler says of a step, and returns it for the row of the start; of several, of the largest.
+
+    compiled_bytes: of a device's memory at the peak of a step. compiled_link_bytes: that a device sends in one, None
+    where XLA does not say.
+    """
+    peaks = {shape: compiled.memory(step).peak for shape, step in steps.items()}
+    shape = max(peaks, key=peaks.get)
+    step, needed = steps[shape], peaks[shape]
+    try:
+        sent = sum(collective.link_bytes for collective in collectives.of_step(step, mesh))
+    except collectives.Unreadable:
+        sent = None
+    shapes = ", ".join(f"{rows} × {length}" for rows, length in steps)
+    several = f"for batches of {shapes}; at most " if len(steps) > 1 else ""
+    print(
+        f"compiled the train step in {compile_seconds:.1f} s (compilation cache: {compilation_cache}): {several}"
+        f"{needed / 1e6:,.1f} MB a device" + (f", which sends {sent / 1e6:,.1f} MB a step" if sent else ""),
+        flush=True,
+    )
+    return {"compiled_bytes": needed, "compiled_link_bytes": sent}
+
+
+def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_seconds: list[float]) -> None:
+    """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
+    measured = metrics.measured_bytes()
+    print(
+        f"memory of a device: {compiled.memory(step).peak / 1e6:,.1f} MB as compiled · "
+        f"{'its peak unknown' if measured is None else f'{measured / 1e6:,.1f} MB at its peak'}"
+    )
+    if step_seconds:
+        floor = "unknown peak" if floor_seconds is None else f"at least {1e3 * floor_seconds:,.1f} ms at the peak"
+        print(f"time of a step: {floor} · {1e3 * statistics.median(step_seconds):,.1f} ms, the median of those logged")
+
+
+def report(
+    config: Config, folder: epath.Path, corpus: Corpus, model: Transformer, evaluation: Evaluation | None
+) -> None:
+    """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
+    manifests = [store.manifest for store in corpus.stores.values()]
+    names = "compressed_heldout_bytes", "gzip_bytes", "xz_bytes"
+    compressed, *small = (sum(manifest[name] for manifest in manifests) for name in names)
+    gzip, xz = (8 * size / compressed for size in small)
+    if evaluation:
+        print(
+            f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 "
+            f"{xz:.3f} (model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes)"
+        )
+        for name, its in evaluation.sources.items():
+            print(
+                f"  {name}: loss {its.loss:.4f} nats a token, {its.bits_per_byte:.3f} bits a byte, {its.tokens:,} tokens"
+            )
+    texts = generate.samples(
+        model,
+        corpus.tokenizer,
+        config.sample_prompt,
+        seq_len=config.seq_len,
+        count=config.num_samples,
+        seed=config.seed,
+    )
+    with hosts.together():  # the others end when process 0 has written
+        if hosts.first():
+            workdir.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
+    for text in texts:
+        print(f"{'—' * 30} sample\n{text}", flush=True)

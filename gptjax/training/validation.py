@@ -1,0 +1,68 @@
+"""What a run is measured by on its way: the held-out text, and tasks of lm-eval. Training does without: what fails there
+is a warning."""
+
+import jax
+
+from gptjax.data.stream.mixture import Corpus
+from gptjax.errors import Preempted
+from gptjax.evaluation.heldout import Evaluation, evaluate
+from gptjax.models.transformer import Transformer
+from gptjax.runtime import distributed as hosts
+from gptjax.runtime import optional as extra
+from gptjax.training.config.schema import Config
+from gptjax.training.monitoring.metrics import Log
+
+
+def load_tasks(config: Config) -> dict:
+    """The tasks of a config, as of `harness.load`; none where it names none. Raises: Refused."""
+    with hosts.together():
+        return _harness().load(config.tasks, config.seq_len) if config.tasks.names else {}
+
+
+def _harness():
+    return extra.package("gptjax.evaluation.lm_eval", "tasks.names", "eval")
+
+
+def held_out(
+    config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, model: Transformer, step: int, log: Log
+) -> Evaluation | None:
+    """Evaluates, and logs it where that was not done before; a failure is a warning, and None."""
+    try:
+        result = evaluate(
+            model,
+            corpus=corpus,
+            mesh=mesh,
+            seq_len=config.seq_len,
+            batch_size=config.micro_batch_size,
+            max_windows=config.eval_batches * config.batch_size,
+            loss=config.loss,
+        )
+    except Preempted:
+        raise
+    except Exception as error:  # out of memory, a compiler's fault, a damaged file: training does without
+        log.failed_evaluation(step, error)
+        return None
+    if step not in log.losses:
+        log.evaluation(step, result)
+    return result
+
+
+def on_tasks(config: Config, tasks: dict, tokenizer, model: Transformer, step: int, log: Log) -> None:
+    """Scores a model on tasks, if there are any and that was not done before; a failure is a warning."""
+    if not tasks or step in log.scored:
+        return
+    try:
+        found = _harness().scores(
+            tasks,
+            model,
+            tokenizer,
+            seq_len=config.seq_len,
+            batch_size=config.micro_batch_size,
+            limit=config.tasks.limit,
+        )
+    except Preempted:
+        raise
+    except Exception as error:
+        log.failed_evaluation(step, error)
+        return
+    log.scores(step, found)

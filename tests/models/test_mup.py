@@ -1,0 +1,91 @@
+"""The maximal-update parametrization: the coordinate check, and that it is nothing at the base width."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.runs import LLAMA, mesh_of, run, tiny
+
+from benchmarks.coordinates import BASE, MODEL, PLACES, config_of, sizes, slopes
+from gptjax.errors import Refused
+from gptjax.training import step as update
+from gptjax.training.config.schema import parse
+from gptjax.training.optim import optimizers as optimizer
+
+WIDTHS = (128, 512)
+GROUPED = dataclasses.replace(MODEL, num_kv_heads=1, activation="swiglu", qk_norm=True, tied_embeddings=False)
+ONE_LAYER = dataclasses.replace(MODEL, num_layers=1)
+
+
+def grown(mup: bool, **changes) -> dict[str, float]:
+    return slopes(WIDTHS, np.stack([sizes(config_of(width, mup, **changes)) for width in WIDTHS]))
+
+
+@pytest.mark.parametrize(
+    "changes, bound",
+    [({}, 0.15), (dict(model=GROUPED, more_heads=False), 0.25), (dict(model=ONE_LAYER, name="muon"), 0.15)],
+    ids=["adamw", "larger heads", "muon"],
+)
+def test_activations_are_flat_over_widths(changes, bound):
+    """At narrow widths, where a product of two as in swiglu is further from the limit."""
+    found = grown(True, **changes)
+    assert all(abs(found[place]) < bound for place in PLACES), found
+
+
+def test_without_it_they_are_not():
+    found = grown(False)
+    assert all(found[place] > 0.3 for place in PLACES[1:]), found
+
+
+@pytest.mark.parametrize("name, power", [("adamw", 1), ("lion", 1), ("muon", 0.5)])
+def test_the_update_of_a_matrix_is_smaller_and_that_of_an_embedding_is_not(name, power):
+    found = {}
+    for mup in (False, True):
+        config = config_of(256, mup, name=name, weight_decay=0.0)
+        with jax.set_mesh(mesh_of(1, 1, 1)):
+            model = jax.jit(lambda: update.init_state(config, 128))().model
+            chain = optimizer.make_optimizer(config.optimizer, config.num_steps)
+            found[mup], _ = chain.update(model, chain.init(model), model)
+    ratio = lambda weight: float(jnp.linalg.norm(weight(found[False])[...]) / jnp.linalg.norm(weight(found[True])[...]))
+    for key in ("query", "output", "up", "down"):
+        assert ratio(lambda model: getattr(model.blocks, key)) == pytest.approx((256 / BASE) ** power, rel=1e-3)
+    assert ratio(lambda model: model.embedding) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_at_the_base_width_nothing_differs(store, name):
+    optimizer = dict(name=name, peak_learning_rate=3e-3, warmup_steps=2)
+    losses = {}
+    for mup in (0, 64):
+        model = dataclasses.replace(LLAMA, mup_base_width=mup)
+        config = parse(dataclasses.asdict(tiny(model)) | dict(optimizer=optimizer))
+        losses[mup] = run(config, store, mesh_of(1, 1, 1), steps=3)[1]
+    assert losses[0] == losses[64]
+
+
+def test_weight_decay_takes_the_same_share_at_any_width():
+    """Without a gradient to follow, all that is left of an update is the decay."""
+    config = config_of(256, True, weight_decay=0.5, clip_norm=0.0)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = jax.jit(lambda: update.init_state(config, 128))().model
+        chain = optimizer.make_optimizer(config.optimizer, config.num_steps)
+        updates, _ = chain.update(jax.tree.map(jnp.zeros_like, model), chain.init(model), model)
+        np.testing.assert_allclose(updates.blocks.up[...], -0.01 * 0.5 * model.blocks.up[...], rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(model=dict(mup_base_width=64), optimizer=dict(name="adafactor")), "model.mup_base_width=64 with optimizer.name"),
+    (dict(model=dict(mup_base_width=-1)), "model.mup_base_width=-1 must not be negative"),
+    (dict(model=dict(mup_base_head_dim=32)), "model.mup_base_head_dim=32 without model.mup_base_width"),
+])  # fmt: skip
+def test_refused(changes, words):
+    with pytest.raises(Refused, match=words):
+        parse(changes)
+
+
+def test_scales():
+    config = config_of(256, True, more_heads=False)
+    assert config.model.widened == 256 / BASE and config.model.query_scale == (32 / 128) ** 0.5
+    assert config_of(256, True).model.query_scale == 1

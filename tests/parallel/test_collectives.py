@@ -1,0 +1,107 @@
+"""What the compiled step sends on each mesh, and that it holds nothing whole that should be cut."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from support.runs import LLAMA, tiny
+
+from gptjax.models.config import padded_vocab
+from gptjax.parallel import sharding
+from gptjax.parallel.xla import communication as collectives
+from gptjax.parallel.xla import hlo
+from gptjax.training import step as update
+
+VOCAB = 257
+SMALL = 2048  # bytes: losses, norms, gains, and the loss's maxima and sums over the vocabulary
+MESHES = [
+    (1, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 2, 4),
+    (1, 2, 2, 2),
+    (2, 1, 2, 2),
+    (2, 2, 2, 1),
+    (2, 1, 4, 1),
+]
+
+
+@pytest.fixture
+def uncached():
+    """A cached program warns of nothing."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def compile_on(slices, data, fsdp, tensor):
+    """(config, mesh, abstract state, text of the program) of the tiny Llama's step."""
+    devices = jax.devices()[: slices * data * fsdp * tensor]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor, slices), devices)
+    config = tiny(LLAMA)
+    with jax.set_mesh(mesh):
+        state = update.abstract_state(config, VOCAB, mesh)
+        return config, mesh, state, update.compile_step(config, VOCAB, state, mesh).as_text()
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached):
+    config, mesh, state, text = compile_on(*shape)
+    assert WARNING not in capfd.readouterr().err
+    sizes = mesh.shape
+    rows = collectives.collectives(hlo.parse(text), list(sizes.items()), range(mesh.size), 1)
+    found = {(row.operation, row.axes): row.bytes for row in rows if row.bytes > SMALL}
+    assert all(row.operation == "all-reduce" for row in rows if row.bytes <= SMALL)
+
+    params = jax.tree.leaves(state.model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    # Bytes of the weights that full sharding cuts, still cut over `tensor`: of the blocks, and of the two tables.
+    block, table = (
+        4 * sum(p.size for p in params if "embed" in p.axes and (p.axes[0] == "layers") == layers) // sizes["tensor"]
+        for layers in (True, False)
+    )
+    replicas = "+".join(axis for axis in ("slices", "data") if sizes[axis] > 1)
+    stream = 4 * config.batch_size // sharding.row_shards(mesh) * config.seq_len * config.model.embed_dim
+    expected = {}
+    if sizes["fsdp"] > 1:
+        expected["all-gather", "fsdp"] = 2 * block + table  # a block's again for the backward pass
+        expected["reduce-scatter", "fsdp"] = block + table
+    if replicas:
+        expected["all-reduce", replicas] = (block + table) // sizes["fsdp"]
+    if sizes["tensor"] > 1:
+        layers = config.model.num_layers
+        expected["all-gather", "tensor"] = (4 * layers + 2) * stream
+        expected["reduce-scatter", "tensor"] = (4 * layers + 2) * stream
+    near = {key: pytest.approx(size, abs=SMALL) for key, size in expected.items()}  # gains are summed along
+    assert found == near
+
+
+WARNING = "Involuntary full rematerialization"
+
+
+def test_the_warning_would_be_seen(capfd, uncached):
+    """A matrix that is cut both ways and is to be cut by rows alone, over axes in another order."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    place = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place("c", "b"))
+    jax.jit(lambda matrix: matrix + 1, out_shardings=place(("a", "c", "b"), None)).lower(matrix).compile()
+    assert WARNING in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 2, 2)], ids=str)
+def test_nothing_is_whole_that_is_cut(shape):
+    """No stacked weight, gradient or moment, and no logits of a whole sequence, are in any device's program."""
+    config, mesh, state, text = compile_on(*shape)
+    for param in jax.tree.leaves(state.model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
+        if param.axes[0] == "layers" and "embed" in param.axes:
+            cut = [mesh.shape["tensor"] if sharding.LOGICAL_AXES[name] == "tensor" else 1 for name in param.axes]
+            gathered = ",".join(str(size // parts) for size, parts in zip(param.shape, cut))
+            assert f"[{gathered}]" not in text
+            own = ",".join(map(str, param.sharding.shard_shape(param.shape)))
+            assert f"[{own}]" in text
+    vocab = padded_vocab(VOCAB) // mesh.shape["tensor"]
+    assert f",{config.seq_len // config.loss.num_chunks},{vocab}]" in text
+    assert f",{config.seq_len},{vocab}]" not in text

@@ -1,0 +1,88 @@
+"""XLA's options: which reach the compiler, and what it is told when they are wrong."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import runs as training
+from support.command import DEBUG
+
+from gptjax.errors import Refused
+from gptjax.parallel.xla import options as compiler
+from gptjax.training import step as update
+from gptjax.training.config import schema as config
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    return jax.jit(lambda x: jnp.sin(x) + jnp.cos(x)).lower(jnp.ones(8))
+
+
+def test_of_a_text():
+    assert compiler.options("") == {}
+    assert compiler.options("xla_a=1  xla_b=TWO,THREE xla_c=") == {"xla_a": "1", "xla_b": "TWO,THREE", "xla_c": ""}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("--xla_a=1", 'has "--xla_a=1", which is not of the form xla_NAME=VALUE'),
+    ("xla_b=2 xla_a", 'has "xla_a", which is not of the form xla_NAME=VALUE'),
+    ("xla_a=1, a=1", 'has "a=1", which is not of the form xla_NAME=VALUE'),
+    ("xla_a=1 xla_a=2", "has xla_a twice, as 1 and as 2"),
+])  # fmt: skip
+def test_bad_forms_are_refused_with_the_config(text, words):
+    with pytest.raises(Refused) as refusal:
+        config.parse(dict(compiler_options=text))
+    assert f'compiler_options="{text}" {words}' in str(refusal.value)
+
+
+def test_they_reach_the_compiler(lowered, tmp_path):
+    dumped = compiler.compile(lowered, f"xla_dump_to={tmp_path}", "cpu")
+    assert dumped(jnp.zeros(8)).sum() == 8
+    assert list(tmp_path.glob("*after_optimizations*"))
+
+
+def test_those_of_another_platform_are_passed_over(lowered):
+    compiler.compile(lowered, "xla_tpu_scoped_vmem_limit_kib=98304 xla_gpu_nothing=1", "cpu")
+    compiler.compile(lowered, "xla_cpu_nothing=1 xla_tpu_nothing=1", "metal")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("xla_cpu_nothing=1", "No such compile option: 'xla_cpu_nothing'"),
+    ("xla_backend_optimization_level=no", "'no' is not a valid int32 value"),
+])  # fmt: skip
+def test_what_the_compiler_does_not_know(lowered, text, words):
+    with pytest.raises(Refused) as refusal:
+        compiler.compile(lowered, text, "cpu")
+    assert f'compiler_options="{text}" is refused by the compiler of this cpu' in str(refusal.value)
+    assert words in str(refusal.value)
+
+
+def test_a_train_step_is_compiled_with_them():
+    its = training.tiny(compiler_options="xla_cpu_nothing=1")
+    mesh = training.mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh), pytest.raises(Refused, match="xla_cpu_nothing"):
+        update.compile_step(its, 257, update.abstract_state(its, 257, mesh), mesh)
+
+
+def test_a_run_is_refused_before_anything_is_written(tmp_path):
+    """In a process of its own, which as a user's keeps its compiled programs in the workdir."""
+    argv = [sys.executable, "-m", "gptjax", "train", f"--config={DEBUG}", f"--workdir={tmp_path / 'run'}"]
+    argv += ["--config.compiler_options=xla_cpu_nothing=1"]
+    ended = subprocess.run(argv, capture_output=True, text=True)
+    assert ended.returncode == 2 and "No such compile option: 'xla_cpu_nothing'" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_compiled_after_the_check_is_kept(tmp_path):
+    program = f"""
+import jax
+from gptjax import compiler
+jax.config.update("jax_compilation_cache_dir", "{tmp_path}/kept")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+compiler.check("xla_backend_optimization_level=1", "cpu")
+assert jax.jit(lambda x: x + 1)(1) == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert any((tmp_path / "kept").iterdir())

@@ -1,0 +1,130 @@
+"""Trackers: one's own function, and wandb without a network."""
+
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+
+import pytest
+import wandb
+from etils import epath
+from support.command import training
+from wandb.proto import wandb_internal_pb2
+
+from gptjax.errors import Refused
+from gptjax.training.monitoring import trackers as tracking
+from gptjax.training.monitoring import wandb_tracker as wandb_run
+from gptjax.training.monitoring.writers import Writers
+
+BLOCK = 1 << 15
+MINE = """
+import json
+
+
+def mine(config, workdir):
+    file = open(f"{workdir}/mine.jsonl", "a")
+    file.write(json.dumps({"began": config["optimizer"]["name"]}) + "\\n")
+    return lambda step, row: print(json.dumps({"at": step} | row), file=file, flush=True)
+
+
+def broken(config, workdir):
+    def log(step, row):
+        raise ConnectionError("no line")
+
+    return log
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "my_tracker.py").write_text(MINE)
+    (tmp_path / "modules" / "my_broken_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+
+
+def test_a_function_of_ones_own_gets_every_row(module, gptjax_main, corpus, tmp_path):
+    argv = training(corpus, tmp_path / "run", "--config.tracker=my_tracker:mine", "--config.num_samples=0")
+    assert gptjax_main(*argv)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    seen = [json.loads(line) for line in (tmp_path / "run/mine.jsonl").read_text().splitlines()]
+    assert seen[0] == {"began": "adamw"} and len(rows) > 4
+    expected = [{"at": row.pop("step")} | row for row in rows if row.pop("time")]
+    assert seen[1:] == expected
+
+
+def test_a_tracker_that_fails_is_one_warning(module, gptjax_main, corpus, copied):
+    """In a run that goes on, with a tracker that it did not have before."""
+    argv = training(corpus, copied, "--config.tracker=my_tracker:broken", "--config.num_steps=6")
+    code, out, _ = gptjax_main(*argv)
+    warning = "warning: the tracker can't be written (ConnectionError: no line); the run goes on without"
+    assert code == 0 and out.count(warning) == 1
+
+
+@pytest.mark.parametrize("name, words", [
+    ("wandbb", "tracker=wandbb is unknown: write wandb, or package.module:function"),
+    ("my_tracker:", "tracker=my_tracker: is unknown"),
+    ("my_tracker:yours", "tracker=my_tracker:yours: my_tracker has no function yours"),
+    ("my_missing_module:mine", "can't be imported (ModuleNotFoundError: No module named 'my_missing_module')"),
+    ("my_broken_module:mine", "can't be imported (ZeroDivisionError: division by zero)"),
+])  # fmt: skip
+def test_a_tracker_that_is_none(module, refused, corpus, tmp_path, name, words):
+    assert words in refused(tmp_path / "run", *training(corpus, tmp_path / "run", f"--config.tracker={name}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_without_a_key_is_refused_before_anything(tmp_path):
+    code = "from gptjax import tracking\nfrom gptjax.errors import Refused\ntry: tracking.find('wandb')\nexcept Refused as no: print(no)"
+    hidden = {"WANDB_API_KEY", "WANDB_MODE", "NETRC"}
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == (
+        "tracker=wandb has no key: run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
+    ), done.stderr
+
+
+def test_wandb_offline_keeps_the_rows_and_goes_on_as_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    wandb.teardown()  # it reads the variables once
+    for start in (0, 2):
+        begin = tracking.find("wandb")
+        writers = Writers(epath.Path(tmp_path), start, None, lambda: begin({"seed": 7}, str(tmp_path)))
+        for step in (start + 1, start + 2):
+            writers.write({"step": step, "loss": 1 / step, "mfu": None})
+        writers.write({"step": start + 1, "save_seconds": 0.5})
+        writers.close()
+        wandb.finish()
+    known = (tmp_path / "wandb_id").read_text().strip()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and all(file.name == f"run-{known}.wandb" for file in files)
+    assert [row["step"] for file in files for row in history(file)] == [1, 2, 1, 3, 4, 3]
+    assert history(files[0])[2] == {"step": 1, "save_seconds": 0.5}
+
+
+def history(file: pathlib.Path) -> list[dict]:
+    """The rows of an offline run, without wandb's own keys. Its file is a log of LevelDB's format, of protobufs."""
+    content, at, record, rows = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record, at = record + content[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            told = wandb_internal_pb2.Record.FromString(record)
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in told.history.item}
+            rows += [{key: value for key, value in items.items() if not key.startswith("_")}] if items else []
+            record = b""
+    return rows
+
+
+def test_an_id_that_is_damaged_is_made_anew(tmp_path):
+    (tmp_path / "wandb_id").write_text("../../x")
+    made = wandb_run.run_id(epath.Path(tmp_path))
+    assert len(made) == 32 and wandb_run.run_id(epath.Path(tmp_path)) == made
+    (tmp_path / "wandb_id").write_text("x" * 1000)
+    with pytest.raises(Refused, match="has more than the 100 bytes"):
+        wandb_run.run_id(epath.Path(tmp_path))
