@@ -15,15 +15,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gptjax.data.stream.stream import Batch
+from gptjax.data.batch import Batch
 from gptjax.models.attention import attention
 from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import batches, mesh
 from gptjax.training import step as update
 from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 BASE, HEAD_DIM, VOCAB, STEPS = 64, 32, 128, 4
 PLACES = ("embedding", "attention_out", "mlp_out", "stream", "logits_change")
@@ -47,7 +47,7 @@ def batch_of(config: Config) -> Batch:
     shape = 1, config.batch_size, config.seq_len
     ids = np.random.default_rng(0).integers(0, VOCAB, (shape[1], shape[2] + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    place = lambda array: jax.device_put(array, sharding.batch_sharding(jax.sharding.get_mesh()))
+    place = lambda array: jax.device_put(array, batches.batch_sharding(jax.sharding.get_mesh()))
     whole = ids[None, :, :-1], positions, np.zeros(shape, np.int32), ids[None, :, 1:], np.ones(shape, np.float32)
     return Batch(
         **{name: place(array) for name, array in zip(("inputs", "positions", "segments", "targets", "weights"), whole)}
@@ -77,7 +77,7 @@ def activations(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
 
 def sizes(config: Config) -> np.ndarray:
     """Root mean squares, [steps + 1, places], before the first update and after each."""
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
+    with jax.set_mesh(mesh.make_mesh(mesh.MeshConfig(), jax.devices()[:1])):
         batch = batch_of(config)
         state = jax.jit(lambda: update.init_state(config, VOCAB))()
         rows, first = [], None

@@ -22,7 +22,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.models import int8
 from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh
 
 VOCAB, LENGTH, PROMPT = 50257, 1024, 63
 HOW = {
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--rows", default="1,8")
     parser.add_argument("--int8", action="store_true", help="also with int8 weights")
     args = parser.parse_args()
-    jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()))
+    jax.set_mesh(mesh.make_mesh(mesh.MeshConfig(), jax.devices()))
     config = ModelConfig(num_layers=args.layers, num_heads=12, embed_dim=768).resolved()
     stacked = jax.jit(lambda: Transformer(config, VOCAB, LENGTH, nnx.Rngs(0)))()
     models = {"gptjax": stacked.unstacked()}

@@ -11,7 +11,6 @@ FLOPs by our count over the compiler's cycles, with Pallas kernels at the peak. 
 """
 
 import argparse
-import os
 import pathlib
 import re
 import subprocess
@@ -20,12 +19,13 @@ import tempfile
 import types
 from typing import NamedTuple
 
+from gptjax.parallel.hardware import GIB
 from gptjax.parallel.xla import analysis as compiled
 from gptjax.parallel.xla import hlo
 from gptjax.parallel.xla import options as compiler
 from gptjax.planning import aot, topology
 from gptjax.planning.plan import compute_floor, environment, plan
-from gptjax.planning.topology import GIB, Topology
+from gptjax.planning.topology import Topology
 from gptjax.training.config import files as config_file
 from gptjax.training.config.schema import Config
 

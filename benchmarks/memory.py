@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks import ours, peer
 from gptjax.models.config import ModelConfig
-from gptjax.parallel import sharding
+from gptjax.parallel import batches
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.xla import analysis as compiled
 from gptjax.training import step as update
 from gptjax.training.config.schema import Config, resolve
@@ -35,11 +36,11 @@ def measure(remat: str) -> tuple[float, float]:
     """Megabytes of a train step, (as compiled, as measured)."""
     model = ModelConfig(num_layers=SHAPE.layers, num_heads=SHAPE.heads, embed_dim=SHAPE.width, remat=remat)
     config = resolve(Config(batch_size=SHAPE.batch, seq_len=SHAPE.length, model=model))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         init = jax.jit(functools.partial(update.init_state, config, SHAPE.vocab)).lower().compile()
         step = update.compile_step(config, SHAPE.vocab, update.abstract_state(config, SHAPE.vocab, mesh), mesh)
-        batch = sharding.place(ours.batch(SHAPE), np.arange(SHAPE.batch), mesh, SHAPE.batch, 1)
+        batch = batches.place(ours.batch(SHAPE), np.arange(SHAPE.batch), mesh, SHAPE.batch, 1)
         before = resident(os.getpid())
         state = init()
         pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 
 from benchmarks import peer
-from gptjax.data.stream.stream import Batch
+from gptjax.data.batch import Batch
 from gptjax.models.config import ModelConfig
 from gptjax.models.loss import LossConfig
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel import batches
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training import step as update
 from gptjax.training.config.schema import Config, resolve
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 
 def batch(shape: peer.Shape) -> Batch:
@@ -37,10 +37,10 @@ def build(shape: peer.Shape, biases: bool):
             weight_decay=peer.DECAY, clip_norm=peer.CLIP,
         ),
     ))  # fmt: skip
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+    mesh = make_mesh(MeshConfig(), jax.devices())
     jax.set_mesh(mesh)
     state = jax.jit(functools.partial(update.init_state, config, shape.vocab))()
-    data = sharding.place(batch(shape), np.arange(shape.batch), mesh, shape.batch, 1)
+    data = batches.place(batch(shape), np.arange(shape.batch), mesh, shape.batch, 1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
     def step():

@@ -14,14 +14,15 @@ from benchmarks import hostile
 from gptjax.cli import main as cli
 from gptjax.errors import Refused
 from gptjax.models import remat
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh
 from gptjax.planning import topology
 from gptjax.runtime import distributed as hosts
+from gptjax.runtime import files
 from gptjax.training import loop as train
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
 from gptjax.training.config import schema as config
-from gptjax.training.monitoring import writers
+from gptjax.training.monitoring import records
 
 CONFIG = json.loads(config.to_json(config.parse({})))
 
@@ -61,11 +62,11 @@ def config_values(folder: pathlib.Path) -> Reader:
 
 def config_files(folder: pathlib.Path) -> Reader:
     """Python files by design: what is tried is what they make, not what they run."""
-    keys = st.sampled_from(list(config.flatten(config.default()))) | st.just("modle") | st.just("model")
+    keys = st.sampled_from(list(files.flatten(config.default()))) | st.just("modle") | st.just("model")
     fault = st.sampled_from(("config = 3", "exit()", "raise MemoryError", "config.unlock(); config.a = object()", "(",
                              "config.num_steps = 10**6000", "config.model.biases = [[]]", "return {}", "\0", "é\ud800",
                              "raise ValueError('. is of original type ' * 9999)"))  # fmt: skip
-    flat = config.flatten(config.default())
+    flat = files.flatten(config.default())
     fields = st.sampled_from(list(flat.items())).map(lambda item: f"config.{item[0]} = {item[1]!r}")
     others = st.builds(lambda key, value: f"config.{key} = {value!r}", keys, hostile.values)
     lines = st.lists(fault | fields | fields | others, max_size=3)
@@ -83,7 +84,7 @@ def overrides(folder: pathlib.Path) -> Reader:
             config_file.override(changed, key, text)
         return config.parse(changed)
 
-    flat = config.flatten(config.default())
+    flat = files.flatten(config.default())
     known = st.sampled_from(list(flat.items())).flatmap(lambda item: st.tuples(st.just(item[0]), of(str(item[1]))))
     of = lambda text: hostile.of_text(text) | hostile.numbers.map(str) | st.sampled_from(("true", "False", "full,x=y"))
     unknown = st.tuples(st.sampled_from(list(flat)).flatmap(hostile.of_text), hostile.words)
@@ -131,8 +132,8 @@ def words(folder: pathlib.Path) -> Reader:
             {"coordinator": text, "num_processes": number, "process_id": 0}
         ),
         "remat": lambda text, number: remat.parse(text),
-        "mesh": lambda text, number: sharding.mesh_shape(
-            sharding.MeshConfig(number, *map(len, text.split(",")[:3])), 8, 1
+        "mesh": lambda text, number: mesh.mesh_shape(
+            mesh.MeshConfig(number, *map(len, text.split(",")[:3])), 8, 1
         ),
     }  # fmt: skip
     texts = {
@@ -155,7 +156,7 @@ def metrics_rows(folder: pathlib.Path) -> Reader:
     file = folder / "metrics.jsonl"
 
     def read(_):
-        found = writers.rows_until(epath.Path(file), 2)
+        found = records.rows_until(epath.Path(file), 2)
         return json.dumps(found), {row["step"] for row in found if "eval_loss" in row}
 
     return Reader(hostile.damaged(whole) | one | hostile.NO_FILES, read, lambda given: hostile.put(file, given))

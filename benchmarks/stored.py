@@ -20,14 +20,13 @@ from gptjax.checkpoints import retention as rotation
 from gptjax.data.store import store as stores
 from gptjax.data.stream import curriculum, mixture, stream
 from gptjax.errors import Refused
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.runtime import heartbeat
 from gptjax.tokenizers import huggingface, tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training import workdir
+from gptjax.training import loading, workdir
 from gptjax.training.config import schema as config
-from gptjax.training.monitoring import rollback as recovery
-from gptjax.training.monitoring import status
+from gptjax.training.monitoring import skipped_batches, status
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # the quick brown fox, étude {i}\n" for i in range(200)]
 
@@ -186,7 +185,7 @@ def small_checkpoint(folder: pathlib.Path) -> tuple[dict, dict[str, bytes], dict
     }
     run["phases"] = curriculum.saved(config.parse({}).phases)
     run |= {"tokenizer": {name: base64.b64encode(content).decode() for name, content in files.items()}}
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = jax.device_put({"step": np.int32(3), "weight": np.ones((8, 4))}, jax.NamedSharding(mesh, jax.P()))
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(3, state, run)
@@ -211,13 +210,13 @@ def checkpoint_manifest(folder: pathlib.Path) -> Reader:
         with checkpoint.Checkpoints(folder) as checkpoints:
             step = checkpoints.newest()
             saved = checkpoints.run(step)
-        recovery.check_saved(saved, step, folder)
-        batch = recovery.batch_index(saved["recovery"]["ledger"], step)
+        skipped_batches.check_saved(saved, step, folder)
+        batch = skipped_batches.batch_index(saved["recovery"]["ledger"], step)
         phases = curriculum.read_saved(saved, 256, folder)
         curriculum.starts(curriculum.going_on(phases, config.parse({}).phases, batch))
         with contextlib.suppress(Refused):
             workdir.check_same_run(config.parse({}), saved["config"], folder)
-        return config.parse(saved["config"]), workdir.saved_tokenizer(saved, str(folder))
+        return config.parse(saved["config"]), loading.saved_tokenizer(saved, str(folder))
 
     whole = {key: value for key, value in described.items() if key != "sha256"}
     inputs = hostile.changed(whole).map(sealed_manifest) | hostile.json_files(described) | hostile.NO_FILES

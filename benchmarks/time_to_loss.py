@@ -30,8 +30,7 @@ from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.evaluation.heldout import evaluate
 from gptjax.models.size import num_parameters
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training import loop as train
 from gptjax.training import step as update
 from gptjax.training.config import files as config_file
@@ -133,7 +132,7 @@ def main():
     args = args.parse_args()
     quickstart = config_file.load(QUICKSTART, {})
     store = prepare(quickstart.data, quickstart.tokenizer, epath.Path(tempfile.mkdtemp()) / "store")
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+    mesh = make_mesh(MeshConfig(), jax.devices())
     with jax.set_mesh(mesh):
         start = functools.partial(Run, store=store, mesh=mesh)
 

@@ -14,6 +14,7 @@ from gptjax.checkpoints import manifest
 from gptjax.checkpoints import retention as rotation
 from gptjax.runtime import distributed as hosts
 from gptjax.runtime import heartbeat
+from gptjax.runtime.files import reason
 
 
 class _Failure(Exception):
@@ -63,7 +64,7 @@ class Save(threading.Thread):
         except _Failure as failure:
             self.failure = str(failure)
         except Exception as error:
-            self.failure = manifest.reason(error)
+            self.failure = reason(error)
         self._write = self._content = None  # they hold a copy of the state, and the tokenizer
         # glibc keeps for each thread what it freed, and orbax has new threads at each save: 10 % more after 200.
         with contextlib.suppress(AttributeError):  # where it is not glibc
@@ -74,7 +75,7 @@ class Save(threading.Thread):
                 try:
                     self._tidy()
                 except Exception as error:  # of whatever file system; what can't be removed now is by the next save
-                    told = f"gptjax: warning: {self._checkpoints} can't be tidied up ({manifest.reason(error)})"
+                    told = f"gptjax: warning: {self._checkpoints} can't be tidied up ({reason(error)})"
                     print(told, file=sys.stderr, flush=True)
 
     def _commit(self) -> None:
@@ -95,7 +96,7 @@ class Save(threading.Thread):
             try:
                 value = work()
             except Exception as error:  # TensorStore has no one kind for a full disk
-                failure = manifest.reason(error)
+                failure = reason(error)
         found = hosts.exchange([failure, value], f"{self.name}/{part}")
         for process, (failure, _) in enumerate(found):
             if failure:

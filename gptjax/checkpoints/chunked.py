@@ -17,6 +17,7 @@ from gptjax.checkpoints import manifest
 from gptjax.checkpoints import retention as rotation
 from gptjax.checkpoints.manager import VERSIONS
 from gptjax.errors import Refused
+from gptjax.runtime import files
 
 PIECE_BYTES = 64 << 20
 
@@ -51,7 +52,7 @@ def _done(future):
     try:
         return future.result()
     except Exception as error:  # TensorStore has no one kind for a full disk
-        raise OSError(manifest.reason(error)) from error
+        raise OSError(files.reason(error)) from error
 
 
 def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore:
@@ -64,7 +65,7 @@ def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
         if array.shape != shape or array.dtype.name not in ("float32", "bfloat16"):
             raise ValueError(f"{array.dtype.name} of shape {array.shape}, not {shape}")
     except ValueError as error:
-        raise Refused(f"{state / name} can't be read ({manifest.reason(error)}): use another step.") from error
+        raise Refused(f"{state / name} can't be read ({files.reason(error)}): use another step.") from error
     return array
 
 

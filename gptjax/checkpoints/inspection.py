@@ -6,15 +6,13 @@ import time
 import numpy as np
 from etils import epath
 
-from gptjax.checkpoints import manifest
+from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints import retention as rotation
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import lock as owner
+from gptjax.runtime import distributed
+from gptjax.runtime.files import flatten, reason
 from gptjax.runtime.progress import duration
-from gptjax.training.config.schema import flatten
-from gptjax.training.monitoring import early_stopping as stopping
-from gptjax.training.workdir import losses, read_config
 
 NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  # the tokenizer's hash is
 
@@ -28,19 +26,22 @@ def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
     return folder, steps
 
 
-def ls(workdir: epath.Path) -> list[dict]:
+def ls(workdir: epath.Path, config: dict, losses: dict[int, float]) -> list[dict]:
     """A row a checkpoint: step, saved_at (seconds since 1970), bytes, files, differs, damage, and, if it was evaluated,
     eval_loss.
 
     `differs` are the config's keys that config.json has otherwise, as "key (there, here)"; `damage` is what the
     manifest and the files' sizes show, and empty for a checkpoint that seems whole.
+
+    Args:
+      config: config.json of the workdir, empty where there is none.
+      losses: held-out losses by step.
     """
     folder, steps = checkpoints_of(workdir)
-    here = flatten(read_config(workdir)) if (workdir / "config.json").exists() else {}
-    rows, known = [], losses(workdir)
+    here, rows = flatten(config), []
     for step in steps:
         row = {"step": step, "saved_at": None, "bytes": None, "files": None, "differs": [], "damage": ""}
-        row |= {"eval_loss": known[step]} if step in known else {}
+        row |= {"eval_loss": losses[step]} if step in losses else {}
         try:
             saved = manifest.read(rotation.at(folder, step), step)
             sizes = [file["bytes"] for file in saved["files"].values()]
@@ -60,7 +61,7 @@ def _differing(one: dict, other: dict) -> list[str]:
 
 def table(rows: list[dict]) -> str:
     """The rows of `ls` as text."""
-    best = stopping.best(
+    best = retention.best(
         {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}, [row["step"] for row in rows]
     )
     lines = [f"{'step':>10}  {'age':>9}  {'MB':>10}  {'files':>5}"]
@@ -140,25 +141,28 @@ def differences(found: dict) -> str:
     return "\n".join(lines)
 
 
-def prune(workdir: epath.Path, keep: int, dry_run: bool) -> None:
+def prune(workdir: epath.Path, keep: int, dry_run: bool, config: dict, losses: dict[int, float]) -> None:
     """Removes all but the newest `keep` that verify, also what is damaged, put aside or left by a kill; prints each.
 
     The best stays too, if it verifies, where the run keeps it.
+
+    Args:
+      config: config.json of the workdir, empty where there is none.
+      losses: held-out losses by step.
 
     Raises: Refused, where none verifies, a run is at work or one can't be removed, or for a `keep` below 1.
     """
     if keep < 1:
         raise Refused(f"--keep={keep} must be at least 1: the newest checkpoint that verifies stays.")
     checkpoints_of(workdir)  # refused before a lock is made
-    with contextlib.nullcontext() if dry_run else owner.owned(workdir):
+    with contextlib.nullcontext() if dry_run else distributed.owned(workdir):
         folder, steps = checkpoints_of(workdir)
-        _prune(folder, steps, keep, _best(workdir, steps), dry_run)
+        _prune(folder, steps, keep, _best(flatten(config), losses, steps), dry_run)
 
 
-def _best(workdir: epath.Path, steps: list[int]) -> int:
+def _best(config: dict, losses: dict[int, float], steps: list[int]) -> int:
     """The step that a run with early stopping keeps, as `rotate` does; 0 where there is none."""
-    config = flatten(read_config(workdir)) if (workdir / "config.json").exists() else {}
-    return stopping.best(losses(workdir), steps) if config.get("stopping.patience") else 0
+    return retention.best(losses, steps) if config.get("stopping.patience") else 0
 
 
 def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: bool) -> None:
@@ -174,6 +178,6 @@ def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: 
             if not dry_run:
                 rotation.remove(path)
         except Exception as error:  # of whatever file system
-            raise Refused(f"{path} can't be removed ({manifest.reason(error)}): make it writable.") from error
+            raise Refused(f"{path} can't be removed ({reason(error)}): make it writable.") from error
         print(f"{'would remove' if dry_run else 'removed'} {path.name}", flush=True)
     print(f"kept {', '.join(rotation.at(folder, step).name for step in sorted(kept))}", flush=True)

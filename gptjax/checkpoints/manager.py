@@ -22,14 +22,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import __version__
 from gptjax.checkpoints import manifest
 from gptjax.checkpoints import retention as rotation
 from gptjax.checkpoints.async_save import Save
 from gptjax.errors import Failed, Refused
+from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed as hosts
+from gptjax.runtime import files
 
 VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
 
@@ -54,24 +55,6 @@ class CheckpointConfig:
     keep: int = 2  # the newest so many
     keep_every: int = 0  # and each at a multiple of this step, for good; 0: no others
     write_seconds: int = 1800  # a save that takes longer to write has failed: storage that is lost may never answer
-
-
-def named_leaves(tree) -> dict:
-    """A tree's leaves by path: {"model.blocks.query": leaf, …}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
-    }
-
-
-def placed(shapes, mesh: jax.sharding.Mesh):
-    """Of an abstract tree: the same on the devices of `mesh`; a leaf without a sharding is whole on each."""
-
-    def put(leaf):
-        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, shapes)
 
 
 class Checkpoints:
@@ -170,7 +153,7 @@ class Checkpoints:
                         rotation.remove(self._at(other))
                 except Exception as error:  # of whatever file system
                     raise Refused(
-                        f"{self._at(other)} can't be removed ({manifest.reason(error)}): make it writable."
+                        f"{self._at(other)} can't be removed ({files.reason(error)}): make it writable."
                     ) from error
         return later
 
@@ -220,7 +203,7 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and TensorStore raise many kinds for damaged files
-            raise self._refusal(step, f"its state can't be read ({manifest.reason(error)})") from error
+            raise self._refusal(step, f"its state can't be read ({files.reason(error)})") from error
 
     def check_shapes(self, step: int, wanted: dict, cut: Sequence[str] = ()) -> None:
         """The arrays of a step are those of `wanted`, by their names and shapes, or begin with them where their names are
@@ -300,7 +283,7 @@ class Checkpoints:
             # The other processes would wait ten minutes for orbax to make it here, should process 0 fail before.
             (folder / "state" / "array_metadatas").mkdir(parents=True)
         except Exception as error:  # those of gcsfs and google-auth are no OSError
-            return manifest.reason(error)
+            return files.reason(error)
         return ""
 
     def failed(self, step: int) -> bool:

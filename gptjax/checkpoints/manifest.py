@@ -10,12 +10,12 @@ import io
 import json
 import os
 import pathlib
-import re
 
 from etils import epath
 
 from gptjax.errors import shown
 from gptjax.runtime import untrusted
+from gptjax.runtime.files import reason
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -24,16 +24,6 @@ MAX_BYTES = 64 << 20  # what is longer is cut, and then not what its hash is of
 
 class Damaged(Exception):
     """A checkpoint that can't be used. The message is the reason, to be put behind its step and folder."""
-
-
-def reason(error: Exception) -> str:
-    """What an exception of the disk, orbax or TensorStore says, short enough for a sentence."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).partition("See full TensorStore details")[0].split())
-    if code := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(code[1]))
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 def stored(folder: epath.Path) -> list[str]:

@@ -1,14 +1,15 @@
 """The folder of a run's checkpoints: what is in it, which of them stay, and what is put aside."""
 
 import contextlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
 from gptjax.checkpoints import manifest
 from gptjax.errors import Refused
-from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.runtime import files
 
 UNFINISHED = "unfinished"  # a file in the folder of a checkpoint until it has its manifest
 
@@ -32,7 +33,7 @@ def found(folder: epath.Path) -> tuple[list[int], list[epath.Path]]:
             else:
                 steps.append(int(named[1]))
     except Exception as error:  # those of gcsfs and google-auth are no OSError
-        raise Refused(f"{folder} can't be read ({manifest.reason(error)}): give another --workdir.") from error
+        raise Refused(f"{folder} can't be read ({files.reason(error)}): give another --workdir.") from error
     return sorted(steps), sorted(left)
 
 
@@ -73,7 +74,13 @@ def clear(path: epath.Path) -> None:
 def rotate(folder: epath.Path, keep: int, keep_every: int, losses: Mapping[int, float]) -> None:
     """Removes all but the newest `keep`, those of multiples of `keep_every`, and the best by `losses`. Raises: OSError."""
     steps, _ = found(folder)
-    best = stopping.best(losses, steps)
+    spared = best(losses, steps)
     for step in steps[:-keep]:
-        if not (step == best or keep_every and step % keep_every == 0):
+        if not (step == spared or keep_every and step % keep_every == 0):
             remove(at(folder, step))
+
+
+def best(losses: Mapping[int, float], steps: Iterable[int]) -> int:
+    """Of these steps the first with the lowest loss; 0 where none was evaluated."""
+    known = {step: losses[step] for step in sorted(steps) if step in losses and math.isfinite(losses[step])}
+    return min(known, key=known.get, default=0)

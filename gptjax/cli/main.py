@@ -12,26 +12,24 @@ import os
 import sys
 
 from gptjax import __version__
+from gptjax.cli.commands import (
+    bench,
+    checkpoint,
+    convert,
+    data,
+    evaluate,
+    generate,
+    plan,
+    report,
+    scale,
+    serve,
+    status,
+    sweep,
+    tokenizer,
+)
 from gptjax.cli.commands import train as verbs
+from gptjax.cli.flags import WEIGHTS, Parser, step
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, nearest, one_line
-
-WEIGHTS = {
-    "choices": ("float", "int8"),
-    "default": "float",
-    "help": "int8 keeps them in a quarter of float32's bytes, rounded",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose complaints are refusals like any other."""
-
-    def error(self, message: str):
-        raise Refused(f"{message}: see {self.prog} --help.")
-
-
-def step(text: str) -> int | str:
-    """A checkpoint, by its step or as the one with the lowest held-out loss."""
-    return text if text == "best" else int(text)
 
 
 def parser() -> Parser:
@@ -74,7 +72,7 @@ def parser() -> Parser:
     one.add_argument("--profile_steps", default="", help="A:B traces the steps after A, up to B, into WORKDIR/profile")
     several(one)
 
-    one = verb("eval", verbs.evaluate, "evaluate a checkpoint on the held-out text, as one JSON object, or on tasks")
+    one = verb("eval", evaluate.evaluate, "evaluate a checkpoint on the held-out text, as one JSON object, or on tasks")
     one.add_argument("--workdir", required=True, help="folder of the run")
     one.add_argument("--step", type=step, default=-1, help="checkpoint to evaluate; -1 is the newest, or `best`")
     one.add_argument("--tasks", default="", help="NAME,NAME,… of lm-eval, in place of the held-out text")
@@ -85,7 +83,7 @@ def parser() -> Parser:
     one.add_argument("--weights", **WEIGHTS)
     several(one)
 
-    one = verb("generate", verbs.generate, "continue prompts; prints the text as it comes")
+    one = verb("generate", generate.generate, "continue prompts; prints the text as it comes")
     one.add_argument("--workdir", required=True, help="folder of the run")
     one.add_argument("--step", type=step, default=-1, help="checkpoint to use; -1 is the newest, or `best`")
     one.add_argument("--prompt", action="append", default=[], help="text to continue; may be given again")
@@ -102,7 +100,7 @@ def parser() -> Parser:
     one.add_argument("--weights", **WEIGHTS)
     several(one)
 
-    one = verb("serve", verbs.serve, "answer OpenAI's completions protocol")
+    one = verb("serve", serve.serve, "answer OpenAI's completions protocol")
     one.add_argument("--workdir", required=True, help="folder of the run, whose name is the model's")
     one.add_argument("--step", type=step, default=-1, help="checkpoint to use; -1 is the newest, or `best`")
     one.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it may ask")
@@ -112,7 +110,7 @@ def parser() -> Parser:
     one.add_argument("--context", type=int, default=0, help=text)
     one.add_argument("--weights", **WEIGHTS)
 
-    one = verb("checkpoint", verbs.checkpoint, "look at the checkpoints of a run, compare them, or remove some")
+    one = verb("checkpoint", checkpoint.checkpoint, "look at the checkpoints of a run, compare them, or remove some")
     actions = one.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name, text):
@@ -131,7 +129,7 @@ def parser() -> Parser:
     one.add_argument("--keep", type=int, required=True, help="how many stay")
     one.add_argument("--dry_run", action="store_true", help="only print what would be removed")
 
-    one = verb("tokenizer", verbs.tokenizer, "train a tokenizer, or compare several on held-out text")
+    one = verb("tokenizer", tokenizer.tokenizer, "train a tokenizer, or compare several on held-out text")
     actions = one.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (
         ("train", "train the tokenizer of a config on its training documents, for use by tokenizer.path"),
@@ -148,7 +146,7 @@ def parser() -> Parser:
             one.add_argument("--json", action="store_true", help="print one JSON object")
         one.add_argument("--workers", type=int, default=1, help="processes that read the corpus; 1 is this one alone")
 
-    one = verb("data", verbs.data, "prepare a corpus, or look at what is in it")
+    one = verb("data", data.data, "prepare a corpus, or look at what is in it")
     actions = one.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "make the token store of a config, by several processes; the same command goes on where one was stopped"
     one = actions.add_parser("prepare", help=text, description=text, allow_abbrev=False)
@@ -167,7 +165,7 @@ def parser() -> Parser:
     one.add_argument("--row", type=int, default=-1, help="of the step's batch, from 0 on; -1 is all")
     one.add_argument("--workdir", default=argparse.SUPPRESS, help="of a run, to show what it truly reads")
 
-    one = verb("convert", verbs.convert, "take a model of Hugging Face for a workdir, or give one to it")
+    one = verb("convert", convert.convert, "take a model of Hugging Face for a workdir, or give one to it")
     actions = one.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "make a workdir of a folder with config.json, safetensors and a tokenizer: gpt2, llama, mistral or qwen3"
     one = actions.add_parser("from-hf", help=text, description=text, allow_abbrev=False)
@@ -179,15 +177,15 @@ def parser() -> Parser:
     one.add_argument("--target", required=True, help="new folder")
     one.add_argument("--step", type=step, default=-1, help="checkpoint to convert; -1 is the newest, or `best`")
 
-    one = verb("status", verbs.status, "what the processes of a run do now, and which is the slowest")
+    one = verb("status", status.status, "what the processes of a run do now, and which is the slowest")
     one.add_argument("--workdir", required=True, help="folder of the run")
     one.add_argument("--json", action="store_true", help="print one JSON object")
 
-    one = verb("report", verbs.report, "write one HTML page on one or several runs: curves, evaluations, samples")
+    one = verb("report", report.report, "write one HTML page on one or several runs: curves, evaluations, samples")
     one.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a run")
     one.add_argument("--target", default="report.html", help="file to write, over an old one")
 
-    one = verb("sweep", verbs.sweep, "search for the values of some keys with which a config learns best")
+    one = verb("sweep", sweep.sweep, "search for the values of some keys with which a config learns best")
     one.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
     one.add_argument("--space", required=True, help="Python file with get_space(): keys, and the values to try")
     one.add_argument("--workdir", default="runs/sweep", help="folder of the sweep; the same command goes on there")
@@ -200,7 +198,7 @@ def parser() -> Parser:
     one.add_argument("--pruner", choices=("median", "hyperband", "none"), default="median", help=text)
 
     one = verb(
-        "plan", verbs.plan, "compile a config's train step for machines that are not at hand, and say what it needs"
+        "plan", plan.plan, "compile a config's train step for machines that are not at hand, and say what it needs"
     )
     one.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
     one.add_argument(
@@ -215,7 +213,7 @@ def parser() -> Parser:
     )
 
     one = verb(
-        "scale", verbs.scale, "train models of several sizes on the same compute, and say which size is best for more"
+        "scale", scale.scale, "train models of several sizes on the same compute, and say which size is best for more"
     )
     one.add_argument(
         "--config",
@@ -228,7 +226,7 @@ def parser() -> Parser:
     one.add_argument("--compute", default="", help="FLOPs to say the best size for; by default ten times the most")
     one.add_argument("--json", action="store_true", help="print one JSON object")
 
-    one = verb("bench", verbs.bench, "time a config's train step on this machine with synthetic data")
+    one = verb("bench", bench.bench, "time a config's train step on this machine with synthetic data")
     one.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
     one.add_argument("--steps", type=int, default=10, help="train steps to time, after two to warm up")
     one.add_argument("--json", action="store_true", help="print one JSON object")

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gptjax.data.batch import Batch, padding
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Failed, Refused
-from gptjax.models.loss import LossConfig, Sums, next_token_sums
+from gptjax.models.loss import LossConfig
+from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import sharding, trees
+from gptjax.parallel.batches import local_rows, place, row_shards
 from gptjax.runtime import distributed as hosts
 from gptjax.runtime import heartbeat, preemption
 
@@ -56,22 +59,8 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
-def batch_sums(model: Transformer, batch: stream.Batch, dropout_key, *, vocab_size: int, loss: LossConfig) -> Sums:
-    """A model's loss on a batch of [rows, seq_len], as sums over its tokens; without dropout for a key of None."""
-    x_BTD = model(batch.inputs, batch.positions, batch.segments, dropout_key)
-    return next_token_sums(
-        x_BTD,
-        model.unembedding,
-        batch.targets,
-        batch.weights,
-        vocab_size=vocab_size,
-        softcap=model.config.logits_softcap,
-        config=loss,
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("vocab_size", "loss"))
-def eval_step(model: Transformer, batch: stream.Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
+def eval_step(model: Transformer, batch: Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
     """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
     batch = jax.tree.map(lambda array: array[0], batch)
     sums = batch_sums(model, batch, None, vocab_size=vocab_size, loss=loss)
@@ -99,9 +88,9 @@ def evaluate(
       Failed: where they have no tokens with a loss, but only prompts.
       Unreadable: on all processes, where one of them could not read its rows.
     """
-    shards = sharding.row_shards(mesh)
+    shards = row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    rows = sharding.local_rows(mesh, batch_size, 1)
+    rows = local_rows(mesh, batch_size, 1)
     batches, failure = {}, ""
     try:
         for name, store in corpus.stores.items():
@@ -133,7 +122,7 @@ def _evaluation(nll: float, correct: float, tokens: float, size: float) -> Evalu
 def _sums(
     model: Transformer,
     corpus: Corpus,
-    batches: Mapping[str, Sequence[stream.Batch]],
+    batches: Mapping[str, Sequence[Batch]],
     rows: np.ndarray,
     mesh: jax.sharding.Mesh,
     seq_len: int,
@@ -142,7 +131,7 @@ def _sums(
     loss: LossConfig,
 ) -> tuple[dict[str, list], str]:
     """`eval_step` of each batch by store, and why one could not be read, or an empty string."""
-    token_bytes = hosts.put(corpus.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
+    token_bytes = trees.put(corpus.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
     vocab_size = corpus.tokenizer.vocab_size
     windows = {name: max_windows or len(its) * batch_size for name, its in batches.items()}
     number = {name: min(len(its), -(-windows[name] // batch_size)) for name, its in batches.items()}
@@ -155,11 +144,11 @@ def _sums(
                 try:
                     batch = batches[name][index]
                 except Exception as error:  # TensorStore raises many kinds; the others wait for these rows in the sums
-                    failure, batch = f"{type(error).__name__}: {error}", stream.padding(len(rows), seq_len)
+                    failure, batch = f"{type(error).__name__}: {error}", padding(len(rows), seq_len)
                 # The same windows are read however many fit into a batch.
                 counted = (index * batch_size + rows < windows[name]).astype(np.float32)
                 batch = batch._replace(weights=batch.weights * counted[:, None])
-                batch = sharding.place(batch, rows, mesh, batch_size, 1)
+                batch = place(batch, rows, mesh, batch_size, 1)
                 preemption.tick()
                 with heartbeat.waiting():
                     its = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)

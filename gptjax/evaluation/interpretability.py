@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data.stream.stream import Batch
-from gptjax.evaluation.heldout import batch_sums
+from gptjax.data.batch import Batch
 from gptjax.models.attention import masked_attention
 from gptjax.models.loss import LossConfig
+from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import batches, trees
 from gptjax.parallel.sharding import spec
-from gptjax.runtime import distributed as hosts
-from gptjax.training.optim.optimizers import is_param
+from gptjax.parallel.trees import is_param
 
 
 class Weight(NamedTuple):
@@ -130,8 +129,8 @@ def _gradient(model: Transformer, batch: Batch, *, vocab_size: int, loss: LossCo
 def _rows(tokens: Sequence[int]) -> jax.Array:
     """[B, T]: the tokens once for each part of the mesh that has rows of its own."""
     mesh = jax.sharding.get_mesh()
-    tokens_BT = np.tile(np.array(tokens, np.int32), (sharding.row_shards(mesh), 1))
-    return hosts.put(tokens_BT, jax.NamedSharding(mesh, spec("act_batch", "act_seq")))
+    tokens_BT = np.tile(np.array(tokens, np.int32), (batches.row_shards(mesh), 1))
+    return trees.put(tokens_BT, jax.NamedSharding(mesh, spec("act_batch", "act_seq")))
 
 
 def _name(path) -> str:

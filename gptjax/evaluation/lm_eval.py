@@ -32,8 +32,8 @@ from gptjax.inference.decoder import doubled
 from gptjax.inference.generate import Sampling
 from gptjax.models.loss import next_token_scores
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
-from gptjax.runtime import distributed as hosts
+from gptjax.parallel import sharding, trees
+from gptjax.parallel.batches import row_shards
 from gptjax.runtime import heartbeat, preemption
 from gptjax.tokenizers.tokenizer import encode_prompt
 
@@ -165,7 +165,7 @@ class LanguageModel(TemplateLM):
     def __init__(self, model: Transformer, tokenizer, seq_len: int, batch_size: int):
         super().__init__()
         mesh = jax.sharding.get_mesh()
-        shards = sharding.row_shards(mesh)
+        shards = row_shards(mesh)
         self._model, self._text, self._seq_len = model, tokenizer, seq_len
         self._batch_size, self._unit = -(-batch_size // shards) * shards, MIN_LENGTH * mesh.shape["tensor"]
 
@@ -234,7 +234,7 @@ class LanguageModel(TemplateLM):
             weights[row, len(ids) - 1 - len(continuation) : len(ids) - 1] = 1
         mesh = jax.sharding.get_mesh()
         placed = jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq"))
-        arrays = [hosts.put(array, placed) for array in (inputs, targets, positions, weights)]
+        arrays = [trees.put(array, placed) for array in (inputs, targets, positions, weights)]
         return score_step(self._model, *arrays, vocab_size=self._text.vocab_size)
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:

@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from gptjax.inference.sampling import Sampling, Settings, sample
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
-from gptjax.runtime import distributed as hosts
+from gptjax.parallel import batches, sharding, trees
 
 # Prompts are padded to this many tokens times a power of two, so that a few compiled programs do for all lengths.
 PROMPT_TOKENS = 64
@@ -66,7 +65,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, tokenizer, rows: int, slots: int):
         self._mesh = jax.sharding.get_mesh()
-        self._shards = sharding.row_shards(self._mesh)
+        self._shards = batches.row_shards(self._mesh)
         self.rows, self.slots = -(-rows // self._shards) * self._shards, slots
         self._model, self._tokenizer = model, tokenizer
         self._static = {"vocab_size": tokenizer.vocab_size, "ends": tokenizer.ends}
@@ -114,7 +113,7 @@ class Decoder:
         return {row: made[row][made[row] >= 0].tolist() for row in going}
 
     def _put(self, array: np.ndarray, *names: str):
-        return hosts.put(array, jax.NamedSharding(self._mesh, sharding.spec(*names)))
+        return trees.put(array, jax.NamedSharding(self._mesh, sharding.spec(*names)))
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "slots", "vocab_size"))

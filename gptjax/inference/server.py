@@ -20,9 +20,9 @@ from starlette.routing import Route
 from gptjax.errors import Failed, Refused
 from gptjax.inference import openai_protocol as protocol
 from gptjax.inference.decoder import Decoder
+from gptjax.inference.model import Run
 from gptjax.inference.openai_protocol import Answer, Bad, Completion
 from gptjax.inference.scheduler import Batching, Job, News
-from gptjax.training.workdir import Run
 
 CONTEXT = 4096  # tokens of a row, where no number is given: 131,072 of 8 rows of Llama 3.1 8B would take 137 GB
 LAST_SECONDS = 3.0  # for the decoding thread to end; it may be in the midst of compiling

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.parallel.sharding import gather, index, spec
+from gptjax.parallel.collectives import gather, index
+from gptjax.parallel.sharding import spec
 
 # One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero, `widened`
 # how many times more inputs a matrix has than at the base width, by which the optimizer makes its update smaller.

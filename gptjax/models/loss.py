@@ -11,16 +11,8 @@ from flax import nnx
 
 from gptjax.errors import Refused
 from gptjax.models.layers import soft_capped
-from gptjax.parallel.sharding import (
-    BATCH_AXES,
-    gather,
-    gather_sequence,
-    index,
-    largest,
-    manual,
-    summed,
-    varying,
-)
+from gptjax.parallel.collectives import gather, gather_sequence, index, largest, manual, summed, varying
+from gptjax.parallel.sharding import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)

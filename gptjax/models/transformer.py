@@ -33,7 +33,8 @@ from gptjax.models.layers import (
     stretched,
     weight,
 )
-from gptjax.parallel.sharding import gather_sequence, manual, reduce_sequence, spec
+from gptjax.parallel.collectives import gather_sequence, manual, reduce_sequence
+from gptjax.parallel.sharding import spec
 
 EMBEDDING_STD = 0.02  # GPT-2 (Radford et al. 2019); Llama keeps it
 

@@ -18,7 +18,8 @@ from jax.experimental import topologies
 from gptjax import __version__
 from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token, num_parameters
-from gptjax.parallel import sharding
+from gptjax.parallel import mesh as meshes
+from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.xla import analysis as compiled
 from gptjax.parallel.xla import communication as collectives
 from gptjax.parallel.xla import hlo
@@ -49,7 +50,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
         fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
     mesh = theory.abstract_mesh(config, topology)
     if source == "compiled":
-        mesh = sharding.make_mesh(config.mesh, described(topology))
+        mesh = make_mesh(config.mesh, described(topology))
     given = theory.shapes(config, getattr(mesh, "abstract_mesh", mesh))
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     tokens = config.batch_size * config.seq_len
@@ -62,7 +63,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     }
     result = {
         "source": source,
-        "mesh": sharding.sizes(given.mesh),
+        "mesh": meshes.sizes(given.mesh),
         "parameters": num_parameters(config.model, vocab_size, config.seq_len),
         "tokens_per_step": tokens,
         "flops_per_step": flops_per_token(config.model, vocab_size, config.seq_len) * tokens,

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data.stream import stream
+from gptjax.data.batch import Batch
 from gptjax.errors import Refused
-from gptjax.evaluation.heldout import batch_sums
+from gptjax.models import build
+from gptjax.models.objective import batch_sums
 from gptjax.models.size import flops_per_token, num_parameters
-from gptjax.parallel import sharding
+from gptjax.parallel import batches, hardware
+from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.xla import analysis as compiled
+from gptjax.runtime import profiling
 from gptjax.tokenizers import tokenizer
 from gptjax.training import step as update
-from gptjax.training import workdir
 from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
-from gptjax.training.monitoring import metrics
 
 WARMUP = 2
 
@@ -33,10 +34,10 @@ def bench(config: Config, steps: int) -> dict:
         raise Refused(f"--steps={steps} must be at least 1.")
     tokenizer.check(config.tokenizer)
     config = config.largest
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    mesh = make_mesh(config.mesh, jax.devices())
     configs.check_batch(config, mesh)
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
-    workdir.check_divides(config, vocab_size, mesh)
+    build.check_divides(config.model, vocab_size, config.seq_len, mesh)
 
     @jax.jit
     def loss(model, batch):
@@ -53,7 +54,7 @@ def bench(config: Config, steps: int) -> dict:
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: update.init_state(config, vocab_size))()
         batch = synthetic(config, vocab_size, mesh)
-        with metrics.compiling() as facts:
+        with profiling.compiling() as facts:
             step = update.compile_step(config, vocab_size, state, mesh)
         times = []
         for _ in range(WARMUP + steps):
@@ -61,18 +62,18 @@ def bench(config: Config, steps: int) -> dict:
             state, step_metrics = step(state, batch)
             jax.block_until_ready(step_metrics)
             times.append(time.perf_counter() - began)
-        measured = metrics.measured_bytes()  # before the parts, which hold more at once
+        measured = profiling.measured_bytes()  # before the parts, which hold more at once
         forward = seconds(loss, update.weights(state), batch, steps=steps)
         zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model)
         optimizer_seconds = seconds(optimizer, zeros, jnp.array(True), state, steps=steps)
     whole = statistics.median(times[WARMUP:])
     tokens = config.batch_size * config.seq_len
     flops = flops_per_token(config.model, vocab_size, config.seq_len) * tokens
-    peak = metrics.peak_flops(mesh.devices.ravel(), config.model.dtype)
+    peak = hardware.peak_flops(mesh.devices.ravel(), config.model.dtype)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
-        "mesh": sharding.sizes(mesh),
+        "mesh": sizes(mesh),
         "parameters": num_parameters(config.model, vocab_size, config.seq_len),
         "steps": steps,
         "step_seconds": whole,
@@ -89,14 +90,14 @@ def bench(config: Config, steps: int) -> dict:
     } | facts
 
 
-def synthetic(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> stream.Batch:
+def synthetic(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Batch:
     """One batch of random tokens, each row a document of its own."""
-    rows = sharding.local_rows(mesh, config.batch_size, config.grad_accum_steps)
+    rows = batches.local_rows(mesh, config.batch_size, config.grad_accum_steps)
     shape = len(rows), config.seq_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), config.seq_len + 1), np.int32)
     positions = np.broadcast_to(np.arange(config.seq_len, dtype=np.int32), shape)
-    batch = stream.Batch(tokens[:, :-1], tokens[:, 1:], positions, np.ones(shape, np.int32), np.ones(shape, np.float32))
-    return sharding.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, np.ones(shape, np.int32), np.ones(shape, np.float32))
+    return batches.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
 
 
 def seconds(function, *arguments, steps: int) -> float:

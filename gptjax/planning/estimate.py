@@ -9,20 +9,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.data.stream import stream
-from gptjax.evaluation.heldout import batch_sums
-from gptjax.models import remat
+from gptjax.data.batch import Batch
+from gptjax.models import build, remat
 from gptjax.models.config import padded_vocab
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import AXES
+from gptjax.models.objective import batch_sums
+from gptjax.parallel import batches, sharding
+from gptjax.parallel.mesh import AXES, mesh_shape
+from gptjax.parallel.trees import is_param
 from gptjax.parallel.xla import flops
 from gptjax.planning.topology import Topology
 from gptjax.tokenizers.tokenizer import expected_vocab_size
 from gptjax.training import step as update
-from gptjax.training import workdir
 from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
-from gptjax.training.optim.optimizers import is_param
 
 
 class Shapes(NamedTuple):
@@ -30,12 +29,12 @@ class Shapes(NamedTuple):
 
     mesh: jax.sharding.AbstractMesh
     state: update.TrainState
-    batch: stream.Batch
+    batch: Batch
 
 
 def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMesh:
     """The mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not make it up."""
-    *sizes, tensor = sharding.mesh_shape(config.mesh, topology.num_devices, topology.slices)
+    *sizes, tensor = mesh_shape(config.mesh, topology.num_devices, topology.slices)
     device = jax.sharding.AbstractDevice(
         device_kind=topology.figures.device_kind, num_cores=None, platform="tpu" if topology.is_tpu else "gpu"
     )
@@ -47,7 +46,7 @@ def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMe
 def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
     """The state and batch of a config on a mesh. Raises: Refused, where they do not divide over it."""
     configs.check_batch(config, mesh)
-    workdir.check_divides(config, expected_vocab_size(config.tokenizer), mesh)
+    build.check_divides(config.model, expected_vocab_size(config.tokenizer), config.seq_len, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         state = update.abstract_state(config, expected_vocab_size(config.tokenizer), mesh)
     return Shapes(mesh, state, update.abstract_batch(config, mesh))
@@ -108,7 +107,7 @@ def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def chunk_bytes(config: Config, given: Shapes) -> int:
     """Bytes a device of the largest float32 logits that the loss holds, and of their gradient."""
-    rows = config.micro_batch_size // sharding.row_shards(given.mesh)
+    rows = config.micro_batch_size // batches.row_shards(given.mesh)
     columns = padded_vocab(expected_vocab_size(config.tokenizer)) // given.mesh.shape["tensor"]
     return 2 * 4 * rows * (config.seq_len // config.loss.num_chunks) * columns
 
@@ -136,7 +135,7 @@ def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
         ("all-reduce", "data"): gradients,
         ("all-reduce", "slices"): gradients,
     }
-    rows = config.micro_batch_size // sharding.row_shards(given.mesh)
+    rows = config.micro_batch_size // batches.row_shards(given.mesh)
     stream_bytes = rows * config.seq_len * config.model.embed_dim * item
     gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[remat.parse(config.model.remat)[0]]
     expected["all-gather", "tensor"] = (gathers * config.model.num_layers + 2) * stream_bytes

@@ -14,7 +14,8 @@ import tempfile
 
 from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token
-from gptjax.planning.topology import GIB, Topology
+from gptjax.parallel.hardware import GIB
+from gptjax.planning.topology import Topology
 from gptjax.training.config.schema import Config
 
 TIMEOUT = 3600  # seconds a compile may take

@@ -5,11 +5,11 @@ import itertools
 import pathlib
 
 from gptjax.errors import Refused
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.planning.plan import analyses, has_compiler, judged
 from gptjax.planning.topology import Topology
+from gptjax.runtime import files
 from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
 
 REMAT = ("none", "dots", "full")
@@ -136,7 +136,7 @@ def output(config_path: str, topology: Topology) -> pathlib.Path:
 
 def write(best: Config, config_path: str, overrides: dict[str, str], plan: dict, path: pathlib.Path) -> None:
     """A config file that is the one searched from, with the winner's keys."""
-    keys = configs.flatten(dataclasses.asdict(best))
+    keys = files.flatten(dataclasses.asdict(best))
     changed = [key for key in overrides if key in keys]
     changed += [f"mesh.{axis}" for axis in ("slices", "data", "fsdp", "tensor")] + ["model.remat", "grad_accum_steps"]
     docstring = (

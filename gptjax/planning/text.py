@@ -1,6 +1,6 @@
 """The plan of a config, in words for a terminal."""
 
-from gptjax.planning.topology import GIB
+from gptjax.parallel.hardware import GIB
 
 MS = 1e-3
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from etils import epath
 
 # JAX has no public name for its detection of a cluster, nor for its key-value store; both are alike in 0.10 and 0.11.
 from jax._src.clusters import ClusterEnv
@@ -25,8 +26,10 @@ from jax._src.distributed import global_state
 
 from gptjax import __version__
 from gptjax.errors import Refused
+from gptjax.runtime import distributed as hosts
 from gptjax.runtime import heartbeat
 from gptjax.runtime import supervisor as lifeline
+from gptjax.runtime.lock import locked
 
 FLAGS = ("coordinator", "num_processes", "process_id")
 BY_HAND = "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
@@ -311,6 +314,15 @@ def shared(function: Callable[[], object]):
     return exchange(function() if first() else None)[0]
 
 
-def put(array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds whole, over devices that may be of several processes."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+@contextlib.contextmanager
+def owned(folder: epath.Path):
+    """A block in which this run alone works in `folder`, which is made if need be. All processes of the run enter it.
+
+    Raises: Refused, naming the other's host and process.
+    """
+    with contextlib.ExitStack() as lock:
+        with hosts.together():
+            if hosts.first():
+                remedy = "wait until it ends, stop it, or give another --workdir"
+                lock.enter_context(locked(folder, "belongs to a run on", remedy))
+        yield

@@ -14,27 +14,11 @@ import time
 
 from etils import epath
 
-from gptjax.checkpoints import manifest
 from gptjax.errors import Refused
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import untrusted
+from gptjax.runtime import files, untrusted
 
 SILENT_SECONDS = 30  # on a bucket: an owner that writes no beat for so long is gone; three beats and more
 SETTLE_SECONDS = 2.0  # without locks: after it, of two that start together, only who wrote last finds its own name
-
-
-@contextlib.contextmanager
-def owned(folder: epath.Path):
-    """A block in which this run alone works in `folder`, which is made if need be. All processes of the run enter it.
-
-    Raises: Refused, naming the other's host and process.
-    """
-    with contextlib.ExitStack() as lock:
-        with hosts.together():
-            if hosts.first():
-                remedy = "wait until it ends, stop it, or give another --workdir"
-                lock.enter_context(locked(folder, "belongs to a run on", remedy))
-        yield
 
 
 @contextlib.contextmanager
@@ -87,7 +71,7 @@ def _lock(folder: epath.Path, state: str, remedy: str) -> int | None:
         raise Refused(f"{folder} {state} host {host}, process {process}: {remedy}.") from None
     except Exception as error:  # those of gcsfs and google-auth are no OSError
         raise Refused(
-            f"{path} can't be written ({manifest.reason(error)}): make it writable, or give another folder."
+            f"{path} can't be written ({files.reason(error)}): make it writable, or give another folder."
         ) from error
 
 

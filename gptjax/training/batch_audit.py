@@ -6,15 +6,17 @@ import numpy as np
 from etils import epath
 
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.data.batch import Batch
 from gptjax.data.store.store import Split
 from gptjax.data.stream import curriculum, mixture
 from gptjax.data.stream.packing import report, told
-from gptjax.data.stream.stream import Batch, Source, Stream
+from gptjax.data.stream.stream import Source, Stream
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import Tokenizer
 from gptjax.training import workdir
 from gptjax.training.config.schema import Config
-from gptjax.training.monitoring import rollback as recovery
+from gptjax.training.corpus import check_same_data, open_corpus
+from gptjax.training.monitoring import skipped_batches
 
 RULE = "─" * 8
 
@@ -34,7 +36,7 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     if folder is None and not (config.data.store or config.mixture.stores):
         raise Refused("data.store and mixture.stores are empty, and there is no --workdir: say where the tokens are.")
     data, ledger, saved = _data(config, folder)
-    index = recovery.batch_index(ledger, step - 1)
+    index = skipped_batches.batch_index(ledger, step - 1)
     phase = data.phase(index)
     if not -1 <= row < phase.batch_size:
         raise Refused(f"--row={row} is none of the rows 0 to {phase.batch_size - 1} of step {step}; -1 is all.")
@@ -58,17 +60,17 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
 def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, list[dict], int]:
     """What a run reads, what it skips of it, and the step of the checkpoint that says so. Raises: Refused."""
     ledger, history, start = [], [], 0
-    corpus = workdir.open_corpus(config, folder)
+    corpus = open_corpus(config, folder)
     if folder is not None and (folder / "checkpoints").exists():
         with Checkpoints(folder / "checkpoints") as checkpoints:
             if start := checkpoints.newest():
                 saved = checkpoints.run(start)
                 workdir.check_same_run(config, saved["config"], checkpoints.folder)
-                workdir.check_same_data(corpus, saved, checkpoints.folder)
-                recovery.check_saved(saved, start, checkpoints.folder)
+                check_same_data(corpus, saved, checkpoints.folder)
+                skipped_batches.check_saved(saved, start, checkpoints.folder)
                 history = curriculum.read_saved(saved, config.seq_len, checkpoints.folder)
                 ledger = saved["recovery"]["ledger"]
-    phases = curriculum.going_on(history, config.phases, recovery.batch_index(ledger, start))
+    phases = curriculum.going_on(history, config.phases, skipped_batches.batch_index(ledger, start))
     return Stream(corpus, phases, config.seq_len, config.seed, config.packing, config.augment), ledger, start
 
 

@@ -18,8 +18,8 @@ from gptjax.models.config import padded_vocab
 from gptjax.runtime import distributed as hosts
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.exact import RESERVED
+from gptjax.training import loading, workdir
 from gptjax.training import step as update
-from gptjax.training import workdir
 from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
 from gptjax.training.step import TrainState
@@ -43,7 +43,7 @@ def begin(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> TrainStat
     with _checkpoints(config) as checkpoints:
         step, its = _chosen(config, checkpoints)
         its = dataclasses.replace(its, model=config.model, seq_len=config.seq_len)
-        model = workdir.restore_model(checkpoints, step, its, vocab_size, mesh)
+        model = loading.restore_model(checkpoints, step, its, vocab_size, mesh)
     # Of a run with adapters the sums are in float32.
     model = jax.tree.map(lambda weight: weight.astype(config.model.param_dtype), model)
     print(f"beginning with the weights of step {step} of {config.init_from}", flush=True)
@@ -96,7 +96,7 @@ def _check_tokenizer(config: Config, saved: dict, step: int) -> None:
         tokenizer.check(config.tokenizer)
         where, files = "the section tokenizer", tokenizer.given(config.tokenizer)
     here = tokenizer.from_files(files, str(where))
-    its = workdir.saved_tokenizer(saved, f"{config.init_from} (step {step})")
+    its = loading.saved_tokenizer(saved, f"{config.init_from} (step {step})")
     # What describes a tokenizer names its special tokens, of which there may be more by now.
     new = {name: base64.b64encode(content).decode() for name, content in files.items()} | {"tokenizer.json": ""}
     kept = all(here.special.get(name) == id for name, id in its.special.items() if not RESERVED.fullmatch(name))

@@ -12,26 +12,31 @@ import jax
 from etils import epath
 from jax.stages import Compiled
 
+from gptjax.checkpoints import retention
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.stream import curriculum, stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Failed, Preempted, Refused
 from gptjax.models.size import flops_per_token
-from gptjax.parallel import sharding
+from gptjax.parallel import hardware
+from gptjax.parallel.batches import local_rows, place
+from gptjax.parallel.mesh import make_mesh
+from gptjax.runtime import distributed, heartbeat, preemption, profiling
 from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat, preemption
-from gptjax.runtime import lock as owner
 from gptjax.runtime import progress as terminal
+from gptjax.training import corpus as corpus_
 from gptjax.training import init_from as transfer
 from gptjax.training import run_report as summary
 from gptjax.training import validation as measuring
 from gptjax.training import workdir
 from gptjax.training.config.schema import Config
+from gptjax.training.corpus import check_same_data, prepare
 from gptjax.training.monitoring import (
     early_stopping as stopping,
 )
 from gptjax.training.monitoring import (
     metrics,
+    skipped_batches,
 )
 from gptjax.training.monitoring import (
     rollback as recovery,
@@ -71,7 +76,7 @@ def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: 
       Preempted: after a save, when the run was asked to stop.
     """
     began = time.perf_counter()
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    mesh = make_mesh(config.mesh, jax.devices())
     with hosts.together():
         if fresh and hosts.first():
             workdir.check_empty(folder)
@@ -81,12 +86,12 @@ def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: 
     transfer.check(config, folder)
     tasks = measuring.load_tasks(config)
     track = tracker and functools.partial(tracker, dataclasses.asdict(config), str(folder))
-    with owner.owned(folder):
+    with distributed.owned(folder):
         heartbeat.publish(folder, jax.process_count())
         with heartbeat.phase("preparing data"):
-            corpus = workdir.prepare(config, folder, mesh)
+            corpus = prepare(config, folder, mesh)
         with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
-            identity = workdir.identity(config, corpus)
+            identity = corpus_.identity(config, corpus)
             run(Job(config, folder, mesh, corpus, identity, checkpoints, tasks, profile, track), began)
 
 
@@ -109,7 +114,7 @@ def run(job: Job, began: float) -> None:
         workdir.write_config(config, folder)
     facts = summary.model_and_mesh(config, vocab_size, job.mesh)
     summary.packing(config, data)
-    with heartbeat.phase("compiling"), metrics.compiling() as compiling:
+    with heartbeat.phase("compiling"), profiling.compiling() as compiling:
         steps = compile_steps(job, start, state, data, watch.ledger, {})
     started = began, facts | compiling | summary.compilation(steps, job.mesh, **compiling)
     while True:
@@ -134,11 +139,11 @@ def run(job: Job, began: float) -> None:
         with heartbeat.phase("compiling"):
             steps = compile_steps(job, start, state, data, watch.ledger, steps)
         started = None
-    if config.stopping.patience and (best := stopping.best(log.losses, checkpoints.steps())):
+    if config.stopping.patience and (best := retention.best(log.losses, checkpoints.steps())):
         print(
             f"the best held-out loss, {log.losses[best]:.4f} nats a token, is of step {best}: --step=best", flush=True
         )
-    last = data.phase(recovery.batch_index(watch.ledger, max(start, config.num_steps - 1)))
+    last = data.phase(skipped_batches.batch_index(watch.ledger, max(start, config.num_steps - 1)))
     summary.held_against(steps[last.shape], log.floor_seconds, log.step_seconds)
     with heartbeat.phase("sampling"):
         summary.report(config, folder, job.corpus, model, evaluation)
@@ -149,7 +154,7 @@ def compile_steps(
 ) -> dict[tuple[int, int], Compiled]:
     """The train step compiled for each shape, (batch_size, seq_len), that steps `start` to `num_steps` have, as far as it
     is not among `steps`, and these. What comes after a run's end is not compiled."""
-    batch, vocab_size = recovery.batch_index(ledger, start), job.corpus.tokenizer.vocab_size
+    batch, vocab_size = skipped_batches.batch_index(ledger, start), job.corpus.tokenizer.vocab_size
     stop = batch + max(1, job.config.num_steps - start)
     phases = {phase.shape: phase for phase, *_ in curriculum.parts(data.phases, batch, stop)}
     new = {shape: phase for shape, phase in phases.items() if shape not in steps}
@@ -164,14 +169,14 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
       ledger: what to skip from there, where it is more than the checkpoint says.
     """
     config, folder, checkpoints, vocab_size = job.config, job.folder, job.checkpoints, job.corpus.tokenizer.vocab_size
-    seen, history = recovery.NOTHING, []
+    seen, history = skipped_batches.NOTHING, []
     heartbeat.reached(start)
     if start:
         saved = checkpoints.run(start)
         with hosts.together():
             workdir.check_same_run(config, saved["config"], checkpoints.folder)
-            workdir.check_same_data(job.corpus, saved, checkpoints.folder)
-            recovery.check_saved(saved, start, checkpoints.folder)
+            check_same_data(job.corpus, saved, checkpoints.folder)
+            skipped_batches.check_saved(saved, start, checkpoints.folder)
             history = curriculum.read_saved(saved, config.seq_len, checkpoints.folder)
         with heartbeat.phase("restoring"):
             state = checkpoints.restore(start, abstract_state(config, vocab_size, job.mesh))
@@ -186,7 +191,7 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
         else:
             with heartbeat.phase("compiling"):
                 state = jax.jit(functools.partial(init_state, config, vocab_size))()
-    phases = curriculum.going_on(history, config.phases, recovery.batch_index(seen["ledger"], start))
+    phases = curriculum.going_on(history, config.phases, skipped_batches.batch_index(seen["ledger"], start))
     data = stream.Stream(job.corpus, phases, config.seq_len, config.seed, config.packing, config.augment)
     seen = seen if ledger is None else seen | {"ledger": ledger}
     return start, state, data, recovery.Watch(config.recovery, folder, data.documents, start, seen)
@@ -205,7 +210,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
     """
     config, folder, checkpoints = job.config, job.folder, job.checkpoints
     vocab_size, saved, last = job.corpus.tokenizer.vocab_size, start, max(start, config.num_steps)
-    peak = metrics.peak_flops(job.mesh.devices.ravel(), config.model.dtype)
+    peak = hardware.peak_flops(job.mesh.devices.ravel(), config.model.dtype)
     batches = train_batches(config, data, job.mesh, start, watch.ledger)
     traced = [step for step in job.profile if step >= start]
     due = lambda step, every: every and step % every == 0
@@ -221,8 +226,8 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
     def done(step: int) -> tuple[int, int]:
         """The tokens, and the FLOPs of the model, in the steps up to this one."""
         tokens = flops = 0
-        for phase, first, stop in curriculum.parts(data.phases, 0, recovery.batch_index(watch.ledger, step)):
-            number = recovery.steps_within(watch.ledger, step, first, stop) * phase.batch_size * phase.seq_len
+        for phase, first, stop in curriculum.parts(data.phases, 0, skipped_batches.batch_index(watch.ledger, step)):
+            number = skipped_batches.steps_within(watch.ledger, step, first, stop) * phase.batch_size * phase.seq_len
             tokens, flops = tokens + number, flops + number * flops_per_token(config.model, vocab_size, phase.seq_len)
         return tokens, flops
 
@@ -241,7 +246,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                 if step and due(step, config.eval_every) and step not in log.losses:
                     with log.paused():
                         held_out(step)
-                        if stopping.best(losses(), log.losses) == step != saved and not watch.in_doubt:
+                        if retention.best(losses(), log.losses) == step != saved and not watch.in_doubt:
                             with heartbeat.phase("saving"):
                                 checkpoints.save(saved := step, state, **said())
                 if step and due(step, config.tasks.every):
@@ -253,8 +258,8 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                     break
                 if step in traced[:1]:
                     with log.paused(), heartbeat.phase("tracing"):
-                        trace.enter_context(metrics.trace(folder / "profile"))
-                step_fn = steps[data.phase(recovery.batch_index(watch.ledger, step)).shape]
+                        trace.enter_context(profiling.trace(folder / "profile"))
+                step_fn = steps[data.phase(skipped_batches.batch_index(watch.ledger, step)).shape]
                 checked = due(step + 1, config.recovery.sdc_check_every)
                 advance = functools.partial(recompute.twice, step_fn) if checked else step_fn
                 # A hidden transfer would wait for the device at each step.
@@ -313,8 +318,8 @@ def train_batches(
     config: Config, data: stream.Stream, mesh: jax.sharding.Mesh, start: int, ledger: Sequence[dict] = ()
 ):
     """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh; all of `ledger` is before."""
-    index = recovery.batch_index(ledger, start)
+    index = skipped_batches.batch_index(ledger, start)
     for phase, first, stop in curriculum.parts(data.phases, index, index + config.num_steps - start):
-        rows = sharding.local_rows(mesh, phase.batch_size, config.grad_accum_steps)
+        rows = local_rows(mesh, phase.batch_size, config.grad_accum_steps)
         for batch in stream.iterate(functools.partial(data.batch, rows=rows), first, stop):
-            yield sharding.place(batch, rows, mesh, phase.batch_size, config.grad_accum_steps)
+            yield place(batch, rows, mesh, phase.batch_size, config.grad_accum_steps)

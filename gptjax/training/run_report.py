@@ -14,13 +14,12 @@ from gptjax.evaluation.heldout import Evaluation
 from gptjax.inference import generate
 from gptjax.models.size import num_parameters
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import sizes
 from gptjax.parallel.xla import analysis as compiled
 from gptjax.parallel.xla import communication as collectives
 from gptjax.runtime import distributed as hosts
-from gptjax.training import workdir
+from gptjax.runtime import files, profiling
 from gptjax.training.config.schema import Config
-from gptjax.training.monitoring import metrics
 
 
 def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> dict:
@@ -28,7 +27,7 @@ def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
     parameters = num_parameters(config.model, vocab_size, config.seq_len)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}{processes}"
-    axes = ", ".join(f"{axis} {size}" for axis, size in sharding.sizes(mesh).items())
+    axes = ", ".join(f"{axis} {size}" for axis, size in sizes(mesh).items())
     print(f"{parameters / 1e6:.2f}M parameters on {devices}, mesh {axes}", flush=True)
     versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
     return {"parameters": parameters, "devices": devices, "mesh": axes, "versions": versions}
@@ -73,7 +72,7 @@ def compilation(
 
 def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_seconds: list[float]) -> None:
     """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
-    measured = metrics.measured_bytes()
+    measured = profiling.measured_bytes()
     print(
         f"memory of a device: {compiled.memory(step).peak / 1e6:,.1f} MB as compiled · "
         f"{'its peak unknown' if measured is None else f'{measured / 1e6:,.1f} MB at its peak'}"
@@ -110,6 +109,6 @@ def report(
     )
     with hosts.together():  # the others end when process 0 has written
         if hosts.first():
-            workdir.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
+            files.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
     for text in texts:
         print(f"{'—' * 30} sample\n{text}", flush=True)

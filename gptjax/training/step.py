@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gptjax.checkpoints.manager import placed
-from gptjax.data.stream import stream
-from gptjax.evaluation.heldout import batch_sums
+from gptjax.data.batch import Batch
 from gptjax.models.lora import Adapters, merged
+from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import batches
+from gptjax.parallel.trees import placed
 from gptjax.parallel.xla import options as compiler
 from gptjax.training.config.schema import Config
-from gptjax.training.optim.optimizers import learning_rate, loaded, make_optimizer, stored
+from gptjax.training.optim.optimizers import loaded, make_optimizer, stored
+from gptjax.training.optim.schedules import learning_rate
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ def new_state(config: Config, model: Transformer) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
-def train_step(state: TrainState, batch: stream.Batch, *, config: Config, vocab_size: int):
+def train_step(state: TrainState, batch: Batch, *, config: Config, vocab_size: int):
     """One update. Returns the next state and its metrics: loss (nats a token), grad_norm, learning_rate, skipped.
 
     Where the loss or the gradient's norm is not finite, the next state is bit for bit this one, but for its counts.
@@ -121,11 +122,11 @@ def abstract_state(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
     return dataclasses.replace(state, opt_state=jax.tree.map(hosted, state.opt_state))
 
 
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> stream.Batch:
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
     """Shapes, dtypes and places of a step's batch."""
     shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    return stream.Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batches.batch_sharding(mesh))
+    return Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
 
 
 def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):

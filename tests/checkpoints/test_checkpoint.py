@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from support.runs import GPT2, LLAMA, mesh_of, run, tiny
 
-from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints, named_leaves, placed
+from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
 from gptjax.errors import Refused
+from gptjax.parallel.trees import named_leaves, placed
 from gptjax.training import step as update
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 RUN = {"config": {"seed": 3}, "tokenizer_hash": "abc"}
 

@@ -4,8 +4,8 @@ import re
 import pytest
 from support.command import tree
 
-from gptjax.checkpoints import manifest
 from gptjax.checkpoints import retention as rotation
+from gptjax.runtime import files
 
 
 def test_ls(gptjax_main, copied):
@@ -83,7 +83,7 @@ def test_prune_where_nothing_can_be_removed(refused, copied, monkeypatch, error)
 
     monkeypatch.setattr(rotation, "remove", remove)
     message = refused(copied, "checkpoint", "prune", f"--workdir={copied}", "--keep=1")
-    assert f"step_00000002 can't be removed ({manifest.reason(error)}): make it writable." in message
+    assert f"step_00000002 can't be removed ({files.reason(error)}): make it writable." in message
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -10,8 +10,9 @@ import pytest
 from support.command import DEBUG, training
 
 import gptjax
+from gptjax.cli import distributed
 from gptjax.cli import main as cli
-from gptjax.cli.commands import train as verbs
+from gptjax.cli.commands import evaluate
 from gptjax.errors import Failed
 
 # Help and exit codes
@@ -57,11 +58,11 @@ def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
 def test_compiled_programs_stay_in_the_workdir_or_where_jax_was_told(tmp_path):
     told = jax.config.jax_compilation_cache_dir
     args = cli.parse(["eval", f"--workdir={tmp_path}"])
-    verbs.join(args, {})
+    distributed.join(args, {})
     assert told and jax.config.jax_compilation_cache_dir == told
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        verbs.join(args, {})
+        distributed.join(args, {})
         assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled"
     finally:
         jax.config.update("jax_compilation_cache_dir", told)
@@ -87,7 +88,7 @@ def test_a_run_that_can_not_go_on_is_code_1_and_one_sentence(monkeypatch, capsys
     def stop(args):
         raise Failed("The run stops, because of this: do that.")
 
-    monkeypatch.setattr(verbs, "evaluate", stop)
+    monkeypatch.setattr(evaluate, "evaluate", stop)
     monkeypatch.setattr(sys, "argv", ["gptjax", "eval", "--workdir=x"])
     with pytest.raises(SystemExit) as end:
         cli.main()

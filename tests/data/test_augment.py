@@ -10,7 +10,7 @@ from gptjax.data.stream import augment, stream
 from gptjax.data.stream.augment import FIM, Augment, AugmentConfig
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training import workdir
+from gptjax.training import corpus as corpus_
 
 T = 64
 PIECES = TokenizerConfig(vocab_size=600, special_tokens=",".join(FIM))
@@ -151,5 +151,5 @@ def test_it_is_refused_where_the_corpus_is_prepared(store, corpus, tmp_path):
     """Before anything is compiled, and so that all processes know of it."""
     data = DataConfig(source="text", path=str(corpus), store=str(store.folder), heldout_fraction=0.1)
     with pytest.raises(Refused, match="tokenizer.kind=byte has one encoding of a text"):
-        workdir.prepare(tiny(data=data, augment=AugmentConfig(subword_alpha=0.1)), tmp_path / "run", mesh_of(1, 1, 1))
+        corpus_.prepare(tiny(data=data, augment=AugmentConfig(subword_alpha=0.1)), tmp_path / "run", mesh_of(1, 1, 1))
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,8 @@ from gptjax.models.config import ModelConfig
 from gptjax.training import loop as train
 from gptjax.training.config import schema as configs
 from gptjax.training.monitoring import rollback as recovery
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.monitoring import skipped_batches
+from gptjax.training.optim.config import OptimizerConfig
 
 L = 32
 
@@ -105,12 +106,12 @@ def test_a_batch_of_any_phase_has_to_divide_over_the_mesh():
 
 def test_steps_within():
     ledger = [dict(step=4, first_batch=4, num_batches=3), dict(step=6, first_batch=9, num_batches=2)]
-    read = [recovery.batch_index(ledger, step) for step in range(12)]
+    read = [skipped_batches.batch_index(ledger, step) for step in range(12)]
     assert read == [0, 1, 2, 3, 7, 8, 11, 12, 13, 14, 15, 16]
     for step in range(13):
         for first, stop in ((0, 5), (5, 12), (3, 100), (0, 9)):
             expected = sum(first <= batch < stop for batch in read[:step])
-            assert recovery.steps_within(ledger, step, first, stop) == expected, (step, first, stop)
+            assert skipped_batches.steps_within(ledger, step, first, stop) == expected, (step, first, stop)
 
 
 def run_of(store, lengths, sizes, **changes):

@@ -22,8 +22,8 @@ from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.tokenizers.tokenizer import train as train_tokenizer
 from gptjax.training import batch_audit as audit
 from gptjax.training import loop as train
-from gptjax.training import workdir
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.corpus import check_same_data, make_corpus
+from gptjax.training.optim.config import OptimizerConfig
 
 T = 16
 SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
@@ -292,15 +292,15 @@ def test_a_name_that_comes_or_goes(folders, tmp_path):
         (mix, alone, f"go on with mixture.stores='code={folders['code']}' and mixture.weights='code 1'"),
     ):
         known = {"text_hashes": hashes(saved), "tokenizer_hash": Corpus(saved).tokenizer.hash}
-        workdir.check_same_data(Corpus(saved), known, "here")
+        check_same_data(Corpus(saved), known, "here")
         with pytest.raises(Refused, match=words):
-            workdir.check_same_data(Corpus(corpus), known, "here")
+            check_same_data(Corpus(corpus), known, "here")
 
 
 def test_the_vocabulary_is_that_of_the_stores(folders, tmp_path):
     config = run_of(folders, weights="code 1", tokenizer=TokenizerConfig())
     with pytest.raises(Refused, match="a vocabulary of 257, and the section tokenizer 4096: set .*kind=byte"):
-        workdir.make_corpus(config, epath.Path(tmp_path / "run"))
+        make_corpus(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -10,8 +10,8 @@ from gptjax.data.store.store import Store
 from gptjax.data.stream import packing, stream
 from gptjax.data.stream.packing import BestFit, Concat, PackingConfig
 from gptjax.errors import Refused
-from gptjax.evaluation.heldout import batch_sums
 from gptjax.models.config import ModelConfig
+from gptjax.models.objective import batch_sums
 from gptjax.training.step import init_state
 
 T = 32

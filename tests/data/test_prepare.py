@@ -20,7 +20,7 @@ from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import is_whole
 from gptjax.errors import Failed, Refused
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training import workdir
+from gptjax.training.corpus import make_corpus
 
 BYTE = TokenizerConfig(kind="byte")
 
@@ -148,13 +148,13 @@ def test_a_store_that_another_run_finished_meanwhile(tmp_path, data, monkeypatch
 
     monkeypatch.setattr(module.owner, "locked", locked)
     with pytest.raises(Refused, match=r"data.heldout_fraction \(0.5 there, 0.2 now\)"):
-        workdir.make_corpus(tiny(data=data), epath.Path(tmp_path / "run"))
+        make_corpus(tiny(data=data), epath.Path(tmp_path / "run"))
     assert is_whole(where) and [path.name for path in where.parent.iterdir()] == ["store"]
 
 
 def test_a_store_of_less_than_a_window_does_not_stay(tmp_path, data):
     with pytest.raises(Refused, match="seq_len=32768"):
-        workdir.make_corpus(tiny(data=data, seq_len=32768), epath.Path(tmp_path / "run"))
+        make_corpus(tiny(data=data, seq_len=32768), epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

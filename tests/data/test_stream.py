@@ -4,6 +4,7 @@ import types
 import numpy as np
 import pytest
 
+from gptjax.data.batch import Batch
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.stream import stream
 from gptjax.data.stream.curriculum import Phase
@@ -53,7 +54,7 @@ def assert_equal(a, b):
 
 
 def concatenated(batches):
-    return stream.Batch(*map(np.concatenate, zip(*batches)))
+    return Batch(*map(np.concatenate, zip(*batches)))
 
 
 def window_of(tokens, row):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from gptjax.evaluation import lm_eval as harness
 from gptjax.evaluation.heldout import TasksConfig
 from gptjax.interop.huggingface import convert
-from gptjax.training import workdir
+from gptjax.training import loading
 
 SEQ_LEN = 48
 ALL = "choices,labels,texts,answers,words"
@@ -131,7 +131,7 @@ def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_pat
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(make(tmp_path / "theirs")).save_pretrained(tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    run = loading.load(epath.Path(tmp_path / "ours"), -1)
     loaded = harness.load(TasksConfig(names=ALL, folder=str(folder)), SEQ_LEN)
 
     def answered(lm):

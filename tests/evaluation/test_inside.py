@@ -7,15 +7,15 @@ import pytest
 from flax import nnx
 from support import runs as training
 
-from gptjax.data.stream import stream
-from gptjax.evaluation import heldout as evaluate
+from gptjax.data.batch import Batch
 from gptjax.evaluation import interpretability as inside
+from gptjax.models import objective
 from gptjax.models.attention import masked_attention
 from gptjax.models.config import ModelConfig
 from gptjax.models.loss import LossConfig
 from gptjax.models.size import num_parameters
 from gptjax.models.transformer import Block, Transformer
-from gptjax.parallel import sharding
+from gptjax.parallel import batches
 from gptjax.training import step as update
 
 TOKENS = [256, *b"def f(x):\n    return x"]
@@ -74,11 +74,11 @@ def test_surprise_is_the_loss_by_token():
         found = inside.surprise(model, TOKENS, 257)
         rows = np.tile(np.array(TOKENS, np.int32), (4, 1))
         inputs, ones = rows[:, :-1], np.ones((4, count), np.int32)
-        batch = stream.Batch(
-            inputs, rows[:, 1:], ones * np.arange(count, dtype=np.int32), ones, ones.astype(np.float32)
-        )
-        batch = jax.tree.map(lambda array: array[0], sharding.place(batch, np.arange(4), mesh, 4, 1))
-        sums = jax.jit(lambda: evaluate.batch_sums(model, batch, None, vocab_size=257, loss=LossConfig(num_chunks=1)))()
+        batch = Batch(inputs, rows[:, 1:], ones * np.arange(count, dtype=np.int32), ones, ones.astype(np.float32))
+        batch = jax.tree.map(lambda array: array[0], batches.place(batch, np.arange(4), mesh, 4, 1))
+        sums = jax.jit(
+            lambda: objective.batch_sums(model, batch, None, vocab_size=257, loss=LossConfig(num_chunks=1))
+        )()
     assert found.shape == (count,)
     assert 4 * found.sum() * np.log(2) == pytest.approx(float(sums.nll), rel=1e-5)
 
@@ -102,10 +102,10 @@ def test_the_parts_of_a_weight_are_where_its_sharding_says(shape):
 
 def test_gradient_norms_add_up_to_that_of_the_step(store):
     mesh, config = training.mesh_of(2, 2, 1), training.tiny(dataclasses.replace(training.GPT2, dropout=0.0))
-    rows = sharding.local_rows(mesh, config.batch_size, 1)
+    rows = batches.local_rows(mesh, config.batch_size, 1)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: update.init_state(config, store.tokenizer.vocab_size))()
-        batch = sharding.place(training.data_of(config, store).batch(0, rows), rows, mesh, config.batch_size, 1)
+        batch = batches.place(training.data_of(config, store).batch(0, rows), rows, mesh, config.batch_size, 1)
         own = jax.tree.map(lambda array: array[0], batch)
         norms = inside.gradient_norms(state.model, own, vocab_size=store.tokenizer.vocab_size, loss=config.loss)
         _, metrics = update.train_step(state, batch, config=config, vocab_size=257)

@@ -17,9 +17,9 @@ from support.command import CACHE, DEBUG
 
 from gptjax.experiments.sweep import plot as picture
 from gptjax.experiments.sweep import space, study, table
+from gptjax.runtime import files
 from gptjax.runtime import lock as owner
 from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as config
 
 RATE = "optimizer.peak_learning_rate"
 
@@ -226,7 +226,7 @@ def test_a_hopeless_trial_is_pruned_and_a_signal_stops_all_in_order(swept, tiny)
     folder = swept[0].parent / "pruned"
     folder.mkdir()
     file = file_of(folder.parent / "another", "{'%s': ('log', 1e-8, 1e-7)}" % RATE)
-    values = config.flatten(json.loads((swept[0] / "sweep.json").read_text())["config"])
+    values = files.flatten(json.loads((swept[0] / "sweep.json").read_text())["config"])
     values["data.store"] = str(swept[0] / "store")
     known = {"config": values, "space": {RATE: ["log", 1e-8, 1e-7]}}
     (folder / "sweep.json").write_text(json.dumps(known))

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from gptjax.errors import Refused
 from gptjax.inference.decoder import Decoder, Prompt
 from gptjax.inference.generate import Sampling, generate
+from gptjax.inference.model import Run
 from gptjax.interop.huggingface import convert
 from gptjax.parallel import sharding
-from gptjax.training import workdir
+from gptjax.training import loading
 from gptjax.training.config import files as config_file
 from gptjax.training.config import schema as config
 
@@ -91,7 +92,7 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
         return model(torch.tensor(ids)).logits.float().numpy()
 
 
-def our_logits(run: workdir.Run, ids: np.ndarray) -> np.ndarray:
+def our_logits(run: Run, ids: np.ndarray) -> np.ndarray:
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 
     @jax.jit
@@ -108,7 +109,7 @@ def test_parity(name, tmp_path):
     """The same logits and the same 64 greedy tokens; there and back and there again, the same bytes."""
     theirs = saved(name, tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert (run.step, run.tokenizer.vocab_size) == (0, MODELS[name].vocab_size)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, MODELS[name].vocab_size, (8, LENGTH), np.int32)
@@ -137,7 +138,7 @@ def test_parity(name, tmp_path):
 def test_half_precision_is_kept_exactly(dtype, ours, tmp_path):
     saved("llama, 4 heads a group", tmp_path / "theirs", dtype)
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert run.config.model.param_dtype == run.config.model.dtype == ours
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
     there, back = weights(tmp_path / "theirs"), weights(tmp_path / "back")
@@ -157,7 +158,7 @@ def test_older_files_are_read(tmp_path):
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
     convert.from_hf(str(tmp_path / "llama"), str(tmp_path / "ours"))
-    model = workdir.load(epath.Path(tmp_path / "ours"), -1).config.model
+    model = loading.load(epath.Path(tmp_path / "ours"), -1).config.model
     assert (model.rope_scaling, model.rope_factor, model.rope_theta, model.rope_original_len) == ("llama3", 4, 1000, 32)
 
     saved("gpt2, tied", tmp_path / "gpt2")
@@ -349,7 +350,7 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
     """As `transformers` and its tokenizer read it without a flag, from the files that a run writes."""
     code, out, _ = gptjax_main("convert", "to-hf", f"--workdir={finished}", f"--target={tmp_path / 'theirs'}")
     assert code == 0 and "gpt2 of" in out and "step 4" in out
-    theirs, run = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), workdir.load(epath.Path(finished), -1)
+    theirs, run = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), loading.load(epath.Path(finished), -1)
     ids = np.random.default_rng(0).integers(0, 257, (8, 32), np.int32)
     assert np.abs(our_logits(run, ids) - logits(theirs, ids)[:, -1]).max() <= 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
@@ -366,7 +367,7 @@ def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_pat
     convert.to_hf(epath.Path(tmp_path / "run"), str(tmp_path / "theirs"), -1)
     ids = np.random.default_rng(0).integers(0, 257, (8, 32), np.int32)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids)[:, -1]
-    whole, base = (our_logits(workdir.load(epath.Path(path), -1), ids) for path in (tmp_path / "run", finished))
+    whole, base = (our_logits(loading.load(epath.Path(path), -1), ids) for path in (tmp_path / "run", finished))
     assert np.abs(found - whole).max() <= 1e-4 and np.abs(found - base).max() > 1e-2
 
 
@@ -402,7 +403,7 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
         run.model, [[97]], run.tokenizer, seq_len=LENGTH, max_tokens=40, sampling=Sampling(temperature=0), seed=0
     )[0]  # fmt: skip
     convert.from_hf(str(llama), str(tmp_path / "free"))
-    run = workdir.load(epath.Path(tmp_path / "free"), -1)
+    run = loading.load(epath.Path(tmp_path / "free"), -1)
     with jax.set_mesh(run.mesh):
         made = ask(run)
     end = made[6]
@@ -411,7 +412,7 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, end]}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     convert.from_hf(str(folder), str(tmp_path / "ours"))
-    run = workdir.load(epath.Path(tmp_path / "ours"), -1)
+    run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert run.tokenizer.ends == (256, 299, end)
     with jax.set_mesh(run.mesh):
         assert ask(run) == made[: made.index(end)]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from support.runs import LLAMA, mesh_of, run, tiny
 
-from gptjax.checkpoints.manager import named_leaves
 from gptjax.models.config import padded_vocab
 from gptjax.models.lora import LoraConfig
+from gptjax.parallel.trees import is_param, named_leaves
 from gptjax.training import step as update
-from gptjax.training.optim.optimizers import OptimizerConfig, is_param, muon_dimensions
+from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.optim.optimizers import muon_dimensions
 
 MODEL = dataclasses.replace(LLAMA, qk_norm=False)
 SUMS = {

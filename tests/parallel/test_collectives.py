@@ -8,7 +8,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from support.runs import LLAMA, tiny
 
 from gptjax.models.config import padded_vocab
-from gptjax.parallel import sharding
+from gptjax.parallel import batches, sharding
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.xla import communication as collectives
 from gptjax.parallel.xla import hlo
 from gptjax.training import step as update
@@ -41,7 +42,7 @@ def uncached():
 def compile_on(slices, data, fsdp, tensor):
     """(config, mesh, abstract state, text of the program) of the tiny Llama's step."""
     devices = jax.devices()[: slices * data * fsdp * tensor]
-    mesh = sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor, slices), devices)
+    mesh = make_mesh(MeshConfig(data, fsdp, tensor, slices), devices)
     config = tiny(LLAMA)
     with jax.set_mesh(mesh):
         state = update.abstract_state(config, VOCAB, mesh)
@@ -64,7 +65,7 @@ def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached)
         for layers in (True, False)
     )
     replicas = "+".join(axis for axis in ("slices", "data") if sizes[axis] > 1)
-    stream = 4 * config.batch_size // sharding.row_shards(mesh) * config.seq_len * config.model.embed_dim
+    stream = 4 * config.batch_size // batches.row_shards(mesh) * config.seq_len * config.model.embed_dim
     expected = {}
     if sizes["fsdp"] > 1:
         expected["all-gather", "fsdp"] = 2 * block + table  # a block's again for the backward pass

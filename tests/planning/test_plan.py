@@ -22,7 +22,7 @@ from support.command import DEBUG
 import gptjax
 from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.xla import analysis as compiled
 from gptjax.parallel.xla import communication as collectives
 from gptjax.parallel.xla import flops, hlo

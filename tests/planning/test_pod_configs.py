@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+from gptjax.parallel import hardware
 from gptjax.planning import plan, topology
 from gptjax.training.config import files as config_file
 
@@ -37,7 +38,7 @@ def test_it_fits_and_keeps_its_figures(name, machine, slices, request, monkeypat
     made = plan.plan(config, topology.parse(machine, slices))
     most, least = PODS[name, machine, slices]
     assert made["source"] == "compiled" and made["fits"] and not made["warnings"]
-    assert made["hbm_bytes"] / topology.GIB < most and least < made["mfu_ceiling"] < 1
+    assert made["hbm_bytes"] / hardware.GIB < most and least < made["mfu_ceiling"] < 1
     memory = made["memory"]
     assert memory["arguments"] == pytest.approx(
         sum(memory[part] for part in ("parameters", "optimizer", "batch")), rel=0.1

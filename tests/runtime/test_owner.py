@@ -14,8 +14,9 @@ from etils import epath
 from gptjax.checkpoints import inspection
 from gptjax.data.preparation import prepare as preparation
 from gptjax.errors import Refused
+from gptjax.runtime import distributed
 from gptjax.runtime import lock as owner
-from gptjax.training import workdir
+from gptjax.training import corpus
 from gptjax.training.config.schema import Config
 
 HOLD = """
@@ -43,12 +44,12 @@ def other(tmp_path):
 def test_the_second_is_refused_with_the_first_ones_host_and_process(other, tmp_path):
     folder = epath.Path(tmp_path / "run")
     said = f"{folder} belongs to a run on host {socket.gethostname()}, process {other.pid}: wait"
-    with pytest.raises(Refused, match=re.escape(said)), owner.owned(folder):
+    with pytest.raises(Refused, match=re.escape(said)), distributed.owned(folder):
         pass
     assert json.loads((folder / "owner.json").read_text())["pid"] == other.pid
     other.stdin.close()  # it ends by itself
     other.wait()
-    with owner.owned(folder):
+    with distributed.owned(folder):
         assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
 
 
@@ -57,14 +58,14 @@ def test_the_lock_of_a_killed_run_is_stale(other, tmp_path):
     other.wait()
     folder = epath.Path(tmp_path / "run")
     assert (folder / "owner.json").exists()
-    with owner.owned(folder):
+    with distributed.owned(folder):
         assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
     assert not (folder / "owner.json").exists()
 
 
 def test_a_folder_that_nothing_was_written_to_does_not_stay(tmp_path):
     folder = epath.Path(tmp_path / "new" / "run")
-    with pytest.raises(Refused), owner.owned(folder):
+    with pytest.raises(Refused), distributed.owned(folder):
         assert folder.exists()
         raise Refused("what was found later")
     assert not (tmp_path / "new").exists() and tmp_path.exists()
@@ -74,7 +75,7 @@ def test_where_no_folder_can_be(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(Refused, match="owner.json can't be written"),
-        owner.owned(epath.Path(tmp_path / "file" / "run")),
+        distributed.owned(epath.Path(tmp_path / "file" / "run")),
     ):
         pass
 
@@ -94,11 +95,11 @@ def test_without_locks_an_owner_is_alive_as_long_as_it_beats(tmp_path, monkeypat
 
     thread = threading.Thread(target=beat)
     thread.start()
-    with pytest.raises(Refused, match="on host far, process 7"), owner.owned(folder):
+    with pytest.raises(Refused, match="on host far, process 7"), distributed.owned(folder):
         pass
     stop.set()
     thread.join()
-    with owner.owned(folder):
+    with distributed.owned(folder):
         assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
 
 
@@ -117,7 +118,10 @@ def test_of_two_that_start_together_without_locks_one_is_refused(tmp_path, monke
     monkeypatch.setattr(owner.fcntl, "flock", flock)
     monkeypatch.setattr(owner.time, "sleep", wait)
     monkeypatch.setattr(owner, "beating", lambda folder: False)
-    with pytest.raises(Refused, match="belongs to a run on host far, process 7"), owner.owned(epath.Path(path.parent)):
+    with (
+        pytest.raises(Refused, match="belongs to a run on host far, process 7"),
+        distributed.owned(epath.Path(path.parent)),
+    ):
         pass
     assert json.loads(path.read_text())["pid"] == 7
 
@@ -133,12 +137,12 @@ def test_a_start_on_a_bucket_does_not_ask_for_all_buckets(monkeypatch):
     monkeypatch.setattr(type(folder), "unlink", lambda path, missing_ok: None)
     monkeypatch.setattr(owner, "_lock", lambda *_: None)
     monkeypatch.setattr(preparation, "prepared", refuse)
-    with pytest.raises(Refused, match="the text"), owner.owned(folder):
-        workdir.make_corpus(Config(), folder)
+    with pytest.raises(Refused, match="the text"), distributed.owned(folder):
+        corpus.make_corpus(Config(), folder)
     assert all(path.startswith("gs://bucket/run/") for path in asked), asked
 
 
 def test_nothing_is_pruned_under_a_run(other, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_00000001" / "state").mkdir(parents=True)
     with pytest.raises(Refused, match=f"belongs to a run on host .*, process {other.pid}"):
-        inspection.prune(epath.Path(tmp_path / "run"), 1, dry_run=False)
+        inspection.prune(epath.Path(tmp_path / "run"), 1, dry_run=False, config={}, losses={})

@@ -8,12 +8,12 @@ import numpy as np
 from gptjax.data.stream.mixture import Corpus
 from gptjax.data.stream.stream import Stream
 from gptjax.models.config import ModelConfig
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training import loop as train
 from gptjax.training import step as update
 from gptjax.training.config.schema import Config, resolve
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 GPT2 = ModelConfig(num_layers=2, num_heads=8, embed_dim=64, dropout=0.1)
 LLAMA = ModelConfig(
@@ -46,7 +46,7 @@ def tiny(model: ModelConfig = GPT2, **changes) -> Config:
 
 def mesh_of(*shape: int) -> jax.sharding.Mesh:
     data, fsdp, tensor = shape
-    return sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
 
 
 def data_of(config: Config, store) -> Stream:

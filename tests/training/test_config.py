@@ -10,12 +10,14 @@ from support.runs import mesh_of
 
 import gptjax
 from gptjax.errors import Refused
+from gptjax.models import build
 from gptjax.models.size import flops_per_token, num_parameters
+from gptjax.runtime.files import flatten
 from gptjax.tokenizers.tokenizer import expected_vocab_size
-from gptjax.training import workdir
 from gptjax.training.config import schema as configs
 from gptjax.training.config.files import load, override
-from gptjax.training.config.schema import FREE_KEYS, Config, default, differences, flatten, parse
+from gptjax.training.config.resume import FREE_KEYS, differences
+from gptjax.training.config.schema import Config, default, parse
 
 ROOT = pathlib.Path(gptjax.__file__).parent
 DIAL = ROOT.parent / "configs" / "dial.py"
@@ -193,7 +195,7 @@ def test_config_file(path):
     config = load(str(path), {})
     vocab_size = expected_vocab_size(config.tokenizer)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        model = workdir.abstract_model(config, vocab_size)
+        model = build.abstract_model(config.model, vocab_size, config.seq_len)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert count == num_parameters(config.model, vocab_size, config.seq_len)
     if named := re.search(r"_(\d+)([mb])", path.stem):
@@ -212,7 +214,7 @@ def test_dial(row):
     config = load(f"{DIAL}:{depth:.0f}", {})
     vocab_size = expected_vocab_size(config.tokenizer)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        model = workdir.abstract_model(config, vocab_size)
+        model = build.abstract_model(config.model, vocab_size, config.seq_len)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert (
         count == num_parameters(config.model, vocab_size, config.seq_len) == pytest.approx(parameters * 1e6, rel=0.03)

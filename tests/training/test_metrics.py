@@ -7,8 +7,10 @@ from etils import epath
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gptjax.errors import Failed
-from gptjax.training.monitoring import metrics, writers
-from gptjax.training.monitoring.metrics import Log, peak_flops
+from gptjax.parallel.hardware import peak_flops
+from gptjax.runtime import profiling
+from gptjax.training.monitoring import records
+from gptjax.training.monitoring.metrics import Log
 
 UNWATCHED = SimpleNamespace(see=lambda step, loss, grad_norm: "")
 
@@ -36,7 +38,7 @@ def test_what_is_no_row_is_dropped(tmp_path, line):
     """As a disk that lost power leaves it."""
     path = epath.Path(tmp_path) / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2, "loss": NaN}\n{"step": 3}\n')
-    assert [row["step"] for row in writers.rows_until(path, 2)] == [1, 2]
+    assert [row["step"] for row in records.rows_until(path, 2)] == [1, 2]
 
 
 def test_a_peak_is_known_or_none():
@@ -130,13 +132,13 @@ def test_the_compilation_cache_misses_and_hits(cache):
     program = jax.jit(lambda x: x @ x + 1)
     seen = []
     for _ in range(2):
-        with metrics.compiling() as facts:
+        with profiling.compiling() as facts:
             program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
         seen.append(facts["compilation_cache"])
         jax.clear_caches()
     assert seen == ["miss", "hit"] and facts["compile_seconds"] > 0
     jax.config.update("jax_compilation_cache_dir", None)
-    with metrics.compiling() as facts:
+    with profiling.compiling() as facts:
         program.lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
     assert facts["compilation_cache"] == "off"
 
@@ -144,6 +146,6 @@ def test_the_compilation_cache_misses_and_hits(cache):
 def test_the_memory_that_was_in_use(monkeypatch):
     devices = [SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak}) for peak in (3, 7, 5)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert metrics.measured_bytes() == 7
+    assert profiling.measured_bytes() == 7
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: None)])
-    assert metrics.measured_bytes() is None
+    assert profiling.measured_bytes() is None

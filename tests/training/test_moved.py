@@ -10,7 +10,7 @@ from support.runs import recorded
 from test_run import small
 
 from gptjax.checkpoints.manager import CheckpointConfig
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.training import loop as train
 
 STEPS = 6

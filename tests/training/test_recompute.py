@@ -15,7 +15,7 @@ from gptjax.training import loop as train
 from gptjax.training import step as update
 from gptjax.training.monitoring import sdc as recompute
 from gptjax.training.monitoring.rollback import RecoveryConfig
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 
 def flipped(array: jax.Array, device: int) -> jax.Array:

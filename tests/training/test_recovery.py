@@ -18,15 +18,18 @@ from support.runs import GPT2, LLAMA, data_of, mesh_of, run, tiny
 from test_run import command, environment, losses, rows, small
 
 from gptjax.checkpoints import manifest
-from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints, named_leaves
+from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
 from gptjax.data.stream import stream
 from gptjax.errors import Failed, Preempted, Refused
+from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop as train
 from gptjax.training import step as update
 from gptjax.training.monitoring import rollback as recovery
-from gptjax.training.monitoring.rollback import NOTHING, GoBack, RecoveryConfig, Watch, batch_index, skipping
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.monitoring import skipped_batches
+from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
+from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index
+from gptjax.training.optim.config import OptimizerConfig
 
 # The compiled step
 
@@ -257,10 +260,10 @@ SKIPPED = {"step": 4, "first_batch": 4, "num_batches": 2, "reason": "why"}
 ])  # fmt: skip
 def test_what_a_checkpoint_holds_otherwise_is_refused(tmp_path, found, words):
     with pytest.raises(Refused) as refusal:
-        recovery.check_saved({"recovery": found}, 9, tmp_path)
+        skipped_batches.check_saved({"recovery": found}, 9, tmp_path)
     assert words in str(refusal.value)
     for ledger in ([], [SKIPPED, SKIPPED]):
-        recovery.check_saved({"recovery": {"ledger": ledger, "losses": []}}, 9, tmp_path)
+        skipped_batches.check_saved({"recovery": {"ledger": ledger, "losses": []}}, 9, tmp_path)
 
 
 def test_the_documents_of_a_batch(store):

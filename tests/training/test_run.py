@@ -24,12 +24,13 @@ from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.preparation.prepare import DataConfig
 from gptjax.errors import Preempted, Refused
 from gptjax.models.config import ModelConfig
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel import mesh
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.training import loading, workdir
 from gptjax.training import loop as train
 from gptjax.training import step as update
 from gptjax.training import validation as measuring
-from gptjax.training import workdir
+from gptjax.training.corpus import identity, prepare
 
 STEPS, EVERY = 6, 2
 STEP_ROW = {
@@ -188,12 +189,12 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
     config = small(corpus)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.99))
     folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
-    store = workdir.prepare(config, folder, mesh_of(2, 2, 2))
+    store = prepare(config, folder, mesh_of(2, 2, 2))
     with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: update.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
-        checkpoints.save(7, state, workdir.identity(config, store))
-    run = workdir.load(folder, -1)
+        checkpoints.save(7, state, identity(config, store))
+    run = loading.load(folder, -1)
     assert (run.step, run.config) == (7, config)
     assert (run.model.norm.gain[...] == 2).all() and (state.model.norm.gain[...] == 1).all()
 
@@ -206,14 +207,14 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
 ])  # fmt: skip
 def test_a_run_from_other_devices_finds_a_mesh_here(corpus, changes, shape):
     """Its own on as many; else cut over all of these; else, as 36 does not divide by 8, whole on each."""
-    assert tuple(sharding.sizes(workdir.mesh_that_fits(small(corpus, **changes), 257)).values()) == shape
+    assert tuple(mesh.sizes(loading.mesh_that_fits(small(corpus, **changes), 257)).values()) == shape
 
 
 def test_a_checkpoint_brings_its_tokenizer(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    expected = workdir.load(epath.Path(folder), -1).tokenizer.hash
+    expected = loading.load(epath.Path(folder), -1).tokenizer.hash
     shutil.rmtree(folder / "tokenizer")
-    assert workdir.load(epath.Path(folder), -1).tokenizer.hash == expected
+    assert loading.load(epath.Path(folder), -1).tokenizer.hash == expected
 
 
 def test_another_text_behind_the_same_settings_is_refused(finished, corpus, tmp_path):

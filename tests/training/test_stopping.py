@@ -4,9 +4,11 @@ import shutil
 import pytest
 from support.command import training
 
+from gptjax.checkpoints import retention
 from gptjax.checkpoints import retention as rotation
 from gptjax.errors import Refused
 from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.training.monitoring import records
 from gptjax.training.monitoring.early_stopping import StoppingConfig
 
 
@@ -27,11 +29,11 @@ def test_patience(patience, min_delta, losses, expected):
 
 def test_best():
     losses = {2: 3.0, 4: 1.0, 6: 1.0, 8: float("nan")}
-    assert stopping.best(losses, [2, 4, 6, 8]) == 4
-    assert stopping.best(losses, [2, 6, 8, 10]) == 6
-    assert stopping.best(losses, [8, 10]) == 0
+    assert retention.best(losses, [2, 4, 6, 8]) == 4
+    assert retention.best(losses, [2, 6, 8, 10]) == 6
+    assert retention.best(losses, [8, 10]) == 0
     rows = [{"step": 2, "eval_loss": 3.0}, {"step": 4, "loss": 1.0}, {"step": 6, "eval_loss": 10**400}]
-    assert stopping.evaluations(rows) == {2: 3.0}
+    assert records.evaluations(rows) == {2: 3.0}
 
 
 def test_refused():
@@ -51,7 +53,7 @@ def diverging(corpus):
 
 def losses_of(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return stopping.evaluations(rows)
+    return records.evaluations(rows)
 
 
 def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gptjax_main):

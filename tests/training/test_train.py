@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from support.runs import GPT2, LLAMA, data_of, mesh_of, run, tiny
 
-from gptjax.checkpoints.manager import placed
 from gptjax.errors import Refused
+from gptjax.parallel.trees import placed
 from gptjax.training import loop as train
 from gptjax.training import step as update
-from gptjax.training.optim.optimizers import OPTIMIZERS, OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.optim.optimizers import OPTIMIZERS
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 

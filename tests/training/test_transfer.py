@@ -14,17 +14,19 @@ from etils import epath
 from support.command import training
 from support.runs import mesh_of
 
-from gptjax.checkpoints.manager import Checkpoints, named_leaves
+from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.stream.stream import Stream
 from gptjax.errors import Refused
 from gptjax.evaluation.heldout import eval_step
+from gptjax.parallel.trees import named_leaves
 from gptjax.tokenizers import tokenizer
 from gptjax.training import init_from as transfer
+from gptjax.training import loading
 from gptjax.training import loop as train
 from gptjax.training import step as update
-from gptjax.training import workdir
 from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as configs
+from gptjax.training.config import resume
+from gptjax.training.corpus import identity, open_corpus
 
 STEPS = 6
 # The data, the seed, the schedule and what trains a model otherwise, but not another one, may be new.
@@ -74,8 +76,8 @@ def losses(folder):
 def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(begun, base, others):
     folder, printed = begun
     assert f"beginning with the weights of step 4 of {base}\n" in printed
-    old, config = workdir.load(epath.Path(base), -1), loaded(others)
-    corpus = workdir.open_corpus(config, epath.Path(folder))
+    old, config = loading.load(epath.Path(base), -1), loaded(others)
+    corpus = open_corpus(config, epath.Path(folder))
     with jax.set_mesh(old.mesh):
         data = Stream(corpus, config.phases, config.seq_len, config.seed)
         batch = next(train.train_batches(config, data, old.mesh, 0))
@@ -162,7 +164,7 @@ def with_tokenizer(described):
 
 def test_a_shorter_sequence_takes_the_first_of_learned_positions(base, others, tmp_path):
     config = loaded(others, f"--config.init_from={base}", "--config.seq_len=16")
-    mesh, old = mesh_of(2, 2, 2), workdir.load(epath.Path(base), -1).model
+    mesh, old = mesh_of(2, 2, 2), loading.load(epath.Path(base), -1).model
     with jax.set_mesh(mesh):
         state = transfer.begin(config, 257, mesh)
     assert int(state.step) == 0 and state.model.positions.shape == (16, 64)
@@ -174,11 +176,11 @@ def test_a_shorter_sequence_takes_the_first_of_learned_positions(base, others, t
 def test_an_average_of_weights_is_what_is_begun_with(base, others, tmp_path):
     folder = epath.Path(shutil.copytree(base, tmp_path / "run"))
     config = loaded(others, "--config.optimizer.ema_decay=0.9")
-    corpus, mesh = workdir.open_corpus(config, folder), mesh_of(1, 1, 1)
+    corpus, mesh = open_corpus(config, folder), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: update.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
-        checkpoints.save(7, state, workdir.identity(config, corpus))
+        checkpoints.save(7, state, identity(config, corpus))
         checkpoints.wait()
         found = transfer.begin(loaded(others, f"--config.init_from={folder}"), 257, mesh)
     assert (found.model.norm.gain[...] == 2).all()
@@ -189,7 +191,7 @@ def test_the_config_of_a_run_is_a_config_file(base, others, refused, tmp_path):
     config = config_file.load(str(path), {"num_steps": "9", "init_from": str(base)})
     there = json.loads(path.read_text())
     assert (config.num_steps, config.seq_len, config.model.embed_dim) == (9, 32, 64)
-    assert configs.differences(there, config) == [f"init_from ( there, {base} here)"]
+    assert resume.differences(there, config) == [f"init_from ( there, {base} here)"]
     other = tmp_path / "config.json"
     other.write_text(json.dumps(there | {"sed": 1}))
     command = "train", f"--config={other}", f"--workdir={tmp_path / 'run'}"
@@ -209,7 +211,7 @@ def test_fine_tuning_on_pairs_from_the_command_line(base, tmp_path, gptjax_main)
     assert (code, error) == (0, "") and "beginning with the weights of step 4" in out
     found = losses(tmp_path / "run")
     assert found[4] < found[1]
-    models = [workdir.load(epath.Path(folder), -1).model for folder in (base, tmp_path / "run")]
+    models = [loading.load(epath.Path(folder), -1).model for folder in (base, tmp_path / "run")]
     old, new = map(named_leaves, models)
     changed = {name for name in old if not np.array_equal(old[name], new[name])}
     assert changed == {f"blocks.{name}" for name in ("query", "key", "value", "output", "up", "down")}

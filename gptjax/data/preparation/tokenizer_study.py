@@ -6,34 +6,36 @@ import time
 import numpy as np
 from etils import epath
 
+from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation import prepare
 from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation.prepare import DataConfig
 from gptjax.data.sources.documents import Document
 from gptjax.errors import Failed, Refused
 from gptjax.tokenizers import tokenizer as tokenizers
-from gptjax.training.config.schema import Config
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 
 # Tokenizers are compared on no more held-out text than this, which is read in parts of pieces.BATCH_BYTES.
 COMPARED_BYTES = 64 << 20
 
 
-def train(config: Config, target: epath.Path, workers: int) -> None:
+def train(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, target: epath.Path, workers: int) -> None:
     """Trains the tokenizer of a config on its training documents, and writes it to a folder for `tokenizer.path`.
 
     workers: processes that read the corpus.
 
     Raises: Refused, Failed.
     """
-    tokenizers.check(config.tokenizer)
-    if not config.tokenizer.trained:
+    tokenizers.check(tokenizer)
+    if not tokenizer.trained:
         raise Refused(
-            f'tokenizer.kind={config.tokenizer.kind} with tokenizer.path="{config.tokenizer.path}" leaves nothing to '
+            f'tokenizer.kind={tokenizer.kind} with tokenizer.path="{tokenizer.path}" leaves nothing to '
             "train: set tokenizer.kind=sentencepiece and no path."
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"--target={target} exists and is no empty folder: give another.")
     try:
-        made = tokenizers.train(config.tokenizer, prepare.training_texts(config.data, config.clean, workers), target)
+        made = tokenizers.train(tokenizer, prepare.training_texts(data, clean, workers), target)
     except OSError as error:  # a part of it would be no empty folder
         with contextlib.suppress(OSError):
             target.rmtree()
@@ -43,23 +45,23 @@ def train(config: Config, target: epath.Path, workers: int) -> None:
     print(f"{target}: {made.vocab_size} ids, hash {made.hash[:12]}; use it by --config.tokenizer.path={target}")
 
 
-def compare(config: Config, paths: list[str], workers: int) -> dict:
+def compare(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, paths: list[str], workers: int) -> dict:
     """How tokenizers do on the held-out text of a config's data.
 
     paths: as `tokenizer.existing` takes them; if there are none, the config's own tokenizer is compared, which must
     not be in need of training. They take turns on each part of the text, so that other load falls on all. workers:
     processes that read the corpus.
     """
-    if not paths and config.tokenizer.trained:
+    if not paths and tokenizer.trained:
         raise Refused(
             'tokenizer.path is "" and --tokenizers is not given, so there is nothing to compare: give folders that '
             "gptjax tokenizer train wrote, or the tokenizer folder of a run."
         )
-    tokenizers.check(config.tokenizer)
-    paths = paths or [config.tokenizer.path or "byte"]
+    tokenizers.check(tokenizer)
+    paths = paths or [tokenizer.path or "byte"]
     rows = [_Row(path, tokenizers.existing(path)) for path in paths]
     documents, num_bytes = 0, 0
-    for batch in pieces.batches(prepare.heldout_documents(config.data, config.clean, workers)):
+    for batch in pieces.batches(prepare.heldout_documents(data, clean, workers)):
         documents, num_bytes = documents + len(batch), num_bytes + sum(len(d.text.encode()) for d in batch)
         for row in rows:
             row.add(batch)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.data.batch import Batch, padding
 from gptjax.data.store.store import Split, Store
 from gptjax.data.stream import curriculum, mixture
 from gptjax.data.stream.augment import Augment, AugmentConfig
@@ -26,22 +27,6 @@ from gptjax.data.stream.packing import PackingConfig, Spans, packed
 from gptjax.data.stream.shuffle import shuffled
 from gptjax.errors import Refused, shown
 from gptjax.tokenizers.tokenizer import Tokenizer
-
-
-class Batch(NamedTuple):
-    """Rows of a step; each field is [rows, seq_len], weights float32 and the others int32.
-
-    inputs, targets: tokens, and the tokens that follow them.
-    positions: from 0 at each document's start, and at the window's.
-    segments: number of the document within the window, from 1; 0 is padding.
-    weights: 1 where the target counts, 0 on padding and where it is of a prompt.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
 
 
 class Source(NamedTuple):
@@ -173,11 +158,6 @@ def heldout_batches(store: Store, *, seq_len: int, batch_size: int, rows: np.nda
     after its prompt.
     """
     return _HeldoutBatches(store, seq_len, batch_size, np.asarray(rows))
-
-
-def padding(rows: int, seq_len: int) -> Batch:
-    """Rows of nothing that counts."""
-    return Batch(*(np.zeros((rows, seq_len), np.int32) for _ in range(4)), np.zeros((rows, seq_len), np.float32))
 
 
 class _HeldoutBatches(Sequence):

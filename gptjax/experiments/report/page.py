@@ -20,7 +20,7 @@ from gptjax.errors import Refused, nearest
 from gptjax.experiments.report import charts
 from gptjax.experiments.report.charts import rounded
 from gptjax.experiments.report.runs import Run, differences, median, read
-from gptjax.training import workdir
+from gptjax.runtime import files
 
 HERE = pathlib.Path(__file__).parent
 SAMPLE_CHARS = 4000  # of a run, that are shown
@@ -31,7 +31,7 @@ MAX_ROWS = 300  # of a table
 def write(folders: list[epath.Path], target: epath.Path) -> None:
     """Writes the page over what is there. Raises: Refused."""
     check_target(target)
-    workdir.write_whole(target, page(read(folders)).encode())
+    files.write_whole(target, page(read(folders)).encode())
 
 
 def check_target(target: epath.Path) -> None:

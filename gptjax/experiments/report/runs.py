@@ -8,10 +8,10 @@ from array import array
 from etils import epath
 
 from gptjax.errors import Refused, nearest
-from gptjax.runtime import untrusted
+from gptjax.runtime import files, untrusted
 from gptjax.training import workdir
 from gptjax.training.config import schema as configs
-from gptjax.training.monitoring import status, writers
+from gptjax.training.monitoring import records, status
 
 CURVES = "loss", "eval_loss", "eval_bits_per_byte", "learning_rate", "tokens_per_second", "grad_norm", "mfu"
 SAMPLE_BYTES = 1 << 20  # that are read; what is shown is shorter
@@ -84,7 +84,7 @@ def _read(folder: epath.Path, name: str) -> Run:
             run.samples = untrusted.read(path, SAMPLE_BYTES, "").decode(errors="replace").strip()
         except Refused as refusal:
             run.samples = str(refusal)
-    for row in writers.each_row(folder / "skipped.jsonl"):
+    for row in records.each_row(folder / "skipped.jsonl"):
         run.num_skipped += 1
         run.skipped += [row] if len(run.skipped) < EVENTS else []
     running = any(process["running"] for process in status.status(folder)["processes"])
@@ -100,7 +100,7 @@ def _read(folder: epath.Path, name: str) -> Run:
 
 def _config(folder: epath.Path) -> dict[str, object]:
     try:
-        return configs.flatten(workdir.read_config(folder))
+        return files.flatten(workdir.read_config(folder))
     except Refused:
         return {}
 
@@ -113,7 +113,7 @@ def _read_rows(run: Run) -> None:
     """Reads metrics.jsonl row by row, so that of a million rows only the numbers of the curves stay."""
     before, first_time, last_time = 0, None, None
     steps = starting = blocked = 0.0
-    for row in writers.each_row(run.folder / "metrics.jsonl"):
+    for row in records.each_row(run.folder / "metrics.jsonl"):
         step = row["step"]
         if not 0 <= step < 1 << 62:
             continue
@@ -155,7 +155,7 @@ def differences(runs: list[Run]) -> list[tuple[str, list]]:
 
     A key that an older config lacks has its default, as when the run goes on.
     """
-    defaults = configs.flatten(configs.default())
+    defaults = files.flatten(configs.default())
     columns = [defaults | run.config if run.config else {} for run in runs]
     columns = [defaults, *columns] if len(runs) == 1 else columns
     told = [column for column in columns if column]

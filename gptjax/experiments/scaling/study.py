@@ -12,12 +12,13 @@ from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused
 from gptjax.experiments.scaling import laws
 from gptjax.experiments.scaling.laws import Point, Scaling
 from gptjax.models.size import flops_per_token
+from gptjax.runtime import files
 from gptjax.runtime import subprocesses as child
 from gptjax.tokenizers import tokenizer
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
 from gptjax.training.config.schema import Config
-from gptjax.training.monitoring import writers
+from gptjax.training.monitoring import records
 
 MIN_STEPS = 10
 
@@ -103,7 +104,7 @@ def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> l
     if code:
         kind = {2: Refused, TRY_AGAIN: Preempted}.get(code, Failed)
         raise kind(f"The run in {folder} ended with exit code {code}" + "." * (kind is not Preempted))
-    return writers.rows_until(folder / "metrics.jsonl", sys.maxsize)
+    return records.rows_until(folder / "metrics.jsonl", sys.maxsize)
 
 
 def result(rows: list[dict], step: int) -> float:
@@ -120,7 +121,7 @@ def measured(trial: Trial, folder: epath.Path, overrides: dict[str, str]) -> Poi
     there = folder / "config.json"
     loss = math.nan
     if there.exists() and dataclasses.asdict(trial.config) == workdir.read_config(folder):
-        loss = result(writers.rows_until(folder / "metrics.jsonl", sys.maxsize), trial.config.num_steps)
+        loss = result(records.rows_until(folder / "metrics.jsonl", sys.maxsize), trial.config.num_steps)
     if math.isnan(loss):
         loss = result(run_in(folder, trial.config_path, overrides), trial.config.num_steps)
     if math.isnan(loss):
@@ -144,7 +145,7 @@ def scale(
         cost = f"{trial.flops_per_token / 6:.3g} parameters, {trial.tokens:.3g} tokens"
         print(f"run {number} of {len(trials)}: {trial.name}: {cost}", file=sys.stderr, flush=True)
         points.append(measured(trial, folder / "runs" / trial.name, overrides))
-    workdir.write_whole(folder / "points.json", (json.dumps([p._asdict() for p in points], indent=1) + "\n").encode())
+    files.write_whole(folder / "points.json", (json.dumps([p._asdict() for p in points], indent=1) + "\n").encode())
     return points
 
 

@@ -19,14 +19,13 @@ from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, one_line
 from gptjax.experiments.sweep import plot as picture
 from gptjax.experiments.sweep import space, table
 from gptjax.experiments.sweep.trials import busy, evaluations
+from gptjax.runtime import files, untrusted
 from gptjax.runtime import lock as owner
 from gptjax.runtime import optional as extra
 from gptjax.runtime import subprocesses as child
-from gptjax.runtime import untrusted
 from gptjax.runtime.subprocesses import GRACE_SECONDS, Process
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as configs
 
 SECONDS = 0.5  # from one look at the trials to the next
 STARTUP = 5  # trials at random before a sampler trusts what it knows, and complete ones before a pruner does
@@ -59,14 +58,14 @@ class Sweep:
         """Raises: Refused, for a config, space or folder that can't be used."""
         self.config_path, self.overrides, self.space_path = config_path, overrides, space_path
         self.config = config_file.load(config_path, overrides)
-        self.values = configs.flatten(dataclasses.asdict(self.config))
+        self.values = files.flatten(dataclasses.asdict(self.config))
         self.space = space.load(space_path)
         if both := sorted(overrides.keys() & self.space.keys()):
             raise Refused(f"--config.{both[0]}={overrides[both[0]]} and {space_path} both set {both[0]}: take one out.")
         if "://" in folder:
             raise Refused(f"--workdir={folder} is no local folder, and the SQLite file of a sweep needs one: give one.")
         self.folder = folder = pathlib.Path(folder)
-        workdir.check_writable(epath.Path(folder))
+        files.check_writable(epath.Path(folder))
         others = sorted({path.name for path in folder.iterdir()} - BEFORE) if folder.is_dir() else []
         if others and not (folder / "sweep.json").exists():
             raise Refused(
@@ -93,7 +92,7 @@ class Sweep:
             self._check_same()
             with child.asked_to_stop() as self._asked:
                 self._prepare()
-                workdir.write_whole(epath.Path(self.folder) / "sweep.json", self._described())
+                files.write_whole(epath.Path(self.folder) / "sweep.json", self._described())
                 self._open(sampler, pruner)
                 self._loop()
         print(table.text(self.study.get_trials(), list(self.space)))

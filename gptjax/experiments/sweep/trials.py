@@ -6,12 +6,12 @@ from etils import epath
 
 from gptjax.errors import Refused
 from gptjax.runtime import lock as owner
-from gptjax.training.monitoring import writers
+from gptjax.training.monitoring import records
 
 
 def evaluations(folder: pathlib.Path) -> list[tuple[int, float | None]]:
     """(step, held-out loss) of the evaluations that a run in a folder has done; None for one that failed."""
-    rows = writers.each_row(epath.Path(folder) / "metrics.jsonl")
+    rows = records.each_row(epath.Path(folder) / "metrics.jsonl")
     found = [(row["step"], row.get("eval_loss")) for row in rows if "eval_loss" in row or "eval_error" in row]
     return [(step, loss if type(loss) is float else None) for step, loss in found]
 

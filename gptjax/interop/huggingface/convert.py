@@ -18,19 +18,22 @@ import numpy as np
 from etils import epath
 
 from gptjax.checkpoints import chunked as piecewise
-from gptjax.checkpoints.manager import Checkpoints, named_leaves
+from gptjax.checkpoints.manager import Checkpoints
 from gptjax.checkpoints.retention import at
 from gptjax.errors import Failed, Refused
 from gptjax.interop.huggingface import config as architectures
 from gptjax.interop.huggingface import safetensors
 from gptjax.interop.huggingface import tokenizer as carried
 from gptjax.interop.huggingface import weights as layout
+from gptjax.models import build
 from gptjax.models.lora import Adapters, LoraConfig
 from gptjax.models.size import num_parameters
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel import mesh
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.parallel.trees import named_leaves
+from gptjax.runtime.files import check_writable
 from gptjax.tokenizers import tokenizer
-from gptjax.training import workdir
+from gptjax.training import loading, workdir
 from gptjax.training.config import schema as configs
 from gptjax.training.config.schema import Config
 
@@ -95,11 +98,11 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
     target = _local("--target", target)
     workdir.read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = workdir.chosen(checkpoints, folder, step)
+        step = loading.chosen(checkpoints, folder, step)
         saved = checkpoints.run(step)
         config = configs.parse(saved["config"])
         family = architectures.family_of(config.model)
-        known = workdir.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
+        known = loading.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
         files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
         shapes, adapters = _shapes(config, known.vocab_size), _adapters(config, known.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
@@ -158,16 +161,22 @@ KINDS = {
 
 def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of each array of a model, by name."""
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
-        return {name: leaf.shape for name, leaf in named_leaves(workdir.abstract_model(config, vocab_size)).items()}
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        return {
+            name: leaf.shape
+            for name, leaf in named_leaves(build.abstract_model(config.model, vocab_size, config.seq_len)).items()
+        }
 
 
 def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of LoRA's two sides of each matrix, by its name; of a model without, none."""
     if not config.lora.rank:
         return {}
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])):
-        made = jax.eval_shape(lambda model: Adapters(model, config.lora, 0), workdir.abstract_model(config, vocab_size))
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        made = jax.eval_shape(
+            lambda model: Adapters(model, config.lora, 0),
+            build.abstract_model(config.model, vocab_size, config.seq_len),
+        )
         return {name: leaf.shape for name, leaf in named_leaves(made).items()}
 
 
@@ -212,7 +221,7 @@ def _new_folder(flag: str, target: epath.Path) -> Iterator[epath.Path]:
 
     Raises: Refused, where the name is taken; Failed, for a disk that can't be written.
     """
-    workdir.check_writable(target, flag)
+    check_writable(target, flag)
     if target.exists() and any(target.iterdir()):
         raise Refused(f"{flag}={target} is not empty: give a new folder.")
     beside = target.with_name(f"{target.name}.partial")

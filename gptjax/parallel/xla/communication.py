@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax.parallel import sharding
+from gptjax.parallel.mesh import num_slices, slice_index
 from gptjax.parallel.xla import hlo
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -38,8 +38,8 @@ def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collecti
     if mesh.size == 1:
         return []
     devices = list(mesh.devices.flat)
-    slices = sharding.num_slices(devices)
-    places = [sharding.slice_index(device) for device in devices]
+    slices = num_slices(devices)
+    places = [slice_index(device) for device in devices]
     try:
         return collectives(hlo.parse(step.as_text()), numbering(mesh, slices), places, slices)
     except (jax.errors.JaxRuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

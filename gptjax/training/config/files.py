@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from gptjax.errors import Refused, nearest
 from gptjax.runtime import untrusted
-from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, flatten, parse
+from gptjax.runtime.files import flatten
+from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, parse
 
 
 def split(path: str) -> tuple[str, list[str]]:

@@ -27,9 +27,10 @@ from gptjax.models import lora
 from gptjax.models.config import ModelConfig
 from gptjax.models.lora import LoraConfig
 from gptjax.models.loss import LossConfig
-from gptjax.parallel import sharding
-from gptjax.parallel.sharding import MeshConfig
+from gptjax.parallel import batches
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.xla import options as compiler
+from gptjax.runtime.files import flatten
 from gptjax.runtime.watchdog import WatchdogConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
 from gptjax.training.monitoring import early_stopping as stopping
@@ -37,7 +38,7 @@ from gptjax.training.monitoring import rollback as recovery
 from gptjax.training.monitoring.early_stopping import StoppingConfig
 from gptjax.training.monitoring.rollback import RecoveryConfig
 from gptjax.training.optim import optimizers as optimizer
-from gptjax.training.optim.optimizers import OptimizerConfig
+from gptjax.training.optim.config import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +100,6 @@ class Config:
         )
 
 
-# What a run may change when it goes on: neither the parameters, nor the optimizer's state, nor which tokens a step
-# sees depends on these. A section stands for all its keys.
-FREE_KEYS = (
-    "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
-    "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks",
-    "stopping", "recovery", "watchdog", "model.dropout", "model.remat", "model.scan_unroll", "model.dtype",
-    "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps",
-    "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
-    "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
-    "optimizer.offload", "data.store",
-)  # fmt: skip
-
 # What runs of earlier versions name in their config.json, and what never changed which function is computed: passed
 # over there, so that their checkpoints stay readable.
 RETIRED_KEYS = ("model.isolate_products",)
@@ -121,15 +110,6 @@ MAX_JSON_BYTES = 1 << 20  # of a config.json
 def default() -> ConfigDict:
     """The defaults as a ConfigDict that knows its keys and their types."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def flatten(config, prefix: str = "") -> dict[str, object]:
-    """Nested keys as dotted ones: {"model.num_layers": 6, …}."""
-    flat = {}
-    for key, value in config.items():
-        nested = isinstance(value, (dict, ConfigDict))
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 def parse(config) -> Config:
@@ -256,7 +236,7 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
-    shards = sharding.row_shards(mesh)
+    shards = batches.row_shards(mesh)
     if config.micro_batch_size % shards:
         raise Refused(
             f"A micro-batch of {config.micro_batch_size} sequences (batch_size={config.batch_size} / "
@@ -272,25 +252,3 @@ def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def differences(old: dict, new: Config) -> list[str]:
-    """Keys that a run must not change when it goes on, as `key (old there, new here)`.
-
-    Args:
-      old: the resolved config that the run was started with, as a dict.
-    """
-
-    def bound(key: str) -> bool:
-        return not any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *RETIRED_KEYS))
-
-    # What a run of an earlier version does not name had no effect on it, and that is what a default is.
-    old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
-    # One average of the weights is kept or none; how fast it moves is free.
-    for flat in (old, new):
-        flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
-    return [
-        f"{key} ({old.get(key, 'not set')} there, {new.get(key, 'not set')} here)"
-        for key in sorted(old.keys() | new.keys())
-        if bound(key) and old.get(key) != new.get(key)
-    ]

@@ -6,7 +6,7 @@ that was killed, whenever it was, ends at the same step, and nothing has to be t
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from gptjax.errors import Refused
 
@@ -24,17 +24,6 @@ def check(config: StoppingConfig) -> None:
     for key in ("patience", "min_delta"):
         if getattr(config, key) < 0:
             raise Refused(f"stopping.{key}={getattr(config, key)} must not be negative.")
-
-
-def evaluations(rows: Iterable[Mapping]) -> dict[int, float]:
-    """The held-out loss by step, of the rows of metrics.jsonl."""
-    return {row["step"]: row["eval_loss"] for row in rows if type(row.get("eval_loss")) is float}
-
-
-def best(losses: Mapping[int, float], steps: Iterable[int]) -> int:
-    """Of these steps the first with the lowest loss; 0 where none was evaluated."""
-    known = {step: losses[step] for step in sorted(steps) if step in losses and math.isfinite(losses[step])}
-    return min(known, key=known.get, default=0)
 
 
 def told(config: StoppingConfig) -> str:

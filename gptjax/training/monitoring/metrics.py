@@ -1,10 +1,7 @@
 """What a run tells: throughput, utilization, and the rows of its steps and evaluations."""
 
-import collections
 import contextlib
 import math
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -13,79 +10,8 @@ from etils import epath
 
 from gptjax.runtime import distributed as hosts
 from gptjax.runtime import heartbeat
-from gptjax.training.monitoring import early_stopping as stopping
+from gptjax.training.monitoring import records
 from gptjax.training.monitoring.writers import Writers
-
-# Dense bfloat16 FLOP/s of one device as JAX counts devices, by `device_kind`. TPUs: Google Cloud's "System
-# architecture" page of each version (a TPU7x chip of 2307 TFLOP/s is two devices); NVIDIA: the data sheet of each card,
-# which gives twice these figures, with sparsity.
-PEAK_BF16_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-
-
-def peak_flops(devices, dtype: str) -> float | None:
-    """FLOP/s of all the devices together; None where it is not known, and for other dtypes than bfloat16."""
-    peak = PEAK_BF16_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
-    return peak and peak * len(devices)
-
-
-@contextlib.contextmanager
-def compiling():
-    """Around a compilation. Yields a dict that has compile_seconds and compilation_cache at the end of the block.
-
-    The cache is JAX's persistent one: `hit`, `miss`, or `off`.
-    """
-    events, facts, began = collections.Counter(), {}, time.perf_counter()
-    count = lambda event, **_: events.update([event.rpartition("/")[2]])
-    jax.monitoring.register_event_listener(count)
-    try:
-        yield facts
-    finally:
-        jax.monitoring.unregister_event_listener(count)
-    asked, hits = events["compile_requests_use_cache"], events["cache_hits"]
-    facts["compile_seconds"] = time.perf_counter() - began
-    used = asked and jax.config.jax_compilation_cache_dir
-    facts["compilation_cache"] = "off" if not used else "hit" if hits == asked else "miss"
-
-
-def measured_bytes() -> int | None:
-    """The most that has been in use on one of this process's devices; None where the platform does not say."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
-
-
-@contextlib.contextmanager
-def trace(folder: epath.Path):
-    """Records what process 0 and its devices do in the block, for XProf or TensorBoard, into `folder`."""
-    if not hosts.first():
-        yield
-        return
-    with tempfile.TemporaryDirectory() as local:  # the profiler knows no gs://
-        with jax.profiler.trace(local):
-            yield
-        for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
-            target = folder / file.relative_to(local)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(file).copy(target)
 
 
 def _of_task(key: str) -> bool:
@@ -122,7 +48,7 @@ class Log:
         self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
         self._writers = Writers(workdir, start, bar, tracker) if hosts.first() else None
         rows = self._writers.rows if hosts.first() else []
-        self.losses = dict(hosts.exchange([*stopping.evaluations(rows).items()])[0])  # on held-out text, by step
+        self.losses = dict(hosts.exchange([*records.evaluations(rows).items()])[0])  # on held-out text, by step
         self.scored = set(hosts.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
 
     def __enter__(self):

@@ -9,8 +9,8 @@ import socket
 import jax
 import numpy as np
 
-from gptjax.checkpoints.manager import named_leaves
 from gptjax.errors import Failed
+from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed as hosts
 
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, untrusted
-from gptjax.training.monitoring import writers
+from gptjax.training.monitoring import records
 
 MAX_BYTES = 1 << 16  # of a beat
 FRESH_SECONDS = 60.0  # how old the beat of a process of another machine may be; on gs:// there is one in ten seconds
@@ -58,7 +58,7 @@ def _slowest(running: list[dict]) -> dict | None:
 def _last_step(path: epath.Path) -> int | None:
     steps = []
     with contextlib.suppress(Exception):  # of whatever file system: it tells what it can
-        for row in writers.each_row(path):
+        for row in records.each_row(path):
             steps.append(row["step"])
     return max(steps, default=None)
 

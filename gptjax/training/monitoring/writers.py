@@ -4,12 +4,12 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from etils import epath
 
-from gptjax.errors import Refused
-from gptjax.runtime import heartbeat, untrusted
+from gptjax.runtime import heartbeat
+from gptjax.training.monitoring.records import rows_until
 
 # Where torch is installed tensorboardX imports it, which takes two seconds of each start, for nothing that is used here;
 # None is how Python says that a module can't be had.
@@ -22,7 +22,6 @@ from tensorboardX.record_writer import directory_check  # noqa: E402
 if TORCH is None:
     del sys.modules["torch"]
 
-MAX_ROW_BYTES = 1 << 20  # what is longer is no row
 FLUSH_SECONDS = 120  # between flushes of the event file, and of metrics.jsonl on gs://, where each sends it whole
 
 
@@ -138,23 +137,3 @@ class Board:
 
     def close(self) -> None:
         self._events.close()
-
-
-def rows_until(path: epath.Path, start: int) -> list[dict]:
-    """The rows of metrics.jsonl up to step `start`: a run that goes on from there writes the later ones again.
-
-    A last line that a kill cut short is dropped with them, and so is what is no row.
-    """
-    return [row for row in each_row(path) if row["step"] <= start]
-
-
-def each_row(path: epath.Path) -> Iterator[dict]:
-    """The rows of metrics.jsonl, one after the other; what is no row with a step is left out."""
-    if not untrusted.is_file(path):
-        return
-    with untrusted.opened(path) as file:
-        while line := file.readline(MAX_ROW_BYTES):
-            with contextlib.suppress(Refused):
-                row = untrusted.json_object(line, path, "it is dropped")
-                if type(row.get("step")) is int:
-                    yield row

@@ -1,35 +1,12 @@
 """Optax optimizers, learning-rate schedules, and the masks that tell weights from gains and biases."""
 
-import dataclasses
-
 import jax
 import optax
-from flax import nnx
 
 from gptjax.errors import Refused
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How gradients become updates."""
-
-    name: str = "adamw"
-    peak_learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2  # share of num_steps over which `wsd` goes down at the end
-    final_fraction: float = 0.1  # of the peak, where cosine, linear and wsd end
-    weight_decay: float = 0.1
-    beta1: float = 0.9  # muon: its momentum, and Adam's where Adam serves
-    beta2: float = 0.95  # not of adafactor, whose second moment forgets by a rule of its own
-    eps: float = 1e-8  # of adamw
-    clip_norm: float = 1.0  # of the global gradient; 0 is off
-    ema_decay: float = 0.0  # of an average of the weights that evaluation and generation use; 0 is off
-    state_dtype: str = "float32"  # of the moments between updates; bfloat16 halves them and forgets what moves slowly
-    offload: bool = False  # the moments wait in host memory between updates
-
-
-STATE_DTYPES = ("float32", "bfloat16")
+from gptjax.parallel.trees import is_param
+from gptjax.training.optim.config import STATE_DTYPES, OptimizerConfig
+from gptjax.training.optim.schedules import SCHEDULES, learning_rate
 
 
 def check(config: OptimizerConfig, num_steps: int) -> None:
@@ -48,41 +25,6 @@ def check(config: OptimizerConfig, num_steps: int) -> None:
             raise Refused(f"optimizer.{key}={getattr(config, key)} must not be negative.")
     if config.warmup_steps > num_steps:
         raise Refused(f"optimizer.warmup_steps={config.warmup_steps} is more than num_steps={num_steps}: lower it.")
-
-
-def wsd(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
-    """Warmup, stable, decay (Hu et al. 2024, MiniCPM, section 4): flat, then a straight line down."""
-    down = max(1, round(config.decay_fraction * (steps + config.warmup_steps)))
-    return optax.linear_schedule(peak, final, down, transition_begin=max(0, steps - down))
-
-
-def inverse_sqrt(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
-    """peak · √(warmup / step) (Vaswani et al. 2017, section 5.3)."""
-    warmup = max(1, config.warmup_steps)
-    return lambda step: peak * (warmup / (step + warmup)) ** 0.5
-
-
-# What follows the warmup: (peak, final, steps after the warmup, config) → schedule of the steps since then.
-SCHEDULES = {
-    "constant": lambda peak, final, steps, config: optax.constant_schedule(peak),
-    "cosine": lambda peak, final, steps, config: optax.cosine_decay_schedule(peak, steps, final / peak),
-    "linear": lambda peak, final, steps, config: optax.linear_schedule(peak, final, steps),
-    "wsd": wsd,
-    "inverse_sqrt": inverse_sqrt,
-}
-
-
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Completed updates → the next update's rate: a straight line up to the peak, then the schedule's shape."""
-    peak = config.peak_learning_rate or 1e-30  # a rate of 0 is asked for to freeze a model; cosine divides by it
-    warmup = config.warmup_steps
-    after = SCHEDULES[config.schedule](peak, peak * config.final_fraction, max(1, num_steps - warmup), config)
-    joined = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
-    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last one the final rate
-
-
-def is_param(leaf) -> bool:
-    return isinstance(leaf, nnx.Param)
 
 
 def decays(model) -> object:

@@ -1,0 +1,81 @@
+"""The command `gptjax data`."""
+
+import argparse
+import json
+
+from gptjax.errors import Failed, Refused
+
+
+def _check_workers(args: argparse.Namespace) -> None:
+    if args.workers < 1:
+        raise Refused(f"--workers={args.workers} must be at least 1.")
+
+
+def data(args: argparse.Namespace) -> None:
+    from gptjax.runtime import supervisor as lifeline
+
+    with lifeline.alive():
+        {"prepare": prepare, "show": show, "stats": stats}[args.action](args)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from etils import epath
+
+    from gptjax.data.preparation.prepare import prepare
+    from gptjax.runtime import heartbeat
+    from gptjax.training.config import files as config_file
+
+    loaded = config_file.load(args.config, args.overrides)
+    _check_workers(args)
+    if bool(args.workdir) == bool(loaded.data.store):
+        raise Refused(
+            f'--workdir is "{args.workdir}" and data.store is "{loaded.data.store}": give one of them, which says '
+            "where the store is to be."
+        )
+    folder = epath.Path(loaded.data.store or epath.Path(args.workdir) / "store")
+    with heartbeat.phase("preparing data"):
+        store = prepare(loaded.data, loaded.tokenizer, folder, args.workers, loaded.clean)
+    for name, split in store.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens")
+
+
+def show(args: argparse.Namespace) -> None:
+    import jax
+    from etils import epath
+
+    from gptjax.training import batch_audit as audit
+    from gptjax.training.config import files as config_file
+
+    jax.config.update("jax_platforms", "cpu")  # the accelerator may be a run's
+    folder = epath.Path(args.workdir) if "workdir" in args else None
+    print(audit.show(config_file.load(args.config, args.overrides), folder, args.step, args.row))
+
+
+def stats(args: argparse.Namespace) -> None:
+    from etils import epath
+
+    from gptjax.data.store.store import Store
+    from gptjax.runtime import optional as extra
+    from gptjax.training.config import files as config_file
+
+    where = args.store or args.config and config_file.load(args.config, args.overrides).data.store
+    if not where or bool(args.store) == bool(args.config):
+        raise Refused("Give --store=DIR, such as WORKDIR/store, or a --config that has data.store.")
+    store = Store.open(epath.Path(where))
+    stats, picture = (
+        extra.package(f"gptjax.data.store.{name}", "gptjax data stats") for name in ("stats", "stats_plot")
+    )
+    target = epath.Path(args.target or store.folder / "stats")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--target={target} can't be made ({error.strerror}): give another folder.") from error
+    found = stats.stats(store)
+    try:
+        (target / "stats.json").write_text(json.dumps(found, indent=1) + "\n")
+        picture.draw(found, target / "stats.png")
+    except OSError as error:
+        raise Failed(
+            f"{target} can't be written ({error.strerror or error}): make room, or give another folder in --target."
+        ) from error
+    print(f"wrote {target}/stats.json and {target}/stats.png")

@@ -1,0 +1,13 @@
+"""The command `gptjax report`."""
+
+import argparse
+
+
+def report(args: argparse.Namespace) -> None:
+    from etils import epath
+
+    from gptjax.runtime import optional as extra
+
+    page = extra.package("gptjax.experiments.report.page", "gptjax report", "report")
+    page.write([epath.Path(folder) for folder in args.workdirs], epath.Path(args.target))
+    print(f"wrote {args.target}")

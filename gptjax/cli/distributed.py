@@ -1,0 +1,22 @@
+"""Joins the processes of a run before JAX looks for devices."""
+
+import argparse
+
+
+def join(args: argparse.Namespace, facts: dict, silence: float = 0) -> None:
+    """Joins the other processes of the run, and keeps its compiled programs in its workdir.
+
+    Args:
+      facts: what all processes must agree on besides the flags, by name.
+      silence: as in `hosts.join`.
+    """
+    import jax
+
+    from gptjax.runtime import distributed as hosts
+
+    given = {name: getattr(args, name) for name in hosts.FLAGS if getattr(args, name) is not None}
+    own = (*hosts.FLAGS, "function", "overrides", "config")
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in own}
+    hosts.join(given, facts | flags, args.coordinator_timeout, silence)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", f"{args.workdir}/compiled")

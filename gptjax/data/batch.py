@@ -1,0 +1,26 @@
+"""One batch of token rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """Rows of a step; each field is [rows, seq_len], weights float32 and the others int32.
+
+    inputs, targets: tokens, and the tokens that follow them.
+    positions: from 0 at each document's start, and at the window's.
+    segments: number of the document within the window, from 1; 0 is padding.
+    weights: 1 where the target counts, 0 on padding and where it is of a prompt.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    weights: np.ndarray
+
+
+def padding(rows: int, seq_len: int) -> Batch:
+    """Rows of nothing that counts."""
+    return Batch(*(np.zeros((rows, seq_len), np.int32) for _ in range(4)), np.zeros((rows, seq_len), np.float32))

@@ -1,0 +1,66 @@
+"""Collectives of the model, each written out inside `shard_map`."""
+
+import jax
+from flax import nnx
+
+from gptjax.parallel.sharding import _cut_here, mesh_axes, spec
+
+
+def manual(function, *names: str):
+    """`function` on each device's shard of its arguments, which are cut as their types say.
+
+    Args:
+      names: of each result, the logical names of its dimensions, in one string.
+    """
+    outs = tuple(spec(*result.split()) for result in names)
+    return jax.shard_map(function, out_specs=outs if len(outs) > 1 else outs[0])
+
+
+def gather(weight: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Inside `manual`: a stored weight as it is used, in the compute dtype, whole over `fsdp`, still cut over `tensor`.
+
+    This is the all-gather of fully-sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020, section 5.3), of the
+    compute dtype's bytes; its transpose reduce-scatters the gradient over `fsdp` and then sums the shards over the
+    replicas. A scan over layers has taken the leading axis off.
+    """
+    array = varying(weight[...].astype(dtype), "slices", "data")
+    for dimension, name in enumerate(weight.axes[-array.ndim :]):
+        if name == "embed":
+            for axis in reversed(_cut_here(*mesh_axes(name))):
+                array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
+    return array
+
+
+def gather_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
+    """Inside `manual`: activations that are cut along `sequence`, whole; its transpose is `reduce_sequence`."""
+    (axis,) = spec(sequence)
+    return jax.lax.all_gather(x_BTD, axis, axis=1, tiled=True) if axis else x_BTD
+
+
+def reduce_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
+    """Inside `manual`: partial sums over `tensor`, added up; each device keeps its part of the sequence, or all."""
+    (axis,) = spec(sequence)
+    return jax.lax.psum_scatter(x_BTD, axis, scatter_dimension=1, tiled=True) if axis else summed(x_BTD, "tensor")
+
+
+def summed(x, *axes: str):
+    """Inside `manual`: the sum over these mesh axes, of a tree of arrays that differ along them."""
+    axes = _cut_here(*axes)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def largest(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `manual`: the largest value over these mesh axes."""
+    axes = _cut_here(*axes)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def varying(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `manual`: the same, taken to differ along these mesh axes, so that its gradient is summed over them."""
+    axes = _cut_here(*axes)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def index(axis: str) -> jax.Array | int:
+    """Inside `manual`: where this device stands along a mesh axis."""
+    return jax.lax.axis_index(axis) if _cut_here(axis) else 0

@@ -1,0 +1,114 @@
+"""The device mesh: its axes, their sizes, and which devices are neighbours."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from gptjax.errors import Refused
+
+# `ring` is a part of full sharding: the third side of a torus (see `ring_size`), 1 elsewhere.
+AXES = ("slices", "data", "fsdp", "ring", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, which takes what the others leave."""
+
+    data: int = 1  # replicas of the whole model
+    fsdp: int = -1  # weights, gradients and optimizer state cut over this many devices, gathered for use
+    tensor: int = 1  # heads, MLP, vocabulary and the sequence between blocks cut over this many devices
+    slices: int = 0  # replicas joined by the data-centre network; 0: as many as the TPU slices, 1 on other devices
+
+
+def num_slices(devices: list[jax.Device]) -> int:
+    """TPU slices among the devices. GPUs have a slice index too, one a host: that is no reason to replicate."""
+    return len({slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def slice_index(device: jax.Device) -> int:
+    return getattr(device, "slice_index", None) or 0  # a single slice has none
+
+
+def mesh_shape(config: MeshConfig, num_devices: int, tpu_slices: int) -> tuple[int, int, int, int]:
+    """The sizes of (slices, data, fsdp, tensor) on `num_devices` in `tpu_slices`, with 0 and -1 filled in.
+
+    Raises:
+      Refused: more than one -1, a size below 1, a product other than the number of devices, or other slices than
+        they are in.
+    """
+    sizes = {"slices": config.slices or tpu_slices} | {
+        axis: getattr(config, axis) for axis in ("data", "fsdp", "tensor")
+    }
+    shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise Refused(f"mesh.{axis}={size} is no size: give at least 1, or -1 for what the other axes leave.")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise Refused(f"Only one mesh axis may be -1, but {' and '.join('mesh.' + a for a in open_axes)} are.")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and num_devices % taken == 0:
+        sizes[open_axes[0]] = num_devices // taken
+    elif open_axes or taken != num_devices:
+        raise Refused(
+            f"{shown} asks for {'a multiple of ' if open_axes else ''}{taken} devices, but there are "
+            f"{num_devices}: change a size, or set one to -1 to take what is left."
+        )
+    if tpu_slices > 1 and sizes["slices"] != tpu_slices:
+        raise Refused(
+            f"mesh.slices={sizes['slices']}, but the devices are {tpu_slices} TPU slices: set it to {tpu_slices}, or "
+            "to 0."
+        )
+    return tuple(sizes.values())
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh over these devices: slices outermost, and within one the order of the hardware's links.
+
+    Raises:
+      Refused: sizes that do not make up the devices, or other slices than they have.
+    """
+    found = num_slices(devices)
+    slices, *inside = mesh_shape(config, len(devices), found)
+    devices = sorted(devices, key=slice_index) if found > 1 else devices
+    order = np.stack([linked(inside, list(group)) for group in np.array(devices).reshape(slices, -1)])
+    ring = ring_size(order[0, 0, :, 0])
+    data, fsdp, tensor = inside
+    order = order.reshape(slices, data, fsdp // ring, ring, tensor)
+    return jax.sharding.Mesh(order, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def ring_size(devices: np.ndarray) -> int:
+    """Of devices that share a model, how many make up one side of the torus, if they fill all three sides of one.
+
+    For a whole three-dimensional torus XLA makes an all-gather of an all-reduce, at twice the bytes; along one side and
+    then along the other two it gathers (benchmarks/NOTES.md, Collectives).
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    places = np.array([device.coords for device in devices])
+    sides = [len(set(places[:, side])) for side in range(3)]
+    if min(sides) == 1 or math.prod(sides) != len(devices):
+        return 1
+    side = np.argmax(places[1] != places[0])
+    rows = places.reshape(-1, sides[side], 3)
+    others = np.delete(rows, side, axis=-1)
+    return sides[side] if (others == others[:, :1]).all() else 1
+
+
+def sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """A mesh's axes as the config has them: `ring` is a part of `fsdp`."""
+    shape = dict(mesh.shape)
+    ring = shape.pop("ring")
+    return shape | {"fsdp": shape["fsdp"] * ring}
+
+
+def linked(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """One slice's devices in this shape, its last axis on the shortest rings that there are."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis that is no product of whole physical ones
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -1,0 +1,32 @@
+"""Trees of arrays: names, placement, and what is a parameter."""
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def named_leaves(tree) -> dict:
+    """A tree's leaves by path: {"model.blocks.query": leaf, …}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
+    }
+
+
+def placed(shapes, mesh: jax.sharding.Mesh):
+    """Of an abstract tree: the same on the devices of `mesh`; a leaf without a sharding is whole on each."""
+
+    def put(leaf):
+        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, shapes)
+
+
+def is_param(leaf) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def put(array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds whole, over devices that may be of several processes."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

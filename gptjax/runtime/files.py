@@ -1,0 +1,48 @@
+"""Small files: replaced whole or not at all, and flat views of what JSON holds."""
+
+import os
+import re
+import tempfile
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptjax.errors import Refused
+
+
+def check_writable(folder: epath.Path, flag: str = "--workdir") -> None:
+    """A local folder can be made, or written into where it exists. Raises: Refused."""
+    inside = next(path for path in (folder, *folder.parents) if path.exists())
+    if not inside.is_dir():
+        raise Refused(f"{flag}={folder} can't be a folder, because {inside} is a file: give another.")
+    try:  # the permission bits alone say nothing to root, on a read-only mount or in /proc
+        with tempfile.TemporaryDirectory(dir=inside):
+            pass
+    except OSError as error:
+        raise Refused(f"{flag}={folder} can't be written to ({inside}: {error.strerror}): give another.") from error
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file that is either the old one or the new one, whenever the process is killed."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def reason(error: Exception) -> str:
+    """What an exception of the disk, orbax or TensorStore says, short enough for a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).partition("See full TensorStore details")[0].split())
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code[1]))
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def flatten(config, prefix: str = "") -> dict[str, object]:
+    """Nested keys as dotted ones: {"model.num_layers": 6, …}."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, (dict, ConfigDict))
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,0 +1,36 @@
+"""Learning rate schedules."""
+
+import optax
+
+from gptjax.training.optim.config import OptimizerConfig
+
+
+def wsd(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    """Warmup, stable, decay (Hu et al. 2024, MiniCPM, section 4): flat, then a straight line down."""
+    down = max(1, round(config.decay_fraction * (steps + config.warmup_steps)))
+    return optax.linear_schedule(peak, final, down, transition_begin=max(0, steps - down))
+
+
+def inverse_sqrt(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    """peak · √(warmup / step) (Vaswani et al. 2017, section 5.3)."""
+    warmup = max(1, config.warmup_steps)
+    return lambda step: peak * (warmup / (step + warmup)) ** 0.5
+
+
+# What follows the warmup: (peak, final, steps after the warmup, config) → schedule of the steps since then.
+SCHEDULES = {
+    "constant": lambda peak, final, steps, config: optax.constant_schedule(peak),
+    "cosine": lambda peak, final, steps, config: optax.cosine_decay_schedule(peak, steps, final / peak),
+    "linear": lambda peak, final, steps, config: optax.linear_schedule(peak, final, steps),
+    "wsd": wsd,
+    "inverse_sqrt": inverse_sqrt,
+}
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Completed updates → the next update's rate: a straight line up to the peak, then the schedule's shape."""
+    peak = config.peak_learning_rate or 1e-30  # a rate of 0 is asked for to freeze a model; cosine divides by it
+    warmup = config.warmup_steps
+    after = SCHEDULES[config.schedule](peak, peak * config.final_fraction, max(1, num_steps - warmup), config)
+    joined = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
+    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last one the final rate
