@@ -21,7 +21,7 @@ from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import batches, mesh
 from gptjax.training import step as update
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.optim.config import OptimizerConfig
 
@@ -39,7 +39,7 @@ def config_of(width: int, mup: bool, model: ModelConfig = MODEL, more_heads: boo
     if mup:
         model = dataclasses.replace(model, mup_base_width=BASE, mup_base_head_dim=HEAD_DIM)
     rate = OptimizerConfig(**{"peak_learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0} | optimizer)
-    return configs.resolve(Config(num_steps=STEPS, batch_size=8, seq_len=32, model=model, optimizer=rate))
+    return schema.resolve(Config(num_steps=STEPS, batch_size=8, seq_len=32, model=model, optimizer=rate))
 
 
 def batch_of(config: Config) -> Batch:

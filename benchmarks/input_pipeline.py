@@ -21,10 +21,10 @@ import numpy as np
 
 from gptjax.data.store import store as stores
 from gptjax.data.stream import curriculum, mixture, stream
-from gptjax.planning import benchmark as bench
+from gptjax.planning import benchmark
 from gptjax.tokenizers import tokenizer as tokenizers
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training.config import files as config_file
+from gptjax.training.config import files
 
 QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 TOKENS = 50_000_000
@@ -95,7 +95,7 @@ def main():
                 flush=True,
             )
             slowest = min(slowest, ahead)
-    consumed = bench.bench(config_file.load(QUICKSTART, {}), steps=20)["tokens_per_second"]
+    consumed = benchmark.bench(files.load(QUICKSTART, {}), steps=20)["tokens_per_second"]
     print(
         f"the quickstart's model: {consumed:,.0f} tokens a second; the slowest stream / model {1e6 * slowest / consumed:,.0f}"
     )

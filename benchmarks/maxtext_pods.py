@@ -26,7 +26,7 @@ from gptjax.parallel.xla import options as compiler
 from gptjax.planning import aot, topology
 from gptjax.planning.plan import compute_floor, environment, plan
 from gptjax.planning.topology import Topology
-from gptjax.training.config import files as config_file
+from gptjax.training.config import files
 from gptjax.training.config.schema import Config
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -153,7 +153,7 @@ def main():
     for name in args.row or ROWS:
         row = ROWS[name]
         options = {} if args.options is None else {"compiler_options": args.options}
-        config = config_file.load(str(CONFIGS / row.config), row.ours | options)
+        config = files.load(str(CONFIGS / row.config), row.ours | options)
         made = plan(config, row.topology)
         print(f"{name}: {row.about}; {row.topology.name} × {row.topology.slices}")
         print(f"   gptjax   {shown(made['hbm_bytes'], made['host_bytes'], made['mfu_ceiling'])}", flush=True)

@@ -19,7 +19,7 @@ from benchmarks import ours, peer
 from gptjax.models.config import ModelConfig
 from gptjax.parallel import batches
 from gptjax.parallel.mesh import make_mesh
-from gptjax.parallel.xla import analysis as compiled
+from gptjax.parallel.xla import analysis
 from gptjax.training import step as update
 from gptjax.training.config.schema import Config, resolve
 
@@ -47,7 +47,7 @@ def measure(remat: str) -> tuple[float, float]:
         for _ in range(3):
             state, metrics = step(state, batch)
         metrics["loss"].block_until_ready()
-        return compiled.memory(step).peak / 1e6, resident(os.getpid(), "VmHWM") - before
+        return analysis.memory(step).peak / 1e6, resident(os.getpid(), "VmHWM") - before
 
 
 def main():

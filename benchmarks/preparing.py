@@ -25,12 +25,10 @@ import sentencepiece
 from etils import epath
 
 from gptjax.data.cleaning.pipeline import CleanConfig
-from gptjax.data.preparation import executor as engine
-from gptjax.data.preparation import prepare
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import executor, prepare, tasks
 from gptjax.data.sources import sources
 from gptjax.data.sources.documents import DataConfig
-from gptjax.tokenizers import tokenizer as tokenizers
+from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
@@ -77,18 +75,16 @@ def speed(folder: pathlib.Path, megabytes: int, workers: int, rounds: int) -> No
     work = epath.Path(folder / "work")
     work.mkdir()
     step_corpus, survey, _, _ = prepare.surveyed(data, CleanConfig(), work, {}, 1)
-    tokenizers.train(TokenizerConfig(), (text.text for text in sources.documents(DataConfig())), work / "tokenizer")
+    tokenizer.train(TokenizerConfig(), (text.text for text in sources.documents(DataConfig())), work / "tokenizer")
     texts = [document.text for document in sources.documents(data)]
-    batches = list(pieces.batches(texts))
+    batches = list(tasks.batches(texts))
     ratios = []
     for turn in range(rounds):
-        step = pieces.Tokenize(
-            step_corpus, work / f"pieces{turn}", work / "tokenizer", survey.cut, threads=workers == 1
-        )
+        step = tasks.Tokenize(step_corpus, work / f"pieces{turn}", work / "tokenizer", survey.cut, threads=workers == 1)
         step.folder.mkdir()
         began, words = time.perf_counter(), []
         told = lambda documents, size, tokens: size and words.append((time.perf_counter(), size))  # noqa: B023
-        engine.run(step, len(survey.tasks), workers, work / f"engine{turn}", told)
+        executor.run(step, len(survey.tasks), workers, work / f"engine{turn}", told)
         ended, (first, before) = time.perf_counter(), words[0]
         ours = (survey.bytes - before) / 1e6 / (ended - first)
         other = theirs(f"{work}/tokenizer/sentencepiece.model", [batches[i::workers] for i in range(workers)])

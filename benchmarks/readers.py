@@ -11,20 +11,18 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from benchmarks import hostile
-from gptjax.cli import main as cli
+from gptjax.cli import main
 from gptjax.errors import Refused
 from gptjax.models import remat
 from gptjax.parallel import mesh
 from gptjax.planning import topology
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import files
-from gptjax.training import loop as train
-from gptjax.training import workdir
+from gptjax.runtime import distributed, files
+from gptjax.training import loop, workdir
 from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as config
+from gptjax.training.config import schema
 from gptjax.training.monitoring import records
 
-CONFIG = json.loads(config.to_json(config.parse({})))
+CONFIG = json.loads(schema.to_json(schema.parse({})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +38,8 @@ def config_json(folder: pathlib.Path) -> Reader:
     def read(_):
         saved = workdir.read_config(epath.Path(folder))
         with contextlib.suppress(Refused):
-            workdir.check_same_run(config.parse({}), saved, epath.Path(folder))
-        return config.parse(saved)
+            workdir.check_same_run(schema.parse({}), saved, epath.Path(folder))
+        return schema.parse(saved)
 
     file = folder / "config.json"
     return Reader(hostile.json_files(CONFIG) | hostile.NO_FILES, read, lambda given: hostile.put(file, given))
@@ -54,7 +52,7 @@ def config_values(folder: pathlib.Path) -> Reader:
             values = kind(values)
         except Exception as error:
             raise Refused(f"no ConfigDict: {error}") from error
-        return config.parse(values)
+        return schema.parse(values)
 
     trees = hostile.changed(CONFIG) | st.dictionaries(hostile.words, hostile.values)
     return Reader(st.tuples(trees, st.sampled_from((dict, ConfigDict))), read)
@@ -62,11 +60,11 @@ def config_values(folder: pathlib.Path) -> Reader:
 
 def config_files(folder: pathlib.Path) -> Reader:
     """Python files by design: what is tried is what they make, not what they run."""
-    keys = st.sampled_from(list(files.flatten(config.default()))) | st.just("modle") | st.just("model")
+    keys = st.sampled_from(list(files.flatten(schema.default()))) | st.just("modle") | st.just("model")
     fault = st.sampled_from(("config = 3", "exit()", "raise MemoryError", "config.unlock(); config.a = object()", "(",
                              "config.num_steps = 10**6000", "config.model.biases = [[]]", "return {}", "\0", "é\ud800",
                              "raise ValueError('. is of original type ' * 9999)"))  # fmt: skip
-    flat = files.flatten(config.default())
+    flat = files.flatten(schema.default())
     fields = st.sampled_from(list(flat.items())).map(lambda item: f"config.{item[0]} = {item[1]!r}")
     others = st.builds(lambda key, value: f"config.{key} = {value!r}", keys, hostile.values)
     lines = st.lists(fault | fields | fields | others, max_size=3)
@@ -79,12 +77,12 @@ def config_files(folder: pathlib.Path) -> Reader:
 
 def overrides(folder: pathlib.Path) -> Reader:
     def read(overrides):
-        changed = config.default()
+        changed = schema.default()
         for key, text in overrides:
             config_file.override(changed, key, text)
-        return config.parse(changed)
+        return schema.parse(changed)
 
-    flat = files.flatten(config.default())
+    flat = files.flatten(schema.default())
     known = st.sampled_from(list(flat.items())).flatmap(lambda item: st.tuples(st.just(item[0]), of(str(item[1]))))
     of = lambda text: hostile.of_text(text) | hostile.numbers.map(str) | st.sampled_from(("true", "False", "full,x=y"))
     unknown = st.tuples(st.sampled_from(list(flat)).flatmap(hostile.of_text), hostile.words)
@@ -93,11 +91,11 @@ def overrides(folder: pathlib.Path) -> Reader:
 
 def command_line(folder: pathlib.Path) -> Reader:
     def read(argv):
-        args = cli.parse(argv)
+        args = main.parse(argv)
         if args.verb == "train":
-            train.profiled(args.profile_steps, 1000)
-            given = {name: getattr(args, name) for name in hosts.FLAGS if getattr(args, name) is not None}
-            return given and hosts._given(given)
+            loop.profiled(args.profile_steps, 1000)
+            given = {name: getattr(args, name) for name in distributed.FLAGS if getattr(args, name) is not None}
+            return given and distributed._given(given)
         if args.verb == "plan":
             return topology.parse(args.topology, args.slices)
         return args
@@ -127,8 +125,8 @@ def words(folder: pathlib.Path) -> Reader:
     whole = st.integers(-3, 3) | st.integers() | st.sampled_from((2**31, 10**15, 10**40))
     tries = {
         "topology": lambda text, number: topology.parse(text, number),
-        "profile": lambda text, number: train.profiled(text, max(number, 1)),
-        "coordinator": lambda text, number: hosts._given(
+        "profile": lambda text, number: loop.profiled(text, max(number, 1)),
+        "coordinator": lambda text, number: distributed._given(
             {"coordinator": text, "num_processes": number, "process_id": 0}
         ),
         "remat": lambda text, number: remat.parse(text),

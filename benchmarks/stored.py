@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from benchmarks import hostile
 from benchmarks.readers import CONFIG, Reader
-from gptjax.checkpoints import manager as checkpoint  # fmt: skip
-from gptjax.checkpoints import manifest
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import (
+    manager,  # fmt: skip
+    manifest,
+    retention,
+)
 from gptjax.data.store import store as stores
 from gptjax.data.stream import curriculum, mixture, stream
 from gptjax.errors import Refused
@@ -25,7 +27,7 @@ from gptjax.runtime import heartbeat
 from gptjax.tokenizers import huggingface, tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training import loading, workdir
-from gptjax.training.config import schema as config
+from gptjax.training.config import schema
 from gptjax.training.monitoring import skipped_batches, status
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # the quick brown fox, étude {i}\n" for i in range(200)]
@@ -183,14 +185,14 @@ def small_checkpoint(folder: pathlib.Path) -> tuple[dict, dict[str, bytes], dict
     run |= {
         "recovery": {"ledger": [{"step": 1, "first_batch": 1, "num_batches": 2, "reason": "a spike"}], "losses": [2.5]}
     }
-    run["phases"] = curriculum.saved(config.parse({}).phases)
+    run["phases"] = curriculum.saved(schema.parse({}).phases)
     run |= {"tokenizer": {name: base64.b64encode(content).decode() for name, content in files.items()}}
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = jax.device_put({"step": np.int32(3), "weight": np.ones((8, 4))}, jax.NamedSharding(mesh, jax.P()))
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    with manager.Checkpoints(folder) as checkpoints:
         checkpoints.save(3, state, run)
         checkpoints.wait()
-    where = rotation.at(epath.Path(folder), 3)
+    where = retention.at(epath.Path(folder), 3)
     described = manifest.read(where, 3)
     return described, {name: (where / name).read_bytes() for name in described["files"]}, state
 
@@ -207,16 +209,16 @@ def checkpoint_manifest(folder: pathlib.Path) -> Reader:
     described, _, _ = small_checkpoint(folder)
 
     def read(_):
-        with checkpoint.Checkpoints(folder) as checkpoints:
+        with manager.Checkpoints(folder) as checkpoints:
             step = checkpoints.newest()
             saved = checkpoints.run(step)
         skipped_batches.check_saved(saved, step, folder)
         batch = skipped_batches.batch_index(saved["recovery"]["ledger"], step)
         phases = curriculum.read_saved(saved, 256, folder)
-        curriculum.starts(curriculum.going_on(phases, config.parse({}).phases, batch))
+        curriculum.starts(curriculum.going_on(phases, schema.parse({}).phases, batch))
         with contextlib.suppress(Refused):
-            workdir.check_same_run(config.parse({}), saved["config"], folder)
-        return config.parse(saved["config"]), loading.saved_tokenizer(saved, str(folder))
+            workdir.check_same_run(schema.parse({}), saved["config"], folder)
+        return schema.parse(saved["config"]), loading.saved_tokenizer(saved, str(folder))
 
     whole = {key: value for key, value in described.items() if key != "sha256"}
     inputs = hostile.changed(whole).map(sealed_manifest) | hostile.json_files(described) | hostile.NO_FILES
@@ -240,7 +242,7 @@ def checkpoint_files(folder: pathlib.Path) -> Reader:
         put(name, content)
 
     def read(_):
-        with checkpoint.Checkpoints(folder) as checkpoints:
+        with manager.Checkpoints(folder) as checkpoints:
             return checkpoints.restore(checkpoints.newest(), wanted)
 
     def inputs(name):

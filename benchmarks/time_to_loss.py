@@ -31,9 +31,8 @@ from gptjax.data.stream.mixture import Corpus
 from gptjax.evaluation.heldout import evaluate
 from gptjax.models.size import num_parameters
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.training import loop as train
-from gptjax.training import step as update
-from gptjax.training.config import files as config_file
+from gptjax.training import loop, step
+from gptjax.training.config import files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -58,13 +57,13 @@ class Run:
         overrides = {"num_steps": str(num_steps), **overrides}
         if "optimizer.schedule" in overrides:
             overrides["optimizer.warmup_steps"] = str(num_steps // 20)
-        self.config = config_file.load(QUICKSTART, overrides)
+        self.config = files.load(QUICKSTART, overrides)
         self.corpus, self.mesh, self.vocab_size = Corpus({"": store}), mesh, store.tokenizer.vocab_size
         self.parameters = num_parameters(self.config.model, self.vocab_size, self.config.seq_len)
-        self.state = jax.jit(functools.partial(update.init_state, self.config, self.vocab_size))()
-        self.step = update.compile_step(self.config, self.vocab_size, self.state, mesh)
+        self.state = jax.jit(functools.partial(step.init_state, self.config, self.vocab_size))()
+        self.step = step.compile_step(self.config, self.vocab_size, self.state, mesh)
         data = stream.Stream(self.corpus, self.config.phases, self.config.seq_len, self.config.seed)
-        self.batches = train.train_batches(self.config, data, mesh, 0)
+        self.batches = loop.train_batches(self.config, data, mesh, 0)
         self.seconds, self.steps, self.curve = 0.0, 0, []
 
     def train(self, steps: int) -> float:
@@ -130,7 +129,7 @@ def main():
     args.add_argument("--seconds", type=float, default=150.0, help="that each recipe trains")
     args.add_argument("--picture", type=pathlib.Path, default=pathlib.Path("benchmarks/time_to_loss.png"))
     args = args.parse_args()
-    quickstart = config_file.load(QUICKSTART, {})
+    quickstart = files.load(QUICKSTART, {})
     store = prepare(quickstart.data, quickstart.tokenizer, epath.Path(tempfile.mkdtemp()) / "store")
     mesh = make_mesh(MeshConfig(), jax.devices())
     with jax.set_mesh(mesh):

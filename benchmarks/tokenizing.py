@@ -19,7 +19,7 @@ import sentencepiece
 import tokenizers as library
 from tokenizers import models, pre_tokenizers, trainers
 
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import tasks
 from gptjax.data.sources.documents import DataConfig
 from gptjax.data.sources.sources import documents
 from gptjax.tokenizers import tokenizer
@@ -62,7 +62,7 @@ def encoders(name: str, folder: str, threads: bool):
 
 def measure(name, folder, rank, processes, rounds, barrier, results):
     """Seconds of (ours, theirs) for all batches of this process, each round."""
-    batches = list(pieces.batches(list(documents(DataConfig()))[rank::processes]))
+    batches = list(tasks.batches(list(documents(DataConfig()))[rank::processes]))
     batches = [[document.text for document in batch] for batch in batches]
     both = encoders(name, folder, processes == 1)
     taken = []

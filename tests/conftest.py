@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-from gptjax.cli import main as cli  # noqa: E402
+from gptjax.cli import main  # noqa: E402
 from gptjax.data.preparation.prepare import DataConfig, prepare  # noqa: E402
 from gptjax.tokenizers.tokenizer import TokenizerConfig  # noqa: E402
 
@@ -63,7 +63,7 @@ def gptjax_main(monkeypatch, capfd):
         capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             code = end.code
         return code, *capfd.readouterr()
@@ -93,7 +93,7 @@ def finished(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gptjax", *training(corpus, folder)])
-        cli.main()
+        main.main()
     return folder
 
 

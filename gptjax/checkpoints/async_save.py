@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 import jax
 from etils import epath
 
-from gptjax.checkpoints import manifest
-from gptjax.checkpoints import retention as rotation
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat
+from gptjax.checkpoints import manifest, retention
+from gptjax.runtime import distributed, heartbeat
 from gptjax.runtime.files import reason
 
 
@@ -34,7 +32,7 @@ class Save(threading.Thread):
         super().__init__(name=name)
         self.step, self.began = step, began
         self.failure, self.blocked_seconds, self.seconds = "", 0.0, 0.0
-        self._checkpoints, self._folder = folder, rotation.at(folder, step)
+        self._checkpoints, self._folder = folder, retention.at(folder, step)
 
     def begin(
         self,
@@ -70,7 +68,7 @@ class Save(threading.Thread):
         with contextlib.suppress(AttributeError):  # where it is not glibc
             ctypes.CDLL(None).malloc_trim(0)
         self.seconds = time.perf_counter() - self.began
-        if hosts.first():
+        if distributed.first():
             with heartbeat.background("rotating"):
                 try:
                     self._tidy()
@@ -97,7 +95,7 @@ class Save(threading.Thread):
                 value = work()
             except Exception as error:  # TensorStore has no one kind for a full disk
                 failure = reason(error)
-        found = hosts.exchange([failure, value], f"{self.name}/{part}")
+        found = distributed.exchange([failure, value], f"{self.name}/{part}")
         for process, (failure, _) in enumerate(found):
             if failure:
                 raise _Failure(failure + f" on process {process}" * (len(found) > 1))
@@ -114,8 +112,8 @@ class Save(threading.Thread):
 
     def _tidy(self) -> None:
         if self.failure:
-            rotation.clear(self._folder)
+            retention.clear(self._folder)
         else:
-            (self._folder / rotation.UNFINISHED).unlink()
+            (self._folder / retention.UNFINISHED).unlink()
             if self._rotate:
-                rotation.rotate(self._checkpoints, self._config.keep, self._config.keep_every, self._losses)
+                retention.rotate(self._checkpoints, self._config.keep, self._config.keep_every, self._losses)

@@ -13,8 +13,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from gptjax.checkpoints import manifest
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.manager import VERSIONS
 from gptjax.errors import Refused
 from gptjax.runtime import files
@@ -86,7 +85,7 @@ def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.Ten
     Args:
       run: what the manifest says of the run, as in `Checkpoints.save`.
     """
-    folder = rotation.at(checkpoints, step)
+    folder = retention.at(checkpoints, step)
     leaf = lambda array: {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(array.shape)}
     tree = {
         str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": leaf(array)}

@@ -7,7 +7,6 @@ import numpy as np
 from etils import epath
 
 from gptjax.checkpoints import manifest, retention
-from gptjax.checkpoints import retention as rotation
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed
@@ -20,7 +19,7 @@ NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  #
 def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
     """Their folder, and their steps. Raises: Refused, where there is none."""
     folder = workdir / "checkpoints"
-    steps, _ = rotation.found(folder)
+    steps, _ = retention.found(folder)
     if not steps:
         raise Refused(f"{folder} holds no checkpoint: give the --workdir of a run that has saved one.")
     return folder, steps
@@ -43,11 +42,11 @@ def ls(workdir: epath.Path, config: dict, losses: dict[int, float]) -> list[dict
         row = {"step": step, "saved_at": None, "bytes": None, "files": None, "differs": [], "damage": ""}
         row |= {"eval_loss": losses[step]} if step in losses else {}
         try:
-            saved = manifest.read(rotation.at(folder, step), step)
+            saved = manifest.read(retention.at(folder, step), step)
             sizes = [file["bytes"] for file in saved["files"].values()]
             row |= {"saved_at": saved["saved_at"], "bytes": sum(sizes), "files": len(sizes)}
             row["differs"] = _differing(flatten(saved["config"]), here) if here else []
-            manifest.check_sizes(rotation.at(folder, step), saved)
+            manifest.check_sizes(retention.at(folder, step), saved)
         except manifest.Damaged as damage:
             row["damage"] = str(damage)
         rows.append(row)
@@ -96,7 +95,7 @@ def verify(workdir: epath.Path, step: int) -> None:
 
 def _damage(folder: epath.Path, step: int) -> str:
     try:
-        manifest.verify(rotation.at(folder, step), step)
+        manifest.verify(retention.at(folder, step), step)
     except manifest.Damaged as damage:
         return str(damage)
     return ""
@@ -172,12 +171,12 @@ def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: 
             kept.append(step)
     if not kept:
         raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: see them by ls.")
-    _, left = rotation.found(folder)
-    for path in [*left, *rotation.aside(folder), *(rotation.at(folder, step) for step in steps if step not in kept)]:
+    _, left = retention.found(folder)
+    for path in [*left, *retention.aside(folder), *(retention.at(folder, step) for step in steps if step not in kept)]:
         try:
             if not dry_run:
-                rotation.remove(path)
+                retention.remove(path)
         except Exception as error:  # of whatever file system
             raise Refused(f"{path} can't be removed ({reason(error)}): make it writable.") from error
         print(f"{'would remove' if dry_run else 'removed'} {path.name}", flush=True)
-    print(f"kept {', '.join(rotation.at(folder, step).name for step in sorted(kept))}", flush=True)
+    print(f"kept {', '.join(retention.at(folder, step).name for step in sorted(kept))}", flush=True)

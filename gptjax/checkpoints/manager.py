@@ -24,13 +24,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import __version__
-from gptjax.checkpoints import manifest
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
 from gptjax.errors import Failed, Refused
 from gptjax.parallel.trees import named_leaves
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import files
+from gptjax.runtime import distributed, files
 
 VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
 
@@ -84,17 +82,17 @@ class Checkpoints:
         return ocp.PyTreeCheckpointHandler(use_compression=False)
 
     def _at(self, step: int) -> epath.Path:
-        return rotation.at(self.folder, step)
+        return retention.at(self.folder, step)
 
     # Reading
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, whole or damaged since; the same on all processes."""
         found = []
-        with hosts.together():
-            if hosts.first():
-                found, _ = rotation.found(self.folder)
-        return hosts.shared(lambda: found)
+        with distributed.together():
+            if distributed.first():
+                found, _ = retention.found(self.folder)
+        return distributed.shared(lambda: found)
 
     def newest(self) -> int:
         """The newest step that verifies; 0 where nothing was saved. Newer ones that do not are named, and kept.
@@ -137,7 +135,7 @@ class Checkpoints:
             damage = ""
         except manifest.Damaged as error:
             damage = str(error)
-        return next(filter(None, hosts.exchange(damage)), "")
+        return next(filter(None, distributed.exchange(damage)), "")
 
     def verified(self) -> list[int]:
         """The steps that verify, ascending. Raises: Refused."""
@@ -146,11 +144,11 @@ class Checkpoints:
     def remove_after(self, step: int) -> list[int]:
         """Removes the checkpoints of later steps, the newest first; returns their steps. Raises: Refused."""
         later = [other for other in self.steps() if other > step]
-        with hosts.together():
-            if hosts.first():
+        with distributed.together():
+            if distributed.first():
                 try:
                     for other in reversed(later):
-                        rotation.remove(self._at(other))
+                        retention.remove(self._at(other))
                 except Exception as error:  # of whatever file system
                     raise Refused(
                         f"{self._at(other)} can't be removed ({files.reason(error)}): make it writable."
@@ -159,7 +157,7 @@ class Checkpoints:
 
     def run(self, step: int) -> dict:
         """The manifest of a step: what the run said of itself, and what `save` did. Raises: Refused."""
-        with hosts.together():
+        with distributed.together():
             return self._manifest(step)
 
     def _manifest(self, step: int) -> dict:
@@ -185,7 +183,7 @@ class Checkpoints:
             )
             for name, leaf in wanted.items()
         }
-        with hosts.together():
+        with distributed.together():
             self.check_shapes(step, wanted, cut)
             arrays = self._read(step, wanted, restore_args)
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
@@ -241,7 +239,7 @@ class Checkpoints:
         self.wait()
         self._count += 1
         saving = Save(self.folder, step, f"save-{self._count}", began)
-        saving.failure = hosts.shared(functools.partial(self._make_room, step))
+        saving.failure = distributed.shared(functools.partial(self._make_room, step))
         leaves = named_leaves(state)
         # The copy runs beside this thread, and the step that is given these buffers next waits for it.
         hosted = {name: leaf.sharding.with_memory_kind("pinned_host") for name, leaf in leaves.items()}
@@ -270,16 +268,16 @@ class Checkpoints:
         folder = self._at(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            steps, left = rotation.found(self.folder)
+            steps, left = retention.found(self.folder)
             for path in left:
-                rotation.remove(path)
+                retention.remove(path)
             in_the_way = {step: "replaced"} | dict.fromkeys(self._passed_over, "damaged")
             for other in in_the_way.keys() & set(steps):
-                moved = rotation.put_aside(self.folder, other, in_the_way[other])
+                moved = retention.put_aside(self.folder, other, in_the_way[other])
                 _warn(f"moved the checkpoint of step {other} aside, to {moved}")
             self._passed_over = []
             folder.mkdir()
-            (folder / rotation.UNFINISHED).touch()
+            (folder / retention.UNFINISHED).touch()
             # The other processes would wait ten minutes for orbax to make it here, should process 0 fail before.
             (folder / "state" / "array_metadatas").mkdir(parents=True)
         except Exception as error:  # those of gcsfs and google-auth are no OSError
@@ -295,7 +293,7 @@ class Checkpoints:
         if self._saving is None or step < self._look_at:
             return False
         self._look_at = step + max(1, step - self._saving.step)
-        if not any(hosts.exchange(self._saving.is_alive())):
+        if not any(distributed.exchange(self._saving.is_alive())):
             self.wait()
         return self._saving is None and self._failures > 0
 
@@ -303,8 +301,8 @@ class Checkpoints:
         """Returns when the last save has ended on every process, on disk or in a warning."""
         if self._saving is not None:
             self._saving.join()
-            self._conclude(hosts.exchange(self._saving.failure))
-            hosts.forget(f"save-{self._count}")
+            self._conclude(distributed.exchange(self._saving.failure))
+            distributed.forget(f"save-{self._count}")
 
     def _conclude(self, failures: list[str]) -> None:
         saving, self._saving = self._saving, None
@@ -347,5 +345,5 @@ def _described(array: jax.Array) -> dict:
 
 
 def _warn(text: str) -> None:
-    if hosts.first():
+    if distributed.first():
         print(f"gptjax: warning: {text}", file=sys.stderr, flush=True)

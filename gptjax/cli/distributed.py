@@ -12,11 +12,11 @@ def join(args: argparse.Namespace, facts: dict, silence: float = 0) -> None:
     """
     import jax
 
-    from gptjax.runtime import distributed as hosts
+    from gptjax.runtime import distributed
 
-    given = {name: getattr(args, name) for name in hosts.FLAGS if getattr(args, name) is not None}
-    own = (*hosts.FLAGS, "function", "overrides", "config")
+    given = {name: getattr(args, name) for name in distributed.FLAGS if getattr(args, name) is not None}
+    own = (*distributed.FLAGS, "function", "overrides", "config")
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in own}
-    hosts.join(given, facts | flags, args.coordinator_timeout, silence)
+    distributed.join(given, facts | flags, args.coordinator_timeout, silence)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", f"{args.workdir}/compiled")

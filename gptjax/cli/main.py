@@ -26,8 +26,8 @@ from gptjax.cli.commands import (
     status,
     sweep,
     tokenizer,
+    train,
 )
-from gptjax.cli.commands import train as verbs
 from gptjax.cli.flags import WEIGHTS, Parser, step
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, nearest, one_line
 
@@ -60,7 +60,7 @@ def parser() -> Parser:
         group.add_argument("--process_id", type=int, help="which one this is, from 0")
         group.add_argument("--coordinator_timeout", type=int, default=300, help="seconds to wait for the others")
 
-    one = verb("train", verbs.train, "train a model, or go on where its run stopped")
+    one = verb("train", train.train, "train a model, or go on where its run stopped")
     one.add_argument(
         "--config",
         required=True,

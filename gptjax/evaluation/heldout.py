@@ -19,8 +19,7 @@ from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding, trees
 from gptjax.parallel.batches import local_rows, place, row_shards
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat, preemption
+from gptjax.runtime import distributed, heartbeat, preemption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,7 @@ def evaluate(
 
 def _raise_on_all(failure: str) -> None:
     """Raises: Unreadable, on all processes, where this or another one has a failure."""
-    for process, failure in enumerate(hosts.exchange(failure)):
+    for process, failure in enumerate(distributed.exchange(failure)):
         if failure:
             raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {failure}")
 

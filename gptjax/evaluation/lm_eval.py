@@ -24,8 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from gptjax.errors import Failed, Preempted, Refused, nearest
-from gptjax.evaluation import bias_pairs as pairs
-from gptjax.evaluation import classification
+from gptjax.evaluation import bias_pairs, classification
 from gptjax.evaluation.heldout import TasksConfig
 from gptjax.inference import generate
 from gptjax.inference.decoder import doubled
@@ -56,7 +55,7 @@ def load(config: TasksConfig, seq_len: int) -> dict:
     if config.folder and not pathlib.Path(config.folder).is_dir():
         raise Refused(f"{config.folder} is no folder of tasks: give one with lm-eval's YAML files.")
     try:
-        manager = TaskManager(include_path=[pairs.FOLDER, *filter(None, [config.folder])], include_defaults=False)
+        manager = TaskManager(include_path=[bias_pairs.FOLDER, *filter(None, [config.folder])], include_defaults=False)
         if not set(names) <= set(manager.all_tasks):  # to look through lm-eval's own takes it 20 s
             manager = TaskManager(include_path=manager.include_path)
         for name in names:
@@ -217,12 +216,12 @@ class LanguageModel(TemplateLM):
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]]):
         """Dispatches `score_step` for at most a batch of (context, continuation)."""
-        longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+        longest = max(len(context) + len(continuation) for context, continuation in bias_pairs) - 1
         length = doubled(self._unit, longest, self._seq_len)
         inputs, targets, positions = (np.zeros((self._batch_size, length), np.int32) for _ in range(3))
         weights = np.zeros((self._batch_size, length), np.float32)
         positions[:] = np.arange(length)
-        for row, (context, continuation) in enumerate(pairs):
+        for row, (context, continuation) in enumerate(bias_pairs):
             context = context or [self.prefix_token_id]
             if len(continuation) > length:
                 raise Failed(

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gptjax.errors import Failed, Refused
-from gptjax.inference import openai_protocol as protocol
+from gptjax.inference import openai_protocol
 from gptjax.inference.decoder import Decoder
 from gptjax.inference.model import Run
 from gptjax.inference.openai_protocol import Answer, Bad, Completion
@@ -102,7 +102,7 @@ def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
     async def completions(request: Request) -> Response:
         body = await content(request)
         seed = secrets.randbits(32)
-        asked = await run_in_threadpool(protocol.parse, body, name, run.tokenizer, context, seed)
+        asked = await run_in_threadpool(openai_protocol.parse, body, name, run.tokenizer, context, seed)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(each: News | None) -> None:
@@ -132,8 +132,8 @@ async def content(request: Request) -> bytes:
     try:
         async for part in request.stream():
             size += len(part)
-            if size > protocol.MAX_BYTES:
-                raise Bad(f"The request has more than {protocol.MAX_BYTES} bytes: send less.", status=413)
+            if size > openai_protocol.MAX_BYTES:
+                raise Bad(f"The request has more than {openai_protocol.MAX_BYTES} bytes: send less.", status=413)
             parts.append(part)
     except ClientDisconnect as error:
         raise Bad("The request ended before its body did: send all of it.") from error
@@ -146,18 +146,18 @@ async def streamed(asked: Completion, job: Job, news: asyncio.Queue) -> AsyncIte
     try:
         for index, text in enumerate(asked.echoed):
             if text:
-                yield protocol.event(answer.choices((index, text, "")))
+                yield openai_protocol.event(answer.choices((index, text, "")))
         while open_rows:
             each = await news.get()
             if each is None:
-                yield protocol.event(ended().body)
+                yield openai_protocol.event(ended().body)
                 return
             made[each.index] = each.tokens
             open_rows -= bool(each.finish)
-            yield protocol.event(answer.choices((each.index, each.text, each.finish)))
+            yield openai_protocol.event(answer.choices((each.index, each.text, each.finish)))
         if asked.usage:
-            yield protocol.event(answer.choices() | answer.usage(sum(made)))
-        yield protocol.event("[DONE]")
+            yield openai_protocol.event(answer.choices() | answer.usage(sum(made)))
+        yield openai_protocol.event("[DONE]")
     finally:
         job.cancelled = True
 

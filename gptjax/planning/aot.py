@@ -20,15 +20,12 @@ from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.mesh import make_mesh
-from gptjax.parallel.xla import analysis as compiled
-from gptjax.parallel.xla import communication as collectives
-from gptjax.parallel.xla import hlo
-from gptjax.planning import estimate as theory
-from gptjax.planning import topology
+from gptjax.parallel.xla import analysis, communication, hlo
+from gptjax.planning import estimate, topology
 from gptjax.planning.topology import Topology
 from gptjax.tokenizers import tokenizer
 from gptjax.training import step as update
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 
 NUM_BUFFERS = 10
@@ -48,18 +45,18 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     if not topology.is_tpu:
         # JAX asks for the version of a cuDNN that neither tracing nor compiling needs.
         fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
-    mesh = theory.abstract_mesh(config, topology)
+    mesh = estimate.abstract_mesh(config, topology)
     if source == "compiled":
         mesh = make_mesh(config.mesh, described(topology))
-    given = theory.shapes(config, getattr(mesh, "abstract_mesh", mesh))
+    given = estimate.shapes(config, getattr(mesh, "abstract_mesh", mesh))
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     tokens = config.batch_size * config.seq_len
-    kept = theory.kept(config, given)
+    kept = estimate.kept(config, given)
     state = {
-        "parameters": theory.shard_bytes(given.state.model),
-        "optimizer": theory.shard_bytes(given.state.opt_state),
-        "average": theory.shard_bytes(given.state.ema),
-        "batch": theory.shard_bytes(given.batch),
+        "parameters": estimate.shard_bytes(given.state.model),
+        "optimizer": estimate.shard_bytes(given.state.opt_state),
+        "average": estimate.shard_bytes(given.state.ema),
+        "batch": estimate.shard_bytes(given.batch),
     }
     result = {
         "source": source,
@@ -67,22 +64,22 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
         "parameters": num_parameters(config.model, vocab_size, config.seq_len),
         "tokens_per_step": tokens,
         "flops_per_step": flops_per_token(config.model, vocab_size, config.seq_len) * tokens,
-        "hardware_flops_per_step": theory.step_flops(config, given),
+        "hardware_flops_per_step": estimate.step_flops(config, given),
         "memory": state
-        | {"gradients": theory.shard_bytes(given.state.model, itemsize=4), "kept_activations": kept.device},
+        | {"gradients": estimate.shard_bytes(given.state.model, itemsize=4), "kept_activations": kept.device},
         "expected_collectives": [
             {"operation": operation, "axes": axes, "bytes": size}
-            for (operation, axes), size in theory.collectives(config, given).items()
+            for (operation, axes), size in estimate.collectives(config, given).items()
         ],
         "versions": {"gptjax": __version__, "python": sys.version.split()[0]} | versions(),
     }
     if source == "compiled":
         return result | compile_for(config, topology, mesh, folder)
-    chunk = theory.chunk_bytes(config, given)
+    chunk = estimate.chunk_bytes(config, given)
     result["memory"]["logits"] = chunk
     return result | {
         "hbm_bytes": sum(result["memory"].values()),
-        "host_bytes": kept.host + theory.shard_bytes(given.state.opt_state, "pinned_host"),
+        "host_bytes": kept.host + estimate.shard_bytes(given.state.opt_state, "pinned_host"),
         "compile_seconds": None,
     }
 
@@ -120,18 +117,18 @@ def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, fol
             state = update.abstract_state(config, vocab_size, mesh)
             step = update.compile_step(config, vocab_size, state, mesh)
     except jax.errors.JaxRuntimeError as error:
-        sizes = compiled.out_of_memory(str(error))
+        sizes = analysis.out_of_memory(str(error))
         if sizes is None:
             raise
         seconds = time.perf_counter() - began
         buffers = largest_buffers(folder, text_of(folder, "after_optimizations_before_buffer_assignment"))
         return {"refused_bytes": sizes, "hbm_bytes": sizes[0], "compile_seconds": seconds, "largest_buffers": buffers}
     seconds = time.perf_counter() - began
-    memory = compiled.memory(step)
+    memory = analysis.memory(step)
     # The text of the finished program fails for some TPU programs, so it is read from the dump; it alone has cycles.
     text = text_of(folder, "after_codegen") if topology.is_tpu else step.as_text()
     program = hlo.parse(text)
-    axes = collectives.numbering(mesh, topology.slices)
+    axes = communication.numbering(mesh, topology.slices)
     cards = topology.shape[0] if not topology.is_tpu else mesh.size
     places = [device.id // cards for device in mesh.devices.flat]
     return {
@@ -139,10 +136,10 @@ def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, fol
         "host_bytes": memory.host,
         "compiled_memory": memory._asdict(),
         "compile_seconds": seconds,
-        "collectives": [row._asdict() for row in collectives.collectives(program, axes, places, topology.slices)],
+        "collectives": [row._asdict() for row in communication.collectives(program, axes, places, topology.slices)],
         "largest_buffers": largest_buffers(folder, text),
-        "cycles": compiled.cycles(program) if topology.is_tpu else None,
-        "kernels": [kernel._asdict() for kernel in compiled.kernels(program, config.model.sliding_window)],
+        "cycles": analysis.cycles(program) if topology.is_tpu else None,
+        "kernels": [kernel._asdict() for kernel in analysis.kernels(program, config.model.sliding_window)],
     }
 
 
@@ -158,7 +155,7 @@ def largest_buffers(folder: pathlib.Path, text: str) -> list[dict]:
     assignment = sorted((folder / "dump").glob("*train_step*buffer-assignment.txt"))
     if not assignment:
         return []
-    buffers = compiled.largest_buffers(assignment[-1].read_text(), hlo.parse(text), NUM_BUFFERS)
+    buffers = analysis.largest_buffers(assignment[-1].read_text(), hlo.parse(text), NUM_BUFFERS)
     return [buffer._asdict() for buffer in buffers]
 
 
@@ -168,7 +165,7 @@ def main(folder: pathlib.Path) -> None:
     results = []
     for config in request["configs"]:
         try:
-            results.append(analyze(configs.parse(config), where, request["source"], folder))
+            results.append(analyze(schema.parse(config), where, request["source"], folder))
         except Refused as refusal:
             results.append({"refused": str(refusal)})
     (folder / "results.json").write_text(json.dumps(results))

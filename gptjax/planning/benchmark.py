@@ -14,11 +14,11 @@ from gptjax.models.objective import batch_sums
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.parallel import batches, hardware
 from gptjax.parallel.mesh import make_mesh, sizes
-from gptjax.parallel.xla import analysis as compiled
+from gptjax.parallel.xla import analysis
 from gptjax.runtime import profiling
 from gptjax.tokenizers import tokenizer
 from gptjax.training import step as update
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 
 WARMUP = 2
@@ -35,7 +35,7 @@ def bench(config: Config, steps: int) -> dict:
     tokenizer.check(config.tokenizer)
     config = config.largest
     mesh = make_mesh(config.mesh, jax.devices())
-    configs.check_batch(config, mesh)
+    schema.check_batch(config, mesh)
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     build.check_divides(config.model, vocab_size, config.seq_len, mesh)
 
@@ -84,7 +84,7 @@ def bench(config: Config, steps: int) -> dict:
         "forward_seconds": forward,
         "backward_seconds": whole - forward - optimizer_seconds,
         "optimizer_seconds": optimizer_seconds,
-        "hbm_bytes": compiled.memory(step).peak,
+        "hbm_bytes": analysis.memory(step).peak,
         "measured_peak_bytes": measured,
         "loss": float(step_metrics["loss"]),
     } | facts

@@ -19,8 +19,8 @@ from gptjax.parallel.trees import is_param
 from gptjax.parallel.xla import flops
 from gptjax.planning.topology import Topology
 from gptjax.tokenizers.tokenizer import expected_vocab_size
-from gptjax.training import step as update
-from gptjax.training.config import schema as configs
+from gptjax.training import step
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 
 
@@ -28,7 +28,7 @@ class Shapes(NamedTuple):
     """A step's arguments without their contents."""
 
     mesh: jax.sharding.AbstractMesh
-    state: update.TrainState
+    state: step.TrainState
     batch: Batch
 
 
@@ -45,11 +45,11 @@ def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMe
 
 def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
     """The state and batch of a config on a mesh. Raises: Refused, where they do not divide over it."""
-    configs.check_batch(config, mesh)
+    schema.check_batch(config, mesh)
     build.check_divides(config.model, expected_vocab_size(config.tokenizer), config.seq_len, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = update.abstract_state(config, expected_vocab_size(config.tokenizer), mesh)
-    return Shapes(mesh, state, update.abstract_batch(config, mesh))
+        state = step.abstract_state(config, expected_vocab_size(config.tokenizer), mesh)
+    return Shapes(mesh, state, step.abstract_batch(config, mesh))
 
 
 def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
@@ -68,7 +68,7 @@ def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
 def step_flops(config: Config, given: Shapes) -> int:
     """FLOPs of the matrix products of a step over all devices, those done twice included."""
     with jax.sharding.use_abstract_mesh(given.mesh):
-        traced = update.train_step.trace(
+        traced = step.train_step.trace(
             given.state, given.batch, config=config, vocab_size=expected_vocab_size(config.tokenizer)
         )
     return flops.executed(traced, config.model.sliding_window)

@@ -26,9 +26,7 @@ from jax._src.distributed import global_state
 
 from gptjax import __version__
 from gptjax.errors import Refused
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat
-from gptjax.runtime import supervisor as lifeline
+from gptjax.runtime import distributed, heartbeat, supervisor
 from gptjax.runtime.lock import locked
 
 FLAGS = ("coordinator", "num_processes", "process_id")
@@ -69,7 +67,7 @@ def join(given: dict, facts: dict, timeout: int, silence: float = 0) -> None:
     refusal, connections = (_receive if place.process_id == 0 else _report)(place, facts, timeout)
     if refusal:
         raise Refused(refusal)
-    lifeline.connect(place.process_id, connections)
+    supervisor.connect(place.process_id, connections)
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, and nobody asks it
     jax.distributed.initialize(
         place.coordinator,
@@ -321,8 +319,8 @@ def owned(folder: epath.Path):
     Raises: Refused, naming the other's host and process.
     """
     with contextlib.ExitStack() as lock:
-        with hosts.together():
-            if hosts.first():
+        with distributed.together():
+            if distributed.first():
                 remedy = "wait until it ends, stop it, or give another --workdir"
                 lock.enter_context(locked(folder, "belongs to a run on", remedy))
         yield

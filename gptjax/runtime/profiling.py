@@ -9,7 +9,7 @@ import time
 import jax
 from etils import epath
 
-from gptjax.runtime import distributed as hosts
+from gptjax.runtime import distributed
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def measured_bytes() -> int | None:
 @contextlib.contextmanager
 def trace(folder: epath.Path):
     """Records what process 0 and its devices do in the block, for XProf or TensorBoard, into `folder`."""
-    if not hosts.first():
+    if not distributed.first():
         yield
         return
     with tempfile.TemporaryDirectory() as local:  # the profiler knows no gs://

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gptjax.errors import Refused, shown
-from gptjax.runtime import optional as extra
-from gptjax.runtime import untrusted
+from gptjax.runtime import optional, untrusted
 from gptjax.tokenizers import exact
 from gptjax.tokenizers.exact import SPACE_SIGN
 
@@ -197,7 +196,7 @@ def _parts(value) -> Iterator[dict]:
 
 def _loaded(file: dict, path: str):
     """The library's own tokenizer. Raises: Refused."""
-    library = extra.package("tokenizers", "tokenizer.kind=huggingface")
+    library = optional.package("tokenizers", "tokenizer.kind=huggingface")
     try:
         tokenizer = library.Tokenizer.from_str(json.dumps(file))
     except Exception as error:  # it has no other class

@@ -12,8 +12,7 @@ from gptjax.data.stream import augment, mixture
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Refused, shown
 from gptjax.models.build import check_divides
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat, untrusted
+from gptjax.runtime import distributed, heartbeat, untrusted
 from gptjax.runtime.files import write_whole
 from gptjax.tokenizers import tokenizer
 from gptjax.training.config.schema import Config
@@ -79,14 +78,14 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Corp
 
     Raises: Refused, for a corpus that can't be used; nothing that was made for it stays.
     """
-    with hosts.together():
-        if hosts.first():
+    with distributed.together():
+        if distributed.first():
             corpus = make_corpus(config, folder)
             check_divides(config.model, corpus.tokenizer.vocab_size, config.seq_len, mesh)
             augment.check_tokenizer(config.augment, corpus.tokenizer)
             write_tokenizer(corpus, folder)
-    with hosts.together():
-        if not hosts.first():
+    with distributed.together():
+        if not distributed.first():
             where = [store_folder(config.data.store, folder)]
             where = list(mixture.folders(config.mixture.stores).values()) if config.mixture.stores else where
             for path in (*(each / "manifest.json" for each in where), folder / "tokenizer"):

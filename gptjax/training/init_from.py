@@ -15,12 +15,12 @@ from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.stream import mixture
 from gptjax.errors import Refused
 from gptjax.models.config import padded_vocab
-from gptjax.runtime import distributed as hosts
+from gptjax.runtime import distributed
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.exact import RESERVED
 from gptjax.training import loading, workdir
 from gptjax.training import step as update
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.step import TrainState
 
@@ -55,7 +55,7 @@ def begin(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> TrainStat
 
 
 def _checkpoints(config: Config) -> Checkpoints:
-    with hosts.together():
+    with distributed.together():
         workdir.read_config(epath.Path(config.init_from))  # by its words where this is no workdir
     return Checkpoints(epath.Path(config.init_from) / "checkpoints")
 
@@ -64,8 +64,8 @@ def _chosen(config: Config, checkpoints: Checkpoints) -> tuple[int, Config]:
     """The step of `init_from` that a run can begin with, and the config that it was trained with. Raises: Refused."""
     step = checkpoints.choose(config.init_step)
     saved = checkpoints.run(step)
-    with hosts.together():
-        its = configs.parse(saved["config"])
+    with distributed.together():
+        its = schema.parse(saved["config"])
         _check_model(config, its)
         _check_tokenizer(config, saved, step)
     return step, its

@@ -14,9 +14,9 @@ from gptjax.models.lora import Adapters, merged
 from gptjax.models.transformer import Transformer
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.trees import placed
-from gptjax.runtime import distributed as hosts
+from gptjax.runtime import distributed
 from gptjax.tokenizers import tokenizer
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.workdir import losses, read_config
 
@@ -54,17 +54,17 @@ def chosen(checkpoints: Checkpoints, folder: epath.Path, step: int | str) -> int
 
 def load(folder: epath.Path, step: int | str) -> Run:
     """The model of a checkpoint: of a step, of the newest for -1, or of the `best`. Raises: Refused."""
-    with hosts.together():
+    with distributed.together():
         latest = read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = chosen(checkpoints, folder, step)
         saved = checkpoints.run(step)
-        config = configs.parse(saved["config"])
+        config = schema.parse(saved["config"])
         its_tokenizer = saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
         mesh = mesh_that_fits(config, its_tokenizer.vocab_size)
         with jax.set_mesh(mesh):
             model = restore_model(checkpoints, step, config, its_tokenizer.vocab_size, mesh)
-    return Run(config, step, mesh, model, its_tokenizer, configs.parse(latest))
+    return Run(config, step, mesh, model, its_tokenizer, schema.parse(latest))
 
 
 def restore_model(

@@ -21,31 +21,18 @@ from gptjax.models.size import flops_per_token
 from gptjax.parallel import hardware
 from gptjax.parallel.batches import local_rows, place
 from gptjax.parallel.mesh import make_mesh
-from gptjax.runtime import distributed, heartbeat, preemption, profiling
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import progress as terminal
+from gptjax.runtime import distributed, heartbeat, preemption, profiling, progress
 from gptjax.training import corpus as corpus_
-from gptjax.training import init_from as transfer
-from gptjax.training import run_report as summary
-from gptjax.training import validation as measuring
-from gptjax.training import workdir
+from gptjax.training import init_from, run_report, validation, workdir
 from gptjax.training.config.schema import Config
 from gptjax.training.corpus import check_same_data, prepare
 from gptjax.training.monitoring import (
-    early_stopping as stopping,
-)
-from gptjax.training.monitoring import (
+    early_stopping,
     metrics,
+    rollback,
+    sdc,
     skipped_batches,
-)
-from gptjax.training.monitoring import (
-    rollback as recovery,
-)
-from gptjax.training.monitoring import (
-    sdc as recompute,
-)
-from gptjax.training.monitoring import (
-    trackers as tracking,
+    trackers,
 )
 from gptjax.training.step import TrainState, abstract_state, compile_step, init_state, weights
 
@@ -77,14 +64,14 @@ def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: 
     """
     began = time.perf_counter()
     mesh = make_mesh(config.mesh, jax.devices())
-    with hosts.together():
-        if fresh and hosts.first():
+    with distributed.together():
+        if fresh and distributed.first():
             workdir.check_empty(folder)
-    with hosts.together():
+    with distributed.together():
         workdir.check(config, folder, mesh)
-        tracker = tracking.find(config.tracker) if hosts.first() else None
-    transfer.check(config, folder)
-    tasks = measuring.load_tasks(config)
+        tracker = trackers.find(config.tracker) if distributed.first() else None
+    init_from.check(config, folder)
+    tasks = validation.load_tasks(config)
     track = tracker and functools.partial(tracker, dataclasses.asdict(config), str(folder))
     with distributed.owned(folder):
         heartbeat.publish(folder, jax.process_count())
@@ -100,29 +87,29 @@ def run(job: Job, began: float) -> None:
     config, folder, checkpoints, vocab_size = job.config, job.folder, job.checkpoints, job.corpus.tokenizer.vocab_size
     newest = checkpoints.newest()
     stopped = newest < config.num_steps and config.stopping.patience > 0
-    stopped = stopped and stopping.over(config.stopping, workdir.losses(folder, newest))
-    if (stopped or newest >= config.num_steps) and hosts.shared((folder / "samples.txt").exists):
+    stopped = stopped and early_stopping.over(config.stopping, workdir.losses(folder, newest))
+    if (stopped or newest >= config.num_steps) and distributed.shared((folder / "samples.txt").exists):
         key, value = ("num_steps", newest) if not stopped else ("stopping.patience", config.stopping.patience)
-        early = f", where {stopping.told(config.stopping)}" if stopped else f" of num_steps={config.num_steps}"
+        early = f", where {early_stopping.told(config.stopping)}" if stopped else f" of num_steps={config.num_steps}"
         print(
             f"The run in {folder} is complete at step {newest}{early}. To go on, raise it: --config.{key}={2 * value}",
             flush=True,
         )
         return
     start, state, data, watch = begin(job, newest)
-    if hosts.first():
+    if distributed.first():
         workdir.write_config(config, folder)
-    facts = summary.model_and_mesh(config, vocab_size, job.mesh)
-    summary.packing(config, data)
+    facts = run_report.model_and_mesh(config, vocab_size, job.mesh)
+    run_report.packing(config, data)
     with heartbeat.phase("compiling"), profiling.compiling() as compiling:
         steps = compile_steps(job, start, state, data, watch.ledger, {})
-    started = began, facts | compiling | summary.compilation(steps, job.mesh, **compiling)
+    started = began, facts | compiling | run_report.compilation(steps, job.mesh, **compiling)
     while True:
         try:
             with heartbeat.phase("training"):
                 model, evaluation, log = go_on(job, steps, start, state, data, watch, started)
             break
-        except recovery.GoBack as trouble:
+        except rollback.GoBack as trouble:
             checkpoints.wait()
             good, there = checkpoints.verified(), checkpoints.steps()
             if there and not good:  # storage that is lost for a while, most likely
@@ -131,10 +118,10 @@ def run(job: Job, began: float) -> None:
                     f"{checkpoints.folder} can be read, so nothing is removed: see gptjax checkpoint verify, and run "
                     "the same command again once they can."
                 ) from trouble
-            ledger = recovery.skipping(trouble, good, config.recovery.max_returns)
+            ledger = rollback.skipping(trouble, good, config.recovery.max_returns)
             newest = ledger[-1]["step"]
             removed = checkpoints.remove_after(newest)
-            print(recovery.way_back(trouble, ledger[-1], removed), flush=True)
+            print(rollback.way_back(trouble, ledger[-1], removed), flush=True)
         start, state, data, watch = begin(job, newest, ledger)  # by now the state that is left is gone from memory
         with heartbeat.phase("compiling"):
             steps = compile_steps(job, start, state, data, watch.ledger, steps)
@@ -144,9 +131,9 @@ def run(job: Job, began: float) -> None:
             f"the best held-out loss, {log.losses[best]:.4f} nats a token, is of step {best}: --step=best", flush=True
         )
     last = data.phase(skipped_batches.batch_index(watch.ledger, max(start, config.num_steps - 1)))
-    summary.held_against(steps[last.shape], log.floor_seconds, log.step_seconds)
+    run_report.held_against(steps[last.shape], log.floor_seconds, log.step_seconds)
     with heartbeat.phase("sampling"):
-        summary.report(config, folder, job.corpus, model, evaluation)
+        run_report.report(config, folder, job.corpus, model, evaluation)
 
 
 def compile_steps(
@@ -173,7 +160,7 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
     heartbeat.reached(start)
     if start:
         saved = checkpoints.run(start)
-        with hosts.together():
+        with distributed.together():
             workdir.check_same_run(config, saved["config"], checkpoints.folder)
             check_same_data(job.corpus, saved, checkpoints.folder)
             skipped_batches.check_saved(saved, start, checkpoints.folder)
@@ -183,21 +170,21 @@ def begin(job: Job, start: int, ledger: list[dict] | None = None):
         seen = saved["recovery"]
         print(f"going on from the checkpoint of step {start}", flush=True)
     else:
-        with hosts.together():
+        with distributed.together():
             workdir.check_never_saved(folder)
         if config.init_from:
             with heartbeat.phase("restoring"):
-                state = transfer.begin(config, vocab_size, job.mesh)
+                state = init_from.begin(config, vocab_size, job.mesh)
         else:
             with heartbeat.phase("compiling"):
                 state = jax.jit(functools.partial(init_state, config, vocab_size))()
     phases = curriculum.going_on(history, config.phases, skipped_batches.batch_index(seen["ledger"], start))
     data = stream.Stream(job.corpus, phases, config.seq_len, config.seed, config.packing, config.augment)
     seen = seen if ledger is None else seen | {"ledger": ledger}
-    return start, state, data, recovery.Watch(config.recovery, folder, data.documents, start, seen)
+    return start, state, data, rollback.Watch(config.recovery, folder, data.documents, start, seen)
 
 
-def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Stream, watch: recovery.Watch, started):
+def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Stream, watch: rollback.Watch, started):
     """The loop, from `start` to the end of the run. Returns the model, its evaluation, and the log.
 
     Args:
@@ -220,8 +207,8 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
         "losses": losses(),
         "rotate": not watch.in_doubt,  # it may have to go back to one of those that are there
     }
-    held_out = lambda step: measuring.held_out(config, job.corpus, job.mesh, weights(state), step, log)
-    on_tasks = lambda step: measuring.on_tasks(config, job.tasks, job.corpus.tokenizer, weights(state), step, log)
+    held_out = lambda step: validation.held_out(config, job.corpus, job.mesh, weights(state), step, log)
+    on_tasks = lambda step: validation.on_tasks(config, job.tasks, job.corpus.tokenizer, weights(state), step, log)
 
     def done(step: int) -> tuple[int, int]:
         """The tokens, and the FLOPs of the model, in the steps up to this one."""
@@ -232,7 +219,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
         return tokens, flops
 
     with (
-        terminal.progress("training", config.num_steps, start, plain_seconds=0) as bar,
+        progress.progress("training", config.num_steps, start, plain_seconds=0) as bar,
         metrics.Log(folder, bar, start, watch, config.log_every, done, peak, job.tracker) as log,
         ExitStack() as trace,
     ):
@@ -252,8 +239,8 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                 if step and due(step, config.tasks.every):
                     with log.paused():
                         on_tasks(step)
-                if step in log.losses and stopping.over(config.stopping, log.losses):
-                    bar.print(f"step {step}: {stopping.told(config.stopping)}; the run ends")
+                if step in log.losses and early_stopping.over(config.stopping, log.losses):
+                    bar.print(f"step {step}: {early_stopping.told(config.stopping)}; the run ends")
                     last = step
                     break
                 if step in traced[:1]:
@@ -261,7 +248,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                         trace.enter_context(profiling.trace(folder / "profile"))
                 step_fn = steps[data.phase(skipped_batches.batch_index(watch.ledger, step)).shape]
                 checked = due(step + 1, config.recovery.sdc_check_every)
-                advance = functools.partial(recompute.twice, step_fn) if checked else step_fn
+                advance = functools.partial(sdc.twice, step_fn) if checked else step_fn
                 # A hidden transfer would wait for the device at each step.
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1), jax.transfer_guard("disallow"):
                     batch = next(batches)

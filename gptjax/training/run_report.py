@@ -15,10 +15,8 @@ from gptjax.inference import generate
 from gptjax.models.size import num_parameters
 from gptjax.models.transformer import Transformer
 from gptjax.parallel.mesh import sizes
-from gptjax.parallel.xla import analysis as compiled
-from gptjax.parallel.xla import communication as collectives
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import files, profiling
+from gptjax.parallel.xla import analysis, communication
+from gptjax.runtime import distributed, files, profiling
 from gptjax.training.config.schema import Config
 
 
@@ -35,7 +33,7 @@ def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
 
 def packing(config: Config, data: Stream) -> None:
     """Prints what a layout that all starts of documents were read for costs; `gptjax data show` prints that of any."""
-    if config.packing.method == "concat" or not hosts.first():
+    if config.packing.method == "concat" or not distributed.first():
         return
     for name, store in data.corpus.stores.items():
         found = report_of(data.packed[name], store.split("train"), config.seq_len)
@@ -53,12 +51,12 @@ def compilation(
     compiled_bytes: of a device's memory at the peak of a step. compiled_link_bytes: that a device sends in one, None
     where XLA does not say.
     """
-    peaks = {shape: compiled.memory(step).peak for shape, step in steps.items()}
+    peaks = {shape: analysis.memory(step).peak for shape, step in steps.items()}
     shape = max(peaks, key=peaks.get)
     step, needed = steps[shape], peaks[shape]
     try:
-        sent = sum(collective.link_bytes for collective in collectives.of_step(step, mesh))
-    except collectives.Unreadable:
+        sent = sum(collective.link_bytes for collective in communication.of_step(step, mesh))
+    except communication.Unreadable:
         sent = None
     shapes = ", ".join(f"{rows} × {length}" for rows, length in steps)
     several = f"for batches of {shapes}; at most " if len(steps) > 1 else ""
@@ -74,7 +72,7 @@ def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_se
     """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
     measured = profiling.measured_bytes()
     print(
-        f"memory of a device: {compiled.memory(step).peak / 1e6:,.1f} MB as compiled · "
+        f"memory of a device: {analysis.memory(step).peak / 1e6:,.1f} MB as compiled · "
         f"{'its peak unknown' if measured is None else f'{measured / 1e6:,.1f} MB at its peak'}"
     )
     if step_seconds:
@@ -107,8 +105,8 @@ def report(
         count=config.num_samples,
         seed=config.seed,
     )
-    with hosts.together():  # the others end when process 0 has written
-        if hosts.first():
+    with distributed.together():  # the others end when process 0 has written
+        if distributed.first():
             files.write_whole(folder / "samples.txt", ("\n\n".join(texts) + "\n").encode())
     for text in texts:
         print(f"{'—' * 30} sample\n{text}", flush=True)

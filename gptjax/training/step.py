@@ -14,7 +14,7 @@ from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import batches
 from gptjax.parallel.trees import placed
-from gptjax.parallel.xla import options as compiler
+from gptjax.parallel.xla import options
 from gptjax.training.config.schema import Config
 from gptjax.training.optim.optimizers import loaded, make_optimizer, stored
 from gptjax.training.optim.schedules import learning_rate
@@ -135,7 +135,7 @@ def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.s
     Raises: Refused, by the compiler for its options.
     """
     lowered = train_step.lower(state, abstract_batch(config, mesh), config=config, vocab_size=vocab_size)
-    return compiler.compile(lowered, config.compiler_options, mesh.devices.flat[0].platform)
+    return options.compile(lowered, config.compiler_options, mesh.devices.flat[0].platform)
 
 
 def weights(state: TrainState) -> Transformer:

@@ -7,20 +7,19 @@ from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Preempted
 from gptjax.evaluation.heldout import Evaluation, evaluate
 from gptjax.models.transformer import Transformer
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import optional as extra
+from gptjax.runtime import distributed, optional
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring.metrics import Log
 
 
 def load_tasks(config: Config) -> dict:
     """The tasks of a config, as of `harness.load`; none where it names none. Raises: Refused."""
-    with hosts.together():
+    with distributed.together():
         return _harness().load(config.tasks, config.seq_len) if config.tasks.names else {}
 
 
 def _harness():
-    return extra.package("gptjax.evaluation.lm_eval", "tasks.names", "eval")
+    return optional.package("gptjax.evaluation.lm_eval", "tasks.names", "eval")
 
 
 def held_out(

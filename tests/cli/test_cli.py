@@ -10,8 +10,7 @@ import pytest
 from support.command import DEBUG, training
 
 import gptjax
-from gptjax.cli import distributed
-from gptjax.cli import main as cli
+from gptjax.cli import distributed, main
 from gptjax.cli.commands import evaluate
 from gptjax.errors import Failed
 
@@ -57,7 +56,7 @@ def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
 
 def test_compiled_programs_stay_in_the_workdir_or_where_jax_was_told(tmp_path):
     told = jax.config.jax_compilation_cache_dir
-    args = cli.parse(["eval", f"--workdir={tmp_path}"])
+    args = main.parse(["eval", f"--workdir={tmp_path}"])
     distributed.join(args, {})
     assert told and jax.config.jax_compilation_cache_dir == told
     jax.config.update("jax_compilation_cache_dir", None)
@@ -91,7 +90,7 @@ def test_a_run_that_can_not_go_on_is_code_1_and_one_sentence(monkeypatch, capsys
     monkeypatch.setattr(evaluate, "evaluate", stop)
     monkeypatch.setattr(sys, "argv", ["gptjax", "eval", "--workdir=x"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert (end.value.code, capsys.readouterr().err) == (1, "gptjax: The run stops, because of this: do that.\n")
 
 
@@ -113,7 +112,7 @@ def test_bad_flags(refused, tmp_path, monkeypatch, argv, words):
 
 
 def test_a_value_may_follow_its_key_as_a_word_of_its_own():
-    args = cli.parse(["train", "--config=x", "--workdir=y", "--config.seed", "3", "--config.data.path=a=b"])
+    args = main.parse(["train", "--config=x", "--workdir=y", "--config.seed", "3", "--config.data.path=a=b"])
     assert args.overrides == {"seed": "3", "data.path": "a=b"}
 
 

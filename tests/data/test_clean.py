@@ -10,9 +10,7 @@ from datatrove.data import Document
 from etils import epath
 from support.command import tree
 
-from gptjax.data.cleaning import filters as clean_steps
-from gptjax.data.cleaning import pipeline as clean
-from gptjax.data.cleaning import stages as clean_stages
+from gptjax.data.cleaning import filters, pipeline, stages
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.cleaning.report import SAMPLES, Account, merged
 from gptjax.data.preparation import prepare as module
@@ -46,7 +44,7 @@ def prose(seed: int) -> str:
 def judged(config: CleanConfig, step: str, text: str) -> tuple[str, str]:
     """The reason that a step gives, and what it leaves of the text."""
     document = Document(text, "0")
-    return clean_steps.steps(config)[step](document), document.text
+    return filters.steps(config)[step](document), document.text
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_what_is_left_is_what_was_read_without_what_the_report_lists(cleaned):
     lost = {key: sum(row["removed"][key] for row in report["steps"]) for key in total}
     lost["bytes"] += sum(row["changed"]["bytes"] for row in report["steps"])
     assert {key: report["kept"][key] + lost[key] for key in total} == report["read"]
-    assert all(f"{step} removed" in printed for step in STEPS) and clean.table(report) in printed
+    assert all(f"{step} removed" in printed for step in STEPS) and pipeline.table(report) in printed
 
 
 def test_what_was_personal_is_in_neither_the_store_nor_the_samples(cleaned):
@@ -216,7 +214,7 @@ def test_two_workers_leave_the_same(tmp_path, monkeypatch):
             module._run(step, tasks, workers, folder, words, None)
 
         whole = pieces.Corpus(data, folder / "tasks")
-        kept, *reports = clean.clean(config(tmp_path), whole, len(tasks), folder / "clean", run)
+        kept, *reports = pipeline.clean(config(tmp_path), whole, len(tasks), folder / "clean", run)
         found.append([[list(kept.documents(task, Damages("stop"))) for task in range(len(tasks))], *reports])
     assert found[0] == found[1]
     assert sum(map(len, found[0][0])) == found[0][1]["kept"]["documents"] > 0
@@ -348,7 +346,7 @@ def test_a_missing_package_is_refused(tmp_path, monkeypatch):
 
 def test_only_deduplication_needs_a_file_of_each_task(tmp_path, monkeypatch):
     data = corpus(tmp_path / "corpus", monkeypatch)
-    monkeypatch.setattr(clean_stages.resource, "getrlimit", lambda _: (9, 9))
+    monkeypatch.setattr(stages.resource, "getrlimit", lambda _: (9, 9))
     with pytest.raises(Refused, match="ulimit -Hn is 9: raise it"):
         prepare(data, BYTE, tmp_path / "store", cleaning=CleanConfig(exact_duplicates=True))
     prepare(data, BYTE, tmp_path / "store", cleaning=CleanConfig(languages="en"))
@@ -369,7 +367,7 @@ def test_comparing_tells_that_it_goes_on(tmp_path):
             pass
 
     told = []
-    step = clean_stages.Compare(Step(), 2, epath.Path(tmp_path))
+    step = stages.Compare(Step(), 2, epath.Path(tmp_path))
     for task in range(2):
         step(task, lambda *more: told.append(more))
     assert told == [(0, 0, 0)] * 2

@@ -13,10 +13,9 @@ from gptjax.data.stream.mixture import PERIOD, Corpus, MixtureConfig
 from gptjax.data.stream.stream import Stream
 from gptjax.errors import Refused
 from gptjax.models.config import ModelConfig
-from gptjax.training import loop as train
-from gptjax.training.config import schema as configs
-from gptjax.training.monitoring import rollback as recovery
-from gptjax.training.monitoring import skipped_batches
+from gptjax.training import loop
+from gptjax.training.config import schema
+from gptjax.training.monitoring import rollback, skipped_batches
 from gptjax.training.optim.config import OptimizerConfig
 
 L = 32
@@ -99,9 +98,9 @@ def test_what_is_refused(lengths, sizes, words):
 
 def test_a_batch_of_any_phase_has_to_divide_over_the_mesh():
     config = tiny(seq_len=L, batch_size=8, curriculum=CurriculumConfig(batch_size="0: 8; 5: 4"))
-    configs.check_batch(config, mesh_of(4, 1, 1))
+    schema.check_batch(config, mesh_of(4, 1, 1))
     with pytest.raises(Refused, match="A micro-batch of 4 sequences .* over the 8 devices"):
-        configs.check_batch(config, mesh_of(8, 1, 1))
+        schema.check_batch(config, mesh_of(8, 1, 1))
 
 
 def test_steps_within():
@@ -124,11 +123,11 @@ def run_of(store, lengths, sizes, **changes):
 
 def test_a_run_of_several_shapes(one, tmp_path, capfd):
     """Stopped and changed on the way it is, to the last bit, the run that planned it; what it says counts tokens."""
-    train.train(run_of(one, "0: 8; 3: 32", "0: 8; 5: 16; 7: 24"), epath.Path(tmp_path / "planned"))
+    loop.train(run_of(one, "0: 8; 3: 32", "0: 8; 5: 16; 7: 24"), epath.Path(tmp_path / "planned"))
     assert "for batches of 8 × 8, 8 × 32, 16 × 32; at most" in capfd.readouterr().out  # batch 7 is none of 7 steps'
-    train.train(run_of(one, "8", "", num_steps=3), epath.Path(tmp_path / "changed"))
-    train.train(run_of(one, "0: 8; 3: 32", "0: 8; 5: 16", num_steps=4), epath.Path(tmp_path / "changed"))
-    train.train(run_of(one, "32", "0: 8; 5: 16"), epath.Path(tmp_path / "changed"))
+    loop.train(run_of(one, "8", "", num_steps=3), epath.Path(tmp_path / "changed"))
+    loop.train(run_of(one, "0: 8; 3: 32", "0: 8; 5: 16", num_steps=4), epath.Path(tmp_path / "changed"))
+    loop.train(run_of(one, "32", "0: 8; 5: 16"), epath.Path(tmp_path / "changed"))
     assert losses(tmp_path / "changed") == losses(tmp_path / "planned")
     seen = {row["step"]: row["tokens_seen"] for row in rows(tmp_path / "planned") if "loss" in row}
     assert seen == {1: 64, 2: 128, 3: 192, 4: 448, 5: 704, 6: 1216, 7: 1728}
@@ -141,11 +140,11 @@ def test_a_run_of_several_shapes(one, tmp_path, capfd):
 
 
 def test_going_back_to_a_shape_from_before_this_process_began(one, tmp_path, monkeypatch):
-    run = lambda steps: train.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))
+    run = lambda steps: loop.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))
     run(4)
-    troubles, go_on = [recovery.GoBack(3, 3, 3, "why", "where", [])], train.go_on
+    troubles, go_on = [rollback.GoBack(3, 3, 3, "why", "where", [])], loop.go_on
     going_on = lambda *args: go_on(*args) if not troubles else (_ for _ in ()).throw(troubles.pop())
-    monkeypatch.setattr(train, "go_on", going_on)
+    monkeypatch.setattr(loop, "go_on", going_on)
     run(5)
     assert {row["step"]: row["tokens_seen"] for row in rows(tmp_path) if "loss" in row} == {
         1: 64, 2: 128, 3: 192, 4: 448, 5: 704}  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 from etils import epath
 
-from gptjax.data.preparation import executor as engine
+from gptjax.data.preparation import executor
 from gptjax.errors import Failed, Refused
 
 
@@ -40,7 +40,7 @@ def run(tmp_path, tasks, workers, **more):
     """What was told, and by how many processes it was done."""
     told = []
     (tmp_path / "out").mkdir(exist_ok=True)
-    engine.run(
+    executor.run(
         Step(tmp_path / "out", **more), tasks, workers, epath.Path(tmp_path / "engine"), lambda *n: told.append(n)
     )
     done = [json.loads((tmp_path / "out" / f"{task}.json").read_text()) for task in range(tasks)]

@@ -20,8 +20,7 @@ from gptjax.errors import Refused
 from gptjax.models.config import ModelConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.tokenizers.tokenizer import train as train_tokenizer
-from gptjax.training import batch_audit as audit
-from gptjax.training import loop as train
+from gptjax.training import batch_audit, loop
 from gptjax.training.corpus import check_same_data, make_corpus
 from gptjax.training.optim.config import OptimizerConfig
 
@@ -243,7 +242,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def mixed(folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mixed"
-    train.train(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(folder))
+    loop.train(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(folder))
     return folder
 
 
@@ -268,9 +267,9 @@ def test_loss_by_source(mixed, folders, gptjax_main):
 def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     """The run that was changed at step 3 is, to the last bit, one that planned it."""
     changed, planned = epath.Path(tmp_path / "changed"), epath.Path(tmp_path / "planned")
-    train.train(run_of(folders, weights="code 0.6, web 0.4", num_steps=3), changed)
-    train.train(run_of(folders, weights="web 0.2, books 0.8"), changed)
-    train.train(run_of(folders, weights="0: code 0.6, web 0.4; 3: web 0.2, books 0.8"), planned)
+    loop.train(run_of(folders, weights="code 0.6, web 0.4", num_steps=3), changed)
+    loop.train(run_of(folders, weights="web 0.2, books 0.8"), changed)
+    loop.train(run_of(folders, weights="0: code 0.6, web 0.4; 3: web 0.2, books 0.8"), planned)
     assert losses(changed) == losses(planned)
     assert list(losses(changed).values())[:3] == list(losses(mixed).values())[:3]
     assert list(losses(changed).values())[3:] != list(losses(mixed).values())[3:]
@@ -278,10 +277,10 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
         assert [phase["first"] for phase in checkpoints.run(6)["phases"]] == [0, 3]
     other = {"text": folders["code"]} | {name: folders[name] for name in ("web", "books")}
     with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows its text as 'code'"):
-        train.train(run_of(other, weights="web 1", num_steps=7), changed)
+        loop.train(run_of(other, weights="web 1", num_steps=7), changed)
     swapped = folders | {"code": folders["web"]}
     with pytest.raises(Refused, match=r"web has text_hash \w{12}, but .* was trained on \w{12}"):
-        train.train(run_of(swapped, weights="web 1", num_steps=7), changed)
+        loop.train(run_of(swapped, weights="web 1", num_steps=7), changed)
 
 
 def test_a_name_that_comes_or_goes(folders, tmp_path):
@@ -331,11 +330,11 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     assert "--step=0 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=0")
     assert "--step=61 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=61")
     assert "--row=8 is none of the rows 0 to 7 of step 5" in refused(mixed, *show, "--step=5", "--row=8")
-    told = audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
+    told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
     assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
     with pytest.raises(
         Refused, match="batch 0 has rows of the store code, which mixture.stores does not have any more"
     ):
-        audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
+        batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]
     assert "there is no --workdir: say where the tokens are" in refused(mixed, *alone)

@@ -15,7 +15,7 @@ from etils import epath
 from support.runs import tiny
 
 from gptjax.data.preparation import prepare as module
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import tasks
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import is_whole
 from gptjax.errors import Failed, Refused
@@ -53,7 +53,7 @@ def decoded(store, name):
 
 @pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig(vocab_size=300)], ids=["byte", "sentencepiece"])
 def test_every_document_is_in_one_split_with_its_bytes(tmp_path, data, texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(pieces, "BATCH_BYTES", 200)
+    monkeypatch.setattr(tasks, "BATCH_BYTES", 200)
     store = prepare(data, tokenizer, tmp_path / "store")
     train, heldout = decoded(store, "train"), decoded(store, "heldout")
     assert sorted(train + heldout) == sorted(texts)
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_for_the_tokenizers_texts_is_no_refusal(tmp_path, da
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(Failed, match="store.partial can't be written .No space"):
-        patch.setattr(pieces.Sample, "__call__", full)
+        patch.setattr(tasks.Sample, "__call__", full)
         prepare(data, TokenizerConfig(vocab_size=300), tmp_path / "store")
     assert (tmp_path / "store.partial/survey/00000.json").exists()
 
@@ -111,7 +111,7 @@ def test_compressed_sizes_are_those_of_gzip_and_xz(tmp_path, data, monkeypatch):
     assert manifest["gzip_bytes"] == len(gzip.compress(heldout, 9, mtime=0))
     assert manifest["xz_bytes"] == len(lzma.compress(heldout, preset=9))
 
-    monkeypatch.setattr(pieces, "COMPRESSED_BYTES", 100)
+    monkeypatch.setattr(tasks, "COMPRESSED_BYTES", 100)
     manifest = prepare(data, BYTE, tmp_path / "less").manifest
     assert manifest["compressed_heldout_bytes"] == 100
     assert manifest["xz_bytes"] == len(lzma.compress(heldout[:100], preset=9))

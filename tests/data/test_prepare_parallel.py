@@ -19,7 +19,7 @@ from gptjax.data.preparation import prepare as module
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import Store, is_whole
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import lock as owner
+from gptjax.runtime import lock
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
 BYTE = TokenizerConfig(kind="byte")
@@ -171,7 +171,7 @@ def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
 
 
 def test_two_preparations_of_one_store_refuse_each_other(lines, tmp_path):
-    with owner.locked(epath.Path(tmp_path / "store.partial"), "is", "wait"):
+    with lock.locked(epath.Path(tmp_path / "store.partial"), "is", "wait"):
         before = tree(tmp_path)
         words = rf"store.partial is being prepared on host \S+, process {os.getpid()}: wait until it is done, stop it"
         with pytest.raises(Refused, match=words):

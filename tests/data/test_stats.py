@@ -12,8 +12,7 @@ from support.command import DEBUG, tree
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation.prepare import prepare
 from gptjax.data.sources.documents import DataConfig
-from gptjax.data.store import stats
-from gptjax.data.store import stats_plot as picture
+from gptjax.data.store import stats, stats_plot
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
@@ -97,7 +96,7 @@ def test_a_sample_has_all_copies_or_none_and_says_so(store, monkeypatch):
     assert found["duplicates"]["exact"]["documents"] == looked_at.total() - len(looked_at)
     assert 3 <= found["sample"]["documents"] <= 30 and not found["sample"]["whole"]
     assert found["total"]["documents"] == len(TEXTS + COPIES + ALIKE)
-    assert "15" not in picture._title(found) and "a sample by hash" in picture._title(found)
+    assert "15" not in stats_plot._title(found) and "a sample by hash" in stats_plot._title(found)
 
 
 def test_rare_ngrams_are_forgotten_and_the_bound_holds(store, found, monkeypatch):
@@ -151,7 +150,7 @@ def test_the_cleaning_of_a_store_is_in_the_picture(tmp_path):
     found = stats.stats(store)
     size = {"documents": 3, "bytes": sum(len(text) for text in COPIES)}
     assert found["cleaning"]["exact_duplicates"] == size and found["duplicates"]["exact"]["documents"] == 0
-    picture.draw(found, epath.Path(tmp_path / "stats.png"))
+    stats_plot.draw(found, epath.Path(tmp_path / "stats.png"))
     assert (tmp_path / "stats.png").stat().st_size > 10_000
 
 

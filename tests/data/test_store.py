@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gptjax.data.store import store as stores
+from gptjax.data.store import store
 from gptjax.data.store.store import Store
 from gptjax.errors import Refused
 from gptjax.tokenizers import tokenizer
@@ -19,14 +19,14 @@ def write(folder, vocab_size=60_000):
     folder = epath.Path(folder)
     trained = tokenizer.train(TokenizerConfig(kind="byte"), [], folder / "tokenizer")
     splits = {}
-    for name in stores.SPLITS:
-        writer = stores.SplitWriter(folder / name, stores.token_dtype(vocab_size))
+    for name in store.SPLITS:
+        writer = store.SplitWriter(folder / name, store.token_dtype(vocab_size))
         for index, tokens in enumerate(DOCUMENTS):
             writer.append(f"{index}.txt", index * 10, tokens, len(tokens) - 1)
         splits[name] = writer.close()
     manifest = {"tokenizer_hash": trained.hash, "vocab_size": vocab_size, "text_hash": "", "settings": {}}
     sizes = dict.fromkeys(("compressed_heldout_bytes", "gzip_bytes", "xz_bytes"), 1)
-    stores.write_manifest(folder, manifest | {"splits": splits} | sizes)
+    store.write_manifest(folder, manifest | {"splits": splits} | sizes)
     return Store.open(folder)
 
 
@@ -72,8 +72,8 @@ def test_dtype_is_the_smallest_that_holds_the_vocabulary(tmp_path, vocab_size, d
 
 
 def test_several_shards_are_one_array(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "SHARD", 16)
-    monkeypatch.setattr(stores, "CHUNK", 4)
+    monkeypatch.setattr(store, "SHARD", 16)
+    monkeypatch.setattr(store, "CHUNK", 4)
     split = write(tmp_path / "store").split("heldout")
     assert len(list((tmp_path / "store/train/tokens/c").iterdir())) == 2
     np.testing.assert_array_equal(split.read(np.array([0, 10]), 19)[1], np.concatenate(DOCUMENTS)[10:])
@@ -207,7 +207,7 @@ def test_a_store_may_be_a_link_itself(whole, tmp_path):
 
 def test_tokens_of_nothing_but_zeros_have_their_bytes_on_disk(tmp_path):
     """Else a manifest could tell of any number of them."""
-    writer = stores.SplitWriter(epath.Path(tmp_path / "split"), np.uint16)
+    writer = store.SplitWriter(epath.Path(tmp_path / "split"), np.uint16)
     writer.append("zeros", 0, np.zeros(100_000, np.int32), 1)
     writer.close()
     assert (tmp_path / "split/tokens/c/0").stat().st_size > 200_000

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from gptjax.evaluation import bias_pairs as pairs
-from gptjax.evaluation import classification
+from gptjax.evaluation import bias_pairs, classification
 
 
 def test_metrics_are_those_by_hand():
@@ -36,8 +35,8 @@ def test_a_classifier_that_knows_how_sure_it_is():
 
 
 def test_pairs_differ_in_their_subject_only():
-    documents = pairs.documents("gender")["test"]
+    documents = bias_pairs.documents("gender")["test"]
     assert len(documents) == len({(each["first"], each["rest"]) for each in documents}) > 50
-    found = pairs.scores({"rest": " works."}, [(-7 * np.log(2), True), (-14 * np.log(2), False)])
+    found = bias_pairs.scores({"rest": " works."}, [(-7 * np.log(2), True), (-14 * np.log(2), False)])
     assert found == {"first_likelier": 1.0, "difference": pytest.approx(1.0)}
-    assert pairs.scores({"rest": " works."}, [(-3.0, True)] * 2) == {"first_likelier": 0.5, "difference": 0.0}
+    assert bias_pairs.scores({"rest": " works."}, [(-3.0, True)] * 2) == {"first_likelier": 0.5, "difference": 0.0}

@@ -15,7 +15,7 @@ from support.command import corpus_text, training
 from test_hf_tokenizer import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gptjax.evaluation import lm_eval as harness
+from gptjax.evaluation import lm_eval
 from gptjax.evaluation.heldout import TasksConfig
 from gptjax.interop.huggingface import convert
 from gptjax.training import loading
@@ -132,16 +132,16 @@ def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_pat
     transformers.AutoModelForCausalLM.from_config(make(tmp_path / "theirs")).save_pretrained(tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     run = loading.load(epath.Path(tmp_path / "ours"), -1)
-    loaded = harness.load(TasksConfig(names=ALL, folder=str(folder)), SEQ_LEN)
+    loaded = lm_eval.load(TasksConfig(names=ALL, folder=str(folder)), SEQ_LEN)
 
     def answered(lm):
         for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=harness.FEWSHOT_SEED)
+            task.set_fewshot_seed(seed=lm_eval.FEWSHOT_SEED)
         return evaluator.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)
 
     expected = answered(HFLM(pretrained=str(tmp_path / "theirs"), dtype="float32", batch_size=24, device="cpu"))
     with jax.set_mesh(run.mesh):
-        found = answered(harness.LanguageModel(run.model, run.tokenizer, SEQ_LEN, batch_size=6))
+        found = answered(lm_eval.LanguageModel(run.model, run.tokenizer, SEQ_LEN, batch_size=6))
     assert set(expected["samples"]) == set(ALL.split(","))
     for name, samples in expected["samples"].items():
         for one, other in zip(samples, found["samples"][name], strict=True):

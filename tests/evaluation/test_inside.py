@@ -8,7 +8,7 @@ from flax import nnx
 from support import runs as training
 
 from gptjax.data.batch import Batch
-from gptjax.evaluation import interpretability as inside
+from gptjax.evaluation import interpretability
 from gptjax.models import objective
 from gptjax.models.attention import masked_attention
 from gptjax.models.config import ModelConfig
@@ -16,7 +16,7 @@ from gptjax.models.loss import LossConfig
 from gptjax.models.size import num_parameters
 from gptjax.models.transformer import Block, Transformer
 from gptjax.parallel import batches
-from gptjax.training import step as update
+from gptjax.training import step
 
 TOKENS = [256, *b"def f(x):\n    return x"]
 CONFIG = ModelConfig(
@@ -32,14 +32,14 @@ def model_on(mesh, config=CONFIG):
 def maps_on(*shape):
     mesh = training.mesh_of(*shape)
     with jax.set_mesh(mesh):
-        return inside.attention_maps(model_on(mesh), TOKENS)
+        return interpretability.attention_maps(model_on(mesh), TOKENS)
 
 
 def test_maps_are_the_weights_of_the_models_own_attention():
     mesh = training.mesh_of(1, 1, 1)
     model = model_on(mesh)
     with jax.set_mesh(mesh):
-        maps = inside.attention_maps(model, TOKENS)
+        maps = interpretability.attention_maps(model, TOKENS)
         positions = jnp.arange(len(TOKENS))[None]
         block = jax.tree.map(lambda weight: weight[0], model.blocks)
         x = model.embed(jnp.array([TOKENS]), positions, "act_seq")
@@ -63,7 +63,7 @@ def test_maps_see_no_further_than_the_window():
     model = model_on(mesh)
     model.config = ModelConfig(**vars(CONFIG) | {"sliding_window": 3})
     with jax.set_mesh(mesh):
-        maps = inside.attention_maps(model, TOKENS)
+        maps = interpretability.attention_maps(model, TOKENS)
     assert not np.tril(maps, -3).any() and np.tril(maps, -2).any()
 
 
@@ -71,7 +71,7 @@ def test_surprise_is_the_loss_by_token():
     mesh = training.mesh_of(2, 2, 2)
     model, count = model_on(mesh), len(TOKENS) - 1
     with jax.set_mesh(mesh):
-        found = inside.surprise(model, TOKENS, 257)
+        found = interpretability.surprise(model, TOKENS, 257)
         rows = np.tile(np.array(TOKENS, np.int32), (4, 1))
         inputs, ones = rows[:, :-1], np.ones((4, count), np.int32)
         batch = Batch(inputs, rows[:, 1:], ones * np.arange(count, dtype=np.int32), ones, ones.astype(np.float32))
@@ -86,7 +86,7 @@ def test_surprise_is_the_loss_by_token():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_the_parts_of_a_weight_are_where_its_sharding_says(shape):
     mesh = training.mesh_of(*shape)
-    found = inside.weights(model_on(mesh))
+    found = interpretability.weights(model_on(mesh))
     assert sum(weight.size for weight in found) == num_parameters(CONFIG, 257, 64)
     for weight in found:
         held = np.zeros(weight.shape, int)
@@ -104,11 +104,13 @@ def test_gradient_norms_add_up_to_that_of_the_step(store):
     mesh, config = training.mesh_of(2, 2, 1), training.tiny(dataclasses.replace(training.GPT2, dropout=0.0))
     rows = batches.local_rows(mesh, config.batch_size, 1)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: update.init_state(config, store.tokenizer.vocab_size))()
+        state = jax.jit(lambda: step.init_state(config, store.tokenizer.vocab_size))()
         batch = batches.place(training.data_of(config, store).batch(0, rows), rows, mesh, config.batch_size, 1)
         own = jax.tree.map(lambda array: array[0], batch)
-        norms = inside.gradient_norms(state.model, own, vocab_size=store.tokenizer.vocab_size, loss=config.loss)
-        _, metrics = update.train_step(state, batch, config=config, vocab_size=257)
+        norms = interpretability.gradient_norms(
+            state.model, own, vocab_size=store.tokenizer.vocab_size, loss=config.loss
+        )
+        _, metrics = step.train_step(state, batch, config=config, vocab_size=257)
     assert norms["blocks.query"].shape == (2,) and norms["embedding"].shape == (1,)
     total = np.sqrt(sum(np.square(each).sum() for each in norms.values()))
     assert total == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)

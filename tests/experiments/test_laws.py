@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax.errors import Refused
-from gptjax.experiments.scaling import laws
-from gptjax.experiments.scaling import study as scale
+from gptjax.experiments.scaling import laws, study
 from gptjax.experiments.scaling.laws import Law, Point
 
 CHINCHILLA = Law(1.69, 406.4, 410.7, 0.34, 0.28)  # Hoffmann et al. 2022, section 3.3
@@ -114,7 +113,7 @@ MEASURED = [
 
 
 def test_a_resample_that_is_far_off_spoils_no_interval():
-    found = scale.summary(laws.scaling([Point(b, "", N, D, loss) for b, N, D, loss in MEASURED]), 1e13)
+    found = study.summary(laws.scaling([Point(b, "", N, D, loss) for b, N, D, loss in MEASURED]), 1e13)
     for fit in ("parabolas", "law"):
         low, high = found[fit]["parameters_interval"]
         assert 0 < low < found[fit]["parameters"] < high < np.inf

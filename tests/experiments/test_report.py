@@ -17,7 +17,7 @@ from etils import epath
 
 from gptjax.experiments.report import charts, page, runs
 from gptjax.runtime import heartbeat
-from gptjax.training.config import schema as config
+from gptjax.training.config import schema
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}$x^2$"
 STEP = {"learning_rate": 0.1, "tokens_per_second": 100.0, "step_seconds": 0.5, "grad_norm": 1.0, "skipped_updates": 0}
@@ -26,10 +26,10 @@ STEP = {"learning_rate": 0.1, "tokens_per_second": 100.0, "step_seconds": 0.5, "
 def made(folder, rows, **changes):
     """A workdir with these rows, and a config with these values."""
     folder.mkdir(parents=True)
-    loaded = config.default()
+    loaded = schema.default()
     with loaded.unlocked():
         loaded.update(changes)
-    (folder / "config.json").write_text(config.to_json(config.parse(loaded)))
+    (folder / "config.json").write_text(schema.to_json(schema.parse(loaded)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return epath.Path(folder)
 

@@ -10,12 +10,12 @@ import pytest
 from etils import epath
 
 from gptjax.errors import Preempted, Refused
-from gptjax.experiments.scaling import study as scale
+from gptjax.experiments.scaling import study
 from gptjax.experiments.scaling.laws import Law, Point
 from gptjax.models.size import flops_per_token
 from gptjax.training.config.files import load
 
-FAMILY = str(pathlib.Path(scale.__file__).parents[3] / "benchmarks" / "family.py")
+FAMILY = str(pathlib.Path(study.__file__).parents[3] / "benchmarks" / "family.py")
 SIZES = ["16", "32", "48", "64"]
 LAW = Law(1.0, 50.0, 60.0, 0.3, 0.3)
 
@@ -24,14 +24,14 @@ def lawful(config_file, overrides, folder, sizes, budgets):
     """What a grid would give if losses followed LAW and a little noise."""
     random = np.random.default_rng(0)
     points = []
-    for trial in scale.grid(config_file, overrides, sizes, budgets):
+    for trial in study.grid(config_file, overrides, sizes, budgets):
         N, D = trial.flops_per_token / 6, float(trial.tokens)
         points.append(Point(trial.budget, trial.size, N, D, LAW.loss(N, D) * np.exp(1e-4 * random.standard_normal())))
     return points
 
 
 def test_grid():
-    trials = scale.grid(FAMILY, {"model.num_layers": "1"}, SIZES, [3e10, 1e10])
+    trials = study.grid(FAMILY, {"model.num_layers": "1"}, SIZES, [3e10, 1e10])
     assert [(trial.budget, trial.size) for trial in trials] == [(c, s) for c in (1e10, 3e10) for s in SIZES]
     for trial in trials:
         assert trial.config == load(trial.config_path, {"model.num_layers": "1"})
@@ -62,7 +62,7 @@ def test_refused(refused, tmp_path, change, words):
 
 def test_what_is_printed_and_drawn(gptjax_main, tmp_path, monkeypatch):
     """Of losses that follow a law, by the verb: the law's own best size is within the intervals."""
-    monkeypatch.setattr(scale, "scale", lawful)
+    monkeypatch.setattr(study, "scale", lawful)
     budgets = [float(6 * c) for c in (1e11, 3e11, 1e12)]
     flags = [f"--config={FAMILY}", f"--workdir={tmp_path}", "--sizes=48,64,80,96,128,160,192,256"]
     flags += [f"--budgets={','.join(map(str, budgets))}", "--compute=1e15"]
@@ -94,12 +94,12 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     before; and one that can't be is refused in its words."""
     overrides = {"data.source": "text", "data.path": str(corpus), "data.store": str(tmp_path / "store")}
     overrides |= {"num_samples": "0", "eval_batches": "1"}
-    trial = scale.grid(FAMILY, overrides, SIZES, [2e9, 1e10])[0]
-    point = scale.measured(trial, epath.Path(tmp_path / "run"), overrides)
+    trial = study.grid(FAMILY, overrides, SIZES, [2e9, 1e10])[0]
+    point = study.measured(trial, epath.Path(tmp_path / "run"), overrides)
     assert point.size == "16" and 1 < point.loss < 6 and point.D == trial.tokens
     with monkeypatch.context() as patch:
-        patch.setattr(scale.child, "Process", None)
-        assert scale.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
+        patch.setattr(study.child, "Process", None)
+        assert study.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
     longer = overrides | {"num_steps": "20000", "checkpoint_every": "20000"}
     folder = tmp_path / "longer"
     over = threading.Event()
@@ -107,11 +107,11 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     timer.start()
     try:
         with pytest.raises(Preempted, match=f"SIGTERM while training in {folder}: the same command goes on"):
-            scale.run_in(epath.Path(folder), trial.config_path, longer)
+            study.run_in(epath.Path(folder), trial.config_path, longer)
     finally:
         over.set()
         timer.join()
     assert list((folder / "checkpoints").glob("step_*/manifest.json")) and not (folder / "owner.json").exists()
     with pytest.raises(Refused, match="ended with exit code 2"):
-        scale.run_in(epath.Path(tmp_path / "other"), FAMILY + ":16:1e6", overrides | {"model.num_heads": "0"})
+        study.run_in(epath.Path(tmp_path / "other"), FAMILY + ":16:1e6", overrides | {"model.num_heads": "0"})
     assert "model.num_heads=0 must be at least 1" in capfd.readouterr().err

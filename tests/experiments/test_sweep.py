@@ -15,10 +15,8 @@ import pytest
 from etils import epath
 from support.command import CACHE, DEBUG
 
-from gptjax.experiments.sweep import plot as picture
-from gptjax.experiments.sweep import space, study, table
-from gptjax.runtime import files
-from gptjax.runtime import lock as owner
+from gptjax.experiments.sweep import plot, space, study, table
+from gptjax.runtime import files, lock
 from gptjax.training.config import files as config_file
 
 RATE = "optimizer.peak_learning_rate"
@@ -160,7 +158,7 @@ def test_a_trial_of_a_killed_sweep_that_was_only_starting_is_waited_for(tiny, tm
 
         def __init__(self, *_):
             folder.mkdir(parents=True, exist_ok=True)
-            orphan.enter_context(owner.locked(epath.Path(folder), "", ""))
+            orphan.enter_context(lock.locked(epath.Path(folder), "", ""))
 
         def code(self):
             return 2
@@ -288,7 +286,7 @@ def test_a_table_and_a_picture_of_trials(tmp_path):
         made.add_trial(trial)
     lines = table.text(made.get_trials(), list(values)).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["1", "0", "3", "2"] and lines[-1].endswith("it broke")
-    picture.draw(made.get_trials(), values, tmp_path / "sweep.png")
+    plot.draw(made.get_trials(), values, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from support.command import training
 from support.runs import GPT2, data_of, mesh_of, tiny
 
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import tasks
 from gptjax.data.preparation.prepare import prepare
 from gptjax.data.sources import sources
 from gptjax.data.sources.documents import Damages, DataConfig, Document
@@ -176,7 +176,7 @@ def test_a_prompt_is_told_as_generate_tells_it():
     known = ByteTokenizer("")
     known.prefix = "always"
     texts = [Document("x", 0, "askedanswered", 5), Document("x", 0, "text")]
-    (asked, answered), (nothing, text) = pieces._encoded(known, texts, False)
+    (asked, answered), (nothing, text) = tasks._encoded(known, texts, False)
     assert asked.tolist() == encode_prompt(known, "asked").tolist() == known.encode(" asked").tolist()
     assert [known.decode(ids) for ids in (answered, nothing, text)] == ["answered", "", "text"]
 

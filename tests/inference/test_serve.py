@@ -17,8 +17,7 @@ import types
 import openai
 import pytest
 
-from gptjax.inference import openai_protocol as protocol
-from gptjax.inference import scheduler as batching
+from gptjax.inference import openai_protocol, scheduler
 from gptjax.inference import server as serve
 from gptjax.inference.decoder import Prompt
 from gptjax.inference.detokenizer import Continuation
@@ -163,7 +162,7 @@ def test_bad_requests_are_told_why(server, change, param, words):
 def test_a_prompt_opens_with_the_token_that_the_tokenizer_has_for_it():
     tokenizer = ByteTokenizer("")
     tokenizer.begin = 7
-    asked = protocol.parse(b'{"model": "m", "prompt": "ab", "echo": true}', "m", tokenizer, 32, 0)
+    asked = openai_protocol.parse(b'{"model": "m", "prompt": "ab", "echo": true}', "m", tokenizer, 32, 0)
     assert asked.prompts[0].ids == [7, 97, 98] and asked.echoed == ["ab"]
 
 
@@ -210,9 +209,9 @@ def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
 def test_who_gave_up_takes_no_place():
     """Nor do those who wait behind somebody: no row is free, and at the next look there is room for all again."""
     decoder = types.SimpleNamespace(rows=1, step=lambda rows, steps: {0: [97]}, begin=None)
-    thread = batching.Batching(decoder, None, ByteTokenizer(""), None)
-    prompts, number = [Prompt([256], 9, None, 0, 0)], batching.MAX_WAITING + 3
-    jobs = [batching.Job(prompts, (), lambda news: None) for _ in range(number)]
+    thread = scheduler.Batching(decoder, None, ByteTokenizer(""), None)
+    prompts, number = [Prompt([256], 9, None, 0, 0)], scheduler.MAX_WAITING + 3
+    jobs = [scheduler.Job(prompts, (), lambda news: None) for _ in range(number)]
     thread._rows = {0: (jobs[0], 0, Continuation(ByteTokenizer(""), 9))}
     assert all(thread.submit(job) for job in jobs[1:-2]) and not thread.submit(jobs[-2])
     for job in jobs[2:]:

@@ -22,8 +22,7 @@ from gptjax.inference.model import Run
 from gptjax.interop.huggingface import convert
 from gptjax.parallel import sharding
 from gptjax.training import loading
-from gptjax.training.config import files as config_file
-from gptjax.training.config import schema as config
+from gptjax.training.config import files, schema
 
 LENGTH = 96
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
@@ -383,7 +382,7 @@ def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_pat
 )
 def test_a_model_that_nobody_else_has_is_refused(model, key):
     with pytest.raises(Refused, match=key):
-        convert.architectures.family_of(config.parse({"model": model}).model)
+        convert.architectures.family_of(schema.parse({"model": model}).model)
 
 
 def test_the_readme_says_what_can_go_out():
@@ -392,9 +391,9 @@ def test_the_readme_says_what_can_go_out():
         own, config_path = path.stem in ("quickstart", "dial"), f"{path}:4" if path.stem == "dial" else str(path)
         if own:
             with pytest.raises(Refused, match="model.activation=relu2 stands in the way"):
-                convert.architectures.family_of(config_file.load(config_path, {}).model)
+                convert.architectures.family_of(files.load(config_path, {}).model)
         changes = {"model.activation": "swiglu"} if own else {}
-        assert convert.architectures.family_of(config_file.load(config_path, changes).model)
+        assert convert.architectures.family_of(files.load(config_path, changes).model)
 
 
 def test_the_ends_that_a_model_names(llama, tmp_path):
@@ -465,7 +464,7 @@ def test_memory_is_that_of_pieces(llama, tmp_path):
         num_hidden_layers=1,
     )
     described = convert.architectures.read(large)
-    shapes = convert._shapes(config.parse({"model": described.model}), described.vocab_size)
+    shapes = convert._shapes(schema.parse({"model": described.model}), described.vocab_size)
     parts = convert.layout.parts(False, shapes, described.vocab_size)
     wanted = {each.tensor: ("F32", each.tensor_shape) for name in parts for each in parts[name]}
     (large / "model.safetensors").unlink()

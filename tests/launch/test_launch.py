@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from gptjax.cli import main as cli
+from gptjax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -358,7 +358,7 @@ def test_the_parts_of_the_jobset_fit_together():
     (rule,) = jobset()["spec"]["failurePolicy"]["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     gptjax, *words = container["command"]
-    args = cli.parse(words)
+    args = main.parse(words)
     assert (gptjax, args.verb) == ("gptjax", "train") and args.workdir.startswith("gs://")
     assert (ROOT / args.config).exists()
 

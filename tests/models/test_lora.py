@@ -10,7 +10,7 @@ from support.runs import LLAMA, mesh_of, run, tiny
 from gptjax.models.config import padded_vocab
 from gptjax.models.lora import LoraConfig
 from gptjax.parallel.trees import is_param, named_leaves
-from gptjax.training import step as update
+from gptjax.training import step
 from gptjax.training.optim.config import OptimizerConfig
 from gptjax.training.optim.optimizers import muon_dimensions
 
@@ -38,8 +38,8 @@ def trained(store):
 
 def test_what_is_added_is_the_product_and_begins_as_nothing(trained):
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        born = jax.jit(lambda: update.init_state(config(), 257))()
-        wholes = update.weights(born), update.weights(trained[0])
+        born = jax.jit(lambda: step.init_state(config(), 257))()
+        wholes = step.weights(born), step.weights(trained[0])
     for state, whole in zip((born, trained[0]), map(named_leaves, wholes)):
         base, adapters = named_leaves(state.base), named_leaves(state.model)
         assert base.keys() == whole.keys() and {name.partition(".")[0] for name in adapters} == SUMS.keys()
@@ -55,7 +55,7 @@ def test_what_is_added_is_the_product_and_begins_as_nothing(trained):
 def test_only_adapters_are_trained_and_have_moments(trained):
     state, losses = trained
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        born = jax.jit(lambda: update.init_state(config(), 257))()
+        born = jax.jit(lambda: step.init_state(config(), 257))()
     for name, weight in named_leaves(born.base).items():
         np.testing.assert_array_equal(weight, named_leaves(state.base)[name])
     count = sum(leaf.size for leaf in jax.tree.leaves(state.model))
@@ -77,7 +77,7 @@ def test_the_same_on_a_mesh(trained, store):
 def test_of_muon_adapters_are_adams():
     settings = OptimizerConfig(name="muon", warmup_steps=4, ema_decay=0.9)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        state = jax.eval_shape(lambda: update.init_state(config(optimizer=settings), 257))
+        state = jax.eval_shape(lambda: step.init_state(config(optimizer=settings), 257))
     adapters = jax.tree.leaves(state.model, is_leaf=is_param)
     assert set(jax.tree.leaves(muon_dimensions(adapters), is_leaf=lambda leaf: leaf is None)) == {None}
     assert named_leaves(state.ema).keys() == named_leaves(state.model).keys()

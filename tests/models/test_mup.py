@@ -10,9 +10,9 @@ from support.runs import LLAMA, mesh_of, run, tiny
 
 from benchmarks.coordinates import BASE, MODEL, PLACES, config_of, sizes, slopes
 from gptjax.errors import Refused
-from gptjax.training import step as update
+from gptjax.training import step
 from gptjax.training.config.schema import parse
-from gptjax.training.optim import optimizers as optimizer
+from gptjax.training.optim import optimizers
 
 WIDTHS = (128, 512)
 GROUPED = dataclasses.replace(MODEL, num_kv_heads=1, activation="swiglu", qk_norm=True, tied_embeddings=False)
@@ -45,8 +45,8 @@ def test_the_update_of_a_matrix_is_smaller_and_that_of_an_embedding_is_not(name,
     for mup in (False, True):
         config = config_of(256, mup, name=name, weight_decay=0.0)
         with jax.set_mesh(mesh_of(1, 1, 1)):
-            model = jax.jit(lambda: update.init_state(config, 128))().model
-            chain = optimizer.make_optimizer(config.optimizer, config.num_steps)
+            model = jax.jit(lambda: step.init_state(config, 128))().model
+            chain = optimizers.make_optimizer(config.optimizer, config.num_steps)
             found[mup], _ = chain.update(model, chain.init(model), model)
     ratio = lambda weight: float(jnp.linalg.norm(weight(found[False])[...]) / jnp.linalg.norm(weight(found[True])[...]))
     for key in ("query", "output", "up", "down"):
@@ -56,11 +56,11 @@ def test_the_update_of_a_matrix_is_smaller_and_that_of_an_embedding_is_not(name,
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_at_the_base_width_nothing_differs(store, name):
-    optimizer = dict(name=name, peak_learning_rate=3e-3, warmup_steps=2)
+    optimizers = dict(name=name, peak_learning_rate=3e-3, warmup_steps=2)
     losses = {}
     for mup in (0, 64):
         model = dataclasses.replace(LLAMA, mup_base_width=mup)
-        config = parse(dataclasses.asdict(tiny(model)) | dict(optimizer=optimizer))
+        config = parse(dataclasses.asdict(tiny(model)) | dict(optimizer=optimizers))
         losses[mup] = run(config, store, mesh_of(1, 1, 1), steps=3)[1]
     assert losses[0] == losses[64]
 
@@ -69,8 +69,8 @@ def test_weight_decay_takes_the_same_share_at_any_width():
     """Without a gradient to follow, all that is left of an update is the decay."""
     config = config_of(256, True, weight_decay=0.5, clip_norm=0.0)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        model = jax.jit(lambda: update.init_state(config, 128))().model
-        chain = optimizer.make_optimizer(config.optimizer, config.num_steps)
+        model = jax.jit(lambda: step.init_state(config, 128))().model
+        chain = optimizers.make_optimizer(config.optimizer, config.num_steps)
         updates, _ = chain.update(jax.tree.map(jnp.zeros_like, model), chain.init(model), model)
         np.testing.assert_allclose(updates.blocks.up[...], -0.01 * 0.5 * model.blocks.up[...], rtol=1e-5)
 

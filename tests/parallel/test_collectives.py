@@ -10,9 +10,8 @@ from support.runs import LLAMA, tiny
 from gptjax.models.config import padded_vocab
 from gptjax.parallel import batches, sharding
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.parallel.xla import communication as collectives
-from gptjax.parallel.xla import hlo
-from gptjax.training import step as update
+from gptjax.parallel.xla import communication, hlo
+from gptjax.training import step
 
 VOCAB = 257
 SMALL = 2048  # bytes: losses, norms, gains, and the loss's maxima and sums over the vocabulary
@@ -45,8 +44,8 @@ def compile_on(slices, data, fsdp, tensor):
     mesh = make_mesh(MeshConfig(data, fsdp, tensor, slices), devices)
     config = tiny(LLAMA)
     with jax.set_mesh(mesh):
-        state = update.abstract_state(config, VOCAB, mesh)
-        return config, mesh, state, update.compile_step(config, VOCAB, state, mesh).as_text()
+        state = step.abstract_state(config, VOCAB, mesh)
+        return config, mesh, state, step.compile_step(config, VOCAB, state, mesh).as_text()
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -54,7 +53,7 @@ def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached)
     config, mesh, state, text = compile_on(*shape)
     assert WARNING not in capfd.readouterr().err
     sizes = mesh.shape
-    rows = collectives.collectives(hlo.parse(text), list(sizes.items()), range(mesh.size), 1)
+    rows = communication.collectives(hlo.parse(text), list(sizes.items()), range(mesh.size), 1)
     found = {(row.operation, row.axes): row.bytes for row in rows if row.bytes > SMALL}
     assert all(row.operation == "all-reduce" for row in rows if row.bytes <= SMALL)
 

@@ -10,9 +10,9 @@ from support import runs as training
 from support.command import DEBUG
 
 from gptjax.errors import Refused
-from gptjax.parallel.xla import options as compiler
-from gptjax.training import step as update
-from gptjax.training.config import schema as config
+from gptjax.parallel.xla import options
+from gptjax.training import step
+from gptjax.training.config import schema
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def lowered():
 
 
 def test_of_a_text():
-    assert compiler.options("") == {}
-    assert compiler.options("xla_a=1  xla_b=TWO,THREE xla_c=") == {"xla_a": "1", "xla_b": "TWO,THREE", "xla_c": ""}
+    assert options.options("") == {}
+    assert options.options("xla_a=1  xla_b=TWO,THREE xla_c=") == {"xla_a": "1", "xla_b": "TWO,THREE", "xla_c": ""}
 
 
 @pytest.mark.parametrize("text, words", [
@@ -33,19 +33,19 @@ def test_of_a_text():
 ])  # fmt: skip
 def test_bad_forms_are_refused_with_the_config(text, words):
     with pytest.raises(Refused) as refusal:
-        config.parse(dict(compiler_options=text))
+        schema.parse(dict(compiler_options=text))
     assert f'compiler_options="{text}" {words}' in str(refusal.value)
 
 
 def test_they_reach_the_compiler(lowered, tmp_path):
-    dumped = compiler.compile(lowered, f"xla_dump_to={tmp_path}", "cpu")
+    dumped = options.compile(lowered, f"xla_dump_to={tmp_path}", "cpu")
     assert dumped(jnp.zeros(8)).sum() == 8
     assert list(tmp_path.glob("*after_optimizations*"))
 
 
 def test_those_of_another_platform_are_passed_over(lowered):
-    compiler.compile(lowered, "xla_tpu_scoped_vmem_limit_kib=98304 xla_gpu_nothing=1", "cpu")
-    compiler.compile(lowered, "xla_cpu_nothing=1 xla_tpu_nothing=1", "metal")
+    options.compile(lowered, "xla_tpu_scoped_vmem_limit_kib=98304 xla_gpu_nothing=1", "cpu")
+    options.compile(lowered, "xla_cpu_nothing=1 xla_tpu_nothing=1", "metal")
 
 
 @pytest.mark.parametrize("text, words", [
@@ -54,7 +54,7 @@ def test_those_of_another_platform_are_passed_over(lowered):
 ])  # fmt: skip
 def test_what_the_compiler_does_not_know(lowered, text, words):
     with pytest.raises(Refused) as refusal:
-        compiler.compile(lowered, text, "cpu")
+        options.compile(lowered, text, "cpu")
     assert f'compiler_options="{text}" is refused by the compiler of this cpu' in str(refusal.value)
     assert words in str(refusal.value)
 
@@ -63,7 +63,7 @@ def test_a_train_step_is_compiled_with_them():
     its = training.tiny(compiler_options="xla_cpu_nothing=1")
     mesh = training.mesh_of(1, 1, 1)
     with jax.set_mesh(mesh), pytest.raises(Refused, match="xla_cpu_nothing"):
-        update.compile_step(its, 257, update.abstract_state(its, 257, mesh), mesh)
+        step.compile_step(its, 257, step.abstract_state(its, 257, mesh), mesh)
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path):

@@ -23,13 +23,10 @@ import gptjax
 from gptjax.errors import Refused
 from gptjax.models.size import flops_per_token
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.parallel.xla import analysis as compiled
-from gptjax.parallel.xla import communication as collectives
-from gptjax.parallel.xla import flops, hlo
-from gptjax.planning import estimate as theory
-from gptjax.planning import plan, search, topology
+from gptjax.parallel.xla import analysis, communication, flops, hlo
+from gptjax.planning import estimate, plan, search, topology
 from gptjax.training import step as update
-from gptjax.training.config import files as config_file
+from gptjax.training.config import files
 
 KEYS = (
     "fits source parameters hbm_bytes hbm_capacity_bytes host_bytes flops_per_step floor_step_seconds mfu_ceiling "
@@ -159,7 +156,7 @@ def test_the_schedule_counts_what_a_loop_repeats(text):
     assert (times["loop"], times["gathered"], times["end"]) == (1, 3, 1)  # from 1 below 4
     assert "part" not in times  # within a fusion
     assert program.computations["body"]["f.2"].called("calls") == "chain.2"
-    assert compiled.cycles(program) == 3 * (10 + 100 + 100) + 5
+    assert analysis.cycles(program) == 3 * (10 + 100 + 100) + 5
 
 
 def test_a_loop_that_can_not_be_counted_is_said():
@@ -171,7 +168,7 @@ def test_a_loop_that_can_not_be_counted_is_said():
 
 @both_ways
 def test_collectives_of_a_program(text):
-    rows = collectives.collectives(hlo.parse(text), [("data", 1), ("fsdp", 4), ("tensor", 2)], [0] * 8, 2)
+    rows = communication.collectives(hlo.parse(text), [("data", 1), ("fsdp", 4), ("tensor", 2)], [0] * 8, 2)
     found = {(row.operation, row.axes): row for row in rows}
     gather = found["all-gather", "fsdp"]  # in the open, in the chain of fusions, on another core
     assert (gather.calls, gather.bytes) == (9, 3 * (1024 + 256 + 128))
@@ -201,11 +198,11 @@ def test_collectives_of_a_program(text):
     ],
 )
 def test_groups_in_each_way_they_are_written(groups, first):
-    assert collectives.first_group(f", channel_id=1, {groups}, dimensions={{0}}", [0] * 4) == (first, len(first))
+    assert communication.first_group(f", channel_id=1, {groups}, dimensions={{0}}", [0] * 4) == (first, len(first))
 
 
 def test_largest_buffers_have_places_of_their_own():
-    buffers = compiled.largest_buffers(ASSIGNMENT, hlo.parse(LOOP), 3)
+    buffers = analysis.largest_buffers(ASSIGNMENT, hlo.parse(LOOP), 3)
     # `placed` takes turns with the loop's state; on-chip memory does not count.
     assert [(buffer.name, buffer.bytes) for buffer in buffers] == [
         ("forward: mlp/gather", 2048),
@@ -216,8 +213,8 @@ def test_largest_buffers_have_places_of_their_own():
 
 def test_out_of_memory_is_read():
     said = "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (32.17G) exceeds available HBM (15.75G)."  # fmt: skip
-    assert compiled.out_of_memory(said) == (int(32.17 * 2**30), int(15.75 * 2**30))
-    assert compiled.out_of_memory("INTERNAL: something else") is None
+    assert analysis.out_of_memory(said) == (int(32.17 * 2**30), int(15.75 * 2**30))
+    assert analysis.out_of_memory("INTERNAL: something else") is None
 
 
 @pytest.mark.parametrize("window", [0, 3, 100])
@@ -254,7 +251,7 @@ def planned(model=training.LLAMA, mesh=(1, 8, 1), **changes):
 
 
 def shapes(its):
-    return theory.shapes(its, theory.abstract_mesh(its, topology.parse("v5e:2x4", 1)))
+    return estimate.shapes(its, estimate.abstract_mesh(its, topology.parse("v5e:2x4", 1)))
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
@@ -264,17 +261,17 @@ def test_theory_agrees_with_a_compiled_program(mesh):
     devices = training.mesh_of(*mesh)
     with jax.set_mesh(devices):
         step = update.compile_step(its, 257, update.abstract_state(its, 257, devices), devices)
-    rows = collectives.collectives(hlo.parse(step.as_text()), list(devices.shape.items()), [0] * 8, 1)
+    rows = communication.collectives(hlo.parse(step.as_text()), list(devices.shape.items()), [0] * 8, 1)
     found = {(row.operation, row.axes): row.bytes for row in rows}
-    expected = theory.collectives(its, shapes(its))
+    expected = estimate.collectives(its, shapes(its))
     assert set(expected) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")} | (
         {("all-reduce", "data"), ("all-gather", "tensor"), ("reduce-scatter", "tensor")} if mesh[2] > 1 else set()
     )
     for key, size in expected.items():
         norms = key == ("all-reduce", "data")  # which are summed over more axes than these
         assert found[key] == pytest.approx(size, rel=0.05) if norms else found[key] == size
-    assert compiled.memory(step).arguments == pytest.approx(
-        sum(theory.shard_bytes(part) for part in shapes(its)[1:]), rel=0.01
+    assert analysis.memory(step).arguments == pytest.approx(
+        sum(estimate.shard_bytes(part) for part in shapes(its)[1:]), rel=0.01
     )
 
 
@@ -282,11 +279,11 @@ def test_what_rematerialization_keeps():
     sizes = {}
     for remat in ("none", "dots", "full"):
         its = planned(dataclasses.replace(training.LLAMA, remat=remat, num_layers=8))
-        sizes[remat] = theory.kept(its, shapes(its)).device
+        sizes[remat] = estimate.kept(its, shapes(its)).device
     one = 64 * 64 * 4  # a row's residual stream
     assert sizes["none"] > sizes["dots"] > sizes["full"] >= 8 * one
     shallow = planned(dataclasses.replace(training.LLAMA, remat="full", num_layers=4))
-    kept = theory.kept(shallow, shapes(shallow)).device
+    kept = estimate.kept(shallow, shapes(shallow)).device
     assert sizes["full"] - kept == 4 * one  # the input of each block, and nothing else
 
 
@@ -329,7 +326,7 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.model.dtype=bfloat16"]
     code, out, _ = gptjax_main(*argv, "--json")
     made = json.loads(out)
-    its = config_file.load(DEBUG, {})
+    its = files.load(DEBUG, {})
     model = flops_per_token(its.model, 257, its.seq_len) * its.batch_size * its.seq_len
     assert code == 0 and set(KEYS.split()) <= set(made)
     assert (made["fits"], made["source"], made["compile_seconds"]) == (True, "analytic", None)
@@ -367,7 +364,7 @@ def test_plans_are_refused_in_one_sentence(gptjax_main, no_compiler, changes, wo
 
 
 def test_a_compiler_that_aborts_or_hangs(monkeypatch, tmp_path):
-    its, where = config_file.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
+    its, where = files.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
     aborts = tmp_path / "python"
     aborts.write_text('#!/bin/sh\necho "F1121 16:00 pod.cc:7] Check failed: no such pod" >&2\nkill -ABRT $$\n')
     aborts.chmod(0o755)
@@ -419,7 +416,7 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.num_steps=70", "--search"]
     code, out, error = gptjax_main(*argv, "--json")
     assert code == 0 and "6 candidates: 4 divide, 4 may fit" in error  # 4 heads are not cut into 8
-    best, made = config_file.load("debug_v5e_2x4.py", {}), json.loads(out)
+    best, made = files.load("debug_v5e_2x4.py", {}), json.loads(out)
     assert (best.model.remat, best.mesh.data, best.num_steps, made["fits"]) == ("none", 1, 70, True)
     assert made["mesh"]["fsdp"] == best.mesh.fsdp and made["mesh"]["data"] == best.mesh.data
     code, _, error = gptjax_main(*argv)

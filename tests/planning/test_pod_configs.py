@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.parallel import hardware
 from gptjax.planning import plan, topology
-from gptjax.training.config import files as config_file
+from gptjax.training.config import files
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # GiB of a chip, and the ceiling on MFU, that the step may not get worse than; a compiler's version moves both a little.
@@ -34,7 +34,7 @@ def test_it_fits_and_keeps_its_figures(name, machine, slices, request, monkeypat
     if (name, machine, slices) != next(iter(PODS)) and not request.config.getoption("all_pods"):
         pytest.skip("only with --all_pods")
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # see conftest.py
-    config = config_file.load(str(CONFIGS / f"{name}.py"), {})
+    config = files.load(str(CONFIGS / f"{name}.py"), {})
     made = plan.plan(config, topology.parse(machine, slices))
     most, least = PODS[name, machine, slices]
     assert made["source"] == "compiled" and made["fits"] and not made["warnings"]

@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from benchmarks import fuzz
-from gptjax.data.store import store as stores
+from gptjax.data.store import store
 
 
 # When one of its reads fails, orbax leaves the others to themselves.
@@ -13,7 +13,7 @@ from gptjax.data.store import store as stores
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_a_value_or_a_refusal(name, tmp_path, monkeypatch):
     for size in ("SHARD", "CHUNK"):  # put back what the readers of stores make small
-        monkeypatch.setattr(stores, size, getattr(stores, size))
+        monkeypatch.setattr(store, size, getattr(store, size))
     found = fuzz.fuzz(name, 200, tmp_path)
     gc.collect()
     assert not found["other"], found["examples"]

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from gptjax.errors import Refused
-from gptjax.runtime import distributed as hosts
+from gptjax.runtime import distributed
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ def refusals(*arrivals, num_processes=None, timeout=20) -> list[str]:
     def arrive(arrival):
         given = {"coordinator": coordinator, "num_processes": num_processes or len(arrivals), "process_id": arrival[0]}
         with pytest.raises(Refused) as refusal:
-            hosts.join(given, arrival[1], timeout)
+            distributed.join(given, arrival[1], timeout)
         return str(refusal.value).replace(coordinator, "HOST:PORT")
 
     with ThreadPoolExecutor() as threads:
@@ -54,7 +54,7 @@ def refusals(*arrivals, num_processes=None, timeout=20) -> list[str]:
 )
 def test_flags_that_make_no_sense(given, message):
     with pytest.raises(Refused, match=message):
-        hosts.join(given, {}, 1)
+        distributed.join(given, {}, 1)
 
 
 def test_a_disagreement_is_told_to_all_with_the_keys_and_the_processes():
@@ -85,7 +85,7 @@ print(*(key for key, _ in hosts.global_state.client.key_value_dir_get("gptjax/")
 
 def test_versions_are_compared(monkeypatch):
     version = iter(["0.1.0", "0.2.0"])
-    monkeypatch.setattr(hosts.importlib.metadata, "version", lambda name: next(version) if name == "jax" else "1")
+    monkeypatch.setattr(distributed.importlib.metadata, "version", lambda name: next(version) if name == "jax" else "1")
     found = refusals((0, {}), (1, {}))
     assert len(set(found)) == 1 and "disagree on jax (0." in found[0]
 
@@ -113,9 +113,9 @@ def test_something_else_at_the_coordinators_port():
         given = {"coordinator": f"127.0.0.1:{server.getsockname()[1]}", "num_processes": 2, "process_id": 1}
         threads.submit(lambda: server.accept()[0].close())
         with pytest.raises(Refused, match="does not answer process 1 as process 0 of this run would"):
-            hosts.join(given, {}, 1)
+            distributed.join(given, {}, 1)
         with pytest.raises(Refused, match="Process 0 can't listen on port .*Address already in use"):
-            hosts.join(given | {"process_id": 0}, {}, 1)
+            distributed.join(given | {"process_id": 0}, {}, 1)
 
 
 @pytest.mark.parametrize("words", [b"[" * 100_000, b"{}", b"[[1], {}]", b"[true, 3]", b"\xff", b'["1", {}]'])
@@ -133,7 +133,7 @@ def test_strangers_at_the_port_of_process_0(words):
     with ThreadPoolExecutor() as threads:
         called = threads.submit(call)
         with pytest.raises(Refused, match="Of 2 processes only 1 came to .* without process 1:"):
-            hosts.join(given, {}, 1)
+            distributed.join(given, {}, 1)
         called.result()
 
 
@@ -152,24 +152,24 @@ SLURM = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_PROCID="0"
 def test_a_process_by_itself_joins_nothing(environment, variables, capfd):
     environment(**variables)
     with warnings.catch_warnings(action="error"):
-        hosts.join({}, {}, 1)
+        distributed.join({}, {}, 1)
     assert not jax.distributed.is_initialized() and capfd.readouterr() == ("", "")
-    assert hosts.exchange(5) == [5] and hosts.shared(lambda: 6) == 6
+    assert distributed.exchange(5) == [5] and distributed.shared(lambda: 6) == 6
 
 
 def test_a_cluster_is_found_by_its_environment(environment):
     environment(**SLURM, SLURM_NTASKS="3", JAX_COORDINATOR_PORT=str(free_port()))
     with pytest.raises(Refused, match="Of 3 processes only 1 came to localhost:.* without processes 1, 2"):
-        hosts.join({}, {}, 1)
+        distributed.join({}, {}, 1)
 
 
 def test_a_pod_of_a_job_must_find_the_others(environment):
     environment(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="3")
     with pytest.raises(Refused, match=r"JOB_COMPLETION_INDEX=3 .* --coordinator=HOST:PORT"):
-        hosts.join({}, {}, 1)
+        distributed.join({}, {}, 1)
 
 
 def test_a_place_that_can_not_be_found(environment):
     environment(OMPI_MCA_orte_hnp_uri="1531576320.0;no address")
     with pytest.raises(Refused, match=r"JAX finds a cluster, but not .* \(\w+: .*\): give --coordinator=HOST:PORT"):
-        hosts.join({}, {}, 1)
+        distributed.join({}, {}, 1)

@@ -12,8 +12,7 @@ import pytest
 
 import gptjax
 from gptjax.errors import TRY_AGAIN, Preempted
-from gptjax.runtime import heartbeat, preemption
-from gptjax.runtime import supervisor as lifeline
+from gptjax.runtime import heartbeat, preemption, supervisor
 
 UNSAVED = "training", "compiling the evaluation", "evaluating", "evaluating tasks", "saving", "tracing", "logging"
 
@@ -22,7 +21,7 @@ UNSAVED = "training", "compiling the evaluation", "evaluating", "evaluating task
 def exits(monkeypatch):
     """The codes that the process would have ended with."""
     codes = []
-    monkeypatch.setattr(lifeline.os, "_exit", codes.append)
+    monkeypatch.setattr(supervisor.os, "_exit", codes.append)
     heartbeat.begin()
     yield codes
     preemption.begin()  # which nobody has asked to stop
@@ -34,12 +33,12 @@ def test_every_phase_is_one_of_which_is_known_whether_anything_is_unsaved():
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "heartbeat.phase":
                 named |= {node.value for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)}
-    assert named == {*lifeline.SAVED, *UNSAVED}
+    assert named == {*supervisor.SAVED, *UNSAVED}
 
 
 @pytest.mark.parametrize("phase", [*UNSAVED, "a new one"])
 def test_where_something_may_be_unsaved_the_next_tick_stops(exits, phase):
-    line = lifeline.Lifeline()
+    line = supervisor.Lifeline()
     with heartbeat.phase(phase):
         line._ask("SIGTERM")
         with pytest.raises(Preempted, match="SIGTERM on "):
@@ -47,9 +46,9 @@ def test_where_something_may_be_unsaved_the_next_tick_stops(exits, phase):
     assert not exits
 
 
-@pytest.mark.parametrize("phase", lifeline.SAVED)
+@pytest.mark.parametrize("phase", supervisor.SAVED)
 def test_where_nothing_is_unsaved_it_ends_at_once(exits, phase):
-    line = lifeline.Lifeline()
+    line = supervisor.Lifeline()
     with heartbeat.phase(phase):
         line._ask("SIGTERM")
     assert exits[0] == TRY_AGAIN
@@ -57,7 +56,7 @@ def test_where_nothing_is_unsaved_it_ends_at_once(exits, phase):
 
 def test_a_message_that_is_cut_short_ends_the_process_and_not_the_thread_alone(exits, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as there:
-        line = lifeline.Lifeline()
+        line = supervisor.Lifeline()
         line.connect(0, {1: server.accept()[0]})
         there.sendall(b'{"beat": {"proc{"end": ["", 0]}\n')
         line.run()
@@ -72,7 +71,7 @@ def test_nobody_reads_what_it_says(exits, monkeypatch):
         flush = write
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    line = lifeline.Lifeline()
+    line = supervisor.Lifeline()
     with heartbeat.phase("training"):
         line._ask("SIGTERM")
         with pytest.raises(Preempted):
@@ -80,7 +79,7 @@ def test_nobody_reads_what_it_says(exits, monkeypatch):
 
 
 def test_other_signals_are_not_asked_for(exits):
-    line = lifeline.Lifeline()
+    line = supervisor.Lifeline()
     line.signalled.send(bytes([signal.SIGUSR1]))
     line._hear()
     with heartbeat.phase("training"):
@@ -89,7 +88,7 @@ def test_other_signals_are_not_asked_for(exits):
 
 
 def test_a_failure_does_not_wait_for_storage_that_is_lost(monkeypatch):
-    monkeypatch.setattr(lifeline, "FAREWELL_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "FAREWELL_SECONDS", 0.2)
     answers, ended = threading.Event(), threading.Event()
 
     def hang():
@@ -97,7 +96,7 @@ def test_a_failure_does_not_wait_for_storage_that_is_lost(monkeypatch):
             ended.set()
             answers.wait(20)
 
-    with pytest.raises(RuntimeError, match="why"), lifeline.alive():
+    with pytest.raises(RuntimeError, match="why"), supervisor.alive():
         threading.Thread(target=hang).start()
         assert ended.wait(5)
         began = time.monotonic()

@@ -12,10 +12,9 @@ import pytest
 from etils import epath
 
 from gptjax.checkpoints import inspection
-from gptjax.data.preparation import prepare as preparation
+from gptjax.data.preparation import prepare
 from gptjax.errors import Refused
-from gptjax.runtime import distributed
-from gptjax.runtime import lock as owner
+from gptjax.runtime import distributed, lock
 from gptjax.training import corpus
 from gptjax.training.config.schema import Config
 
@@ -82,9 +81,9 @@ def test_where_no_folder_can_be(tmp_path):
 
 def test_without_locks_an_owner_is_alive_as_long_as_it_beats(tmp_path, monkeypatch):
     """As on a bucket."""
-    monkeypatch.setattr(owner, "_flock", lambda path: None)
-    monkeypatch.setattr(owner, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(owner.beating, "__defaults__", (0.5,))
+    monkeypatch.setattr(lock, "_flock", lambda path: None)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lock.beating, "__defaults__", (0.5,))
     folder, stop = epath.Path(tmp_path), threading.Event()
     (folder / "hosts").mkdir()
     (folder / "owner.json").write_text('{"host": "far", "pid": 7}')
@@ -112,12 +111,12 @@ def test_of_two_that_start_together_without_locks_one_is_refused(tmp_path, monke
         raise OSError(number, os.strerror(number))
 
     def wait(seconds):
-        assert json.loads(path.read_text())["pid"] == os.getpid() and seconds == owner.SETTLE_SECONDS
+        assert json.loads(path.read_text())["pid"] == os.getpid() and seconds == lock.SETTLE_SECONDS
         path.write_text('{"host": "far", "pid": 7}')
 
-    monkeypatch.setattr(owner.fcntl, "flock", flock)
-    monkeypatch.setattr(owner.time, "sleep", wait)
-    monkeypatch.setattr(owner, "beating", lambda folder: False)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(lock.time, "sleep", wait)
+    monkeypatch.setattr(lock, "beating", lambda folder: False)
     with (
         pytest.raises(Refused, match="belongs to a run on host far, process 7"),
         distributed.owned(epath.Path(path.parent)),
@@ -135,8 +134,8 @@ def test_a_start_on_a_bucket_does_not_ask_for_all_buckets(monkeypatch):
 
     monkeypatch.setattr(type(folder), "exists", lambda path: asked.append(str(path)))
     monkeypatch.setattr(type(folder), "unlink", lambda path, missing_ok: None)
-    monkeypatch.setattr(owner, "_lock", lambda *_: None)
-    monkeypatch.setattr(preparation, "prepared", refuse)
+    monkeypatch.setattr(lock, "_lock", lambda *_: None)
+    monkeypatch.setattr(prepare, "prepared", refuse)
     with pytest.raises(Refused, match="the text"), distributed.owned(folder):
         corpus.make_corpus(Config(), folder)
     assert all(path.startswith("gs://bucket/run/") for path in asked), asked

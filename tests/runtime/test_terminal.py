@@ -3,11 +3,11 @@ import re
 
 import pytest
 
-from gptjax.runtime import progress as terminal
+from gptjax.runtime import progress
 
 
 def test_plain_lines_have_count_text_and_time_left(capsys):
-    with terminal.progress("tokenizing", total=2000, start=1000, plain_seconds=0) as bar:
+    with progress.progress("tokenizing", total=2000, start=1000, plain_seconds=0) as bar:
         bar.update(1500, "loss 3.1")
         bar.print("above [bar]")
         bar.update(2000)
@@ -17,7 +17,7 @@ def test_plain_lines_have_count_text_and_time_left(capsys):
 
 
 def test_plain_lines_are_held_back_but_the_last_one_is_printed(capsys):
-    with pytest.raises(KeyError), terminal.progress("reading", total=None, plain_seconds=60) as bar:
+    with pytest.raises(KeyError), progress.progress("reading", total=None, plain_seconds=60) as bar:
         for count in range(1, 8):
             bar.update(count, f"{count} MB")
         raise KeyError
@@ -26,15 +26,15 @@ def test_plain_lines_are_held_back_but_the_last_one_is_printed(capsys):
 
 def test_time_left_counts_from_the_start(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with terminal.progress("training", total=1000, start=900, plain_seconds=0) as bar:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress("training", total=1000, start=900, plain_seconds=0) as bar:
         now[0] = 60.0
         bar.update(910)
     assert capsys.readouterr().out == "training 910/1,000 · 9:00 left\n"
 
 
 def test_durations():
-    assert [terminal.duration(s) for s in (0.4, 59.6, 725, 10800)] == ["0:00", "1:00", "12:05", "3:00:00"]
+    assert [progress.duration(s) for s in (0.4, 59.6, 725, 10800)] == ["0:00", "1:00", "12:05", "3:00:00"]
 
 
 def test_a_terminal_gets_a_bar_with_the_same_words(monkeypatch):
@@ -46,10 +46,10 @@ def test_a_terminal_gets_a_bar_with_the_same_words(monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with terminal.progress("training", total=10, start=3):
+    with progress.progress("training", total=10, start=3):
         pass
     assert "3/10" in screen.getvalue()
-    with terminal.progress("training", total=10, start=3) as bar:
+    with progress.progress("training", total=10, start=3) as bar:
         bar.update(4, "loss 2.5")
         bar.print("a [line] above")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())

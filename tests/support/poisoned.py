@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from gptjax.cli import main as cli
+from gptjax.cli import main
 from gptjax.data.stream import stream
 
 
@@ -32,4 +32,4 @@ def shuffled(batch):
 
 if __name__ == "__main__":
     poison([int(number) for number in os.environ["BATCHES"].split(",")], not_finite)
-    cli.main()
+    main.main()

@@ -7,16 +7,16 @@ import sys
 import jax
 from runs import recorded
 
-from gptjax.cli import main as cli
-from gptjax.training import loop as train
+from gptjax.cli import main
+from gptjax.training import loop
 
 
 def record(step: int, rows: dict[int, str]) -> None:
-    folder = pathlib.Path(f"{cli.parse(sys.argv[1:]).workdir}.rows")
+    folder = pathlib.Path(f"{main.parse(sys.argv[1:]).workdir}.rows")
     folder.mkdir(exist_ok=True)
     with (folder / f"{jax.process_index()}.jsonl").open("a") as file:
         file.write(json.dumps([step, rows]) + "\n")
 
 
-train.train_batches = recorded(train.train_batches, record)
-cli.main()
+loop.train_batches = recorded(loop.train_batches, record)
+main.main()

@@ -10,7 +10,7 @@ from gptjax.data.stream.stream import Stream
 from gptjax.models.config import ModelConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training import loop as train
+from gptjax.training import loop
 from gptjax.training import step as update
 from gptjax.training.config.schema import Config, resolve
 from gptjax.training.optim.config import OptimizerConfig
@@ -61,7 +61,7 @@ def run(config: Config, store, mesh: jax.sharding.Mesh, steps: int, state=None, 
         if state is None:
             state = jax.jit(lambda: update.init_state(config, vocab_size))()
         losses = []
-        batches = train.train_batches(config, data_of(config, store), mesh, start, ledger)
+        batches = loop.train_batches(config, data_of(config, store), mesh, start, ledger)
         for _ in range(steps):
             state, metrics = update.train_step(state, next(batches), config=config, vocab_size=vocab_size)
             losses.append(float(metrics["loss"]))

@@ -15,14 +15,13 @@ import sys
 import threading
 import time
 
-from gptjax.cli import main as cli
-from gptjax.runtime import heartbeat
-from gptjax.runtime import supervisor as lifeline
+from gptjax.cli import main
+from gptjax.runtime import heartbeat, supervisor
 
 phase, step, seconds, names = sys.argv[1:5]
 sys.argv[1:] = ["train", *sys.argv[5:]]
 entered, heard = threading.Event(), threading.Event()
-real, real_ask = heartbeat.phase, lifeline.Lifeline._ask
+real, real_ask = heartbeat.phase, supervisor.Lifeline._ask
 
 
 def send() -> None:
@@ -61,8 +60,8 @@ def slow(real):
 
 
 os.rename, os.replace = slow(os.rename), slow(os.replace)
-heartbeat.phase, lifeline.Lifeline._ask = watched, ask
+heartbeat.phase, supervisor.Lifeline._ask = watched, ask
 threading.Thread(target=send, daemon=True).start()
 if phase == "starting":
     entered.set()
-cli.main()
+main.main()

@@ -14,7 +14,7 @@ from gptjax.models import build
 from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.runtime.files import flatten
 from gptjax.tokenizers.tokenizer import expected_vocab_size
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.files import load, override
 from gptjax.training.config.resume import FREE_KEYS, differences
 from gptjax.training.config.schema import Config, default, parse
@@ -167,11 +167,11 @@ def test_refused_across_sections(changes, words):
 
 def test_batch_must_divide_over_the_mesh():
     config = parse(dict(batch_size=24, grad_accum_steps=4))
-    configs.check_batch(config, mesh_of(2, 1, 4))
+    schema.check_batch(config, mesh_of(2, 1, 4))
     with pytest.raises(
         Refused, match=r"6 sequences \(batch_size=24 / grad_accum_steps=4\).* 4 devices.* multiple of 16"
     ):
-        configs.check_batch(config, mesh_of(2, 2, 2))
+        schema.check_batch(config, mesh_of(2, 2, 2))
 
 
 def test_every_field_is_read_somewhere():
@@ -313,4 +313,4 @@ def test_json_round_trip():
     config = parse(
         dict(model=dict(num_heads=4, dropout=0.1, qk_norm=True), optimizer=dict(name="muon"), mesh=dict(tensor=2))
     )
-    assert parse(json.loads(configs.to_json(config))) == config
+    assert parse(json.loads(schema.to_json(config))) == config

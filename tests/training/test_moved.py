@@ -11,7 +11,7 @@ from test_run import small
 
 from gptjax.checkpoints.manager import CheckpointConfig
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.training import loop as train
+from gptjax.training import loop
 
 STEPS = 6
 
@@ -19,15 +19,15 @@ STEPS = 6
 @pytest.fixture
 def leg(corpus, tmp_path, monkeypatch):
     """Trains to the end, on so many devices: {step: {row: hash}} of the batches that lay on them, and the losses."""
-    devices, train_batches, folder = jax.devices(), train.train_batches, tmp_path / "run"
+    devices, train_batches, folder = jax.devices(), loop.train_batches, tmp_path / "run"
 
     def run(number, mesh, **changes):
         batches = {}
         monkeypatch.setattr(jax, "devices", lambda: devices[:number])
-        monkeypatch.setattr(train, "train_batches", recorded(train_batches, batches.__setitem__))
+        monkeypatch.setattr(loop, "train_batches", recorded(train_batches, batches.__setitem__))
         keep = CheckpointConfig(keep=STEPS)
         same = dict(num_steps=STEPS, log_every=1, checkpoint_every=1, eval_every=STEPS, checkpoint=keep, num_samples=0)
-        train.train(small(corpus, mesh=mesh, **(same | changes)), epath.Path(folder))
+        loop.train(small(corpus, mesh=mesh, **(same | changes)), epath.Path(folder))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return batches, {row["step"]: row["loss"] for row in rows if "loss" in row}
 

@@ -11,9 +11,9 @@ from test_run import losses, small
 
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed
-from gptjax.training import loop as train
+from gptjax.training import loop
 from gptjax.training import step as update
-from gptjax.training.monitoring import sdc as recompute
+from gptjax.training.monitoring import sdc
 from gptjax.training.monitoring.rollback import RecoveryConfig
 from gptjax.training.optim.config import OptimizerConfig
 
@@ -56,7 +56,7 @@ def compiled(request, store):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: update.init_state(config, 257))()
         step = update.compile_step(config, 257, state, mesh)
-        return config, mesh, step, next(train.train_batches(config, data_of(config, store), mesh, 0))
+        return config, mesh, step, next(loop.train_batches(config, data_of(config, store), mesh, 0))
 
 
 def new_state(config, mesh):
@@ -67,19 +67,19 @@ def new_state(config, mesh):
 def test_twice_is_once(compiled):
     config, mesh, step, batch = compiled
     expected, metrics = step(new_state(config, mesh), batch)
-    found, again = recompute.twice(step, new_state(config, mesh), batch)
-    assert not recompute.differences((expected, metrics), (found, again))
+    found, again = sdc.twice(step, new_state(config, mesh), batch)
+    assert not sdc.differences((expected, metrics), (found, again))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert one.sharding == other.sharding
 
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_wrong_bit_names_the_device_its_host_and_the_array(compiled, call, monkeypatch):
-    monkeypatch.setattr(recompute.socket, "gethostname", lambda: "tpu-7")
+    monkeypatch.setattr(sdc.socket, "gethostname", lambda: "tpu-7")
     config, mesh, step, batch = compiled
     words = r"Step 1, .* on device 5 \(process 0, host tpu-7\), in model.blocks.query: take it out"
     with pytest.raises(Failed, match=words):
-        recompute.twice(Faulty(step, call, 5), new_state(config, mesh), batch)
+        sdc.twice(Faulty(step, call, 5), new_state(config, mesh), batch)
 
 
 def test_of_what_reached_all_devices_it_says_so(compiled):
@@ -87,18 +87,18 @@ def test_of_what_reached_all_devices_it_says_so(compiled):
     other = batch._replace(inputs=batch.targets)
     calls = iter((batch, other))
     with pytest.raises(Failed, match="a sum over devices carried it to all"):
-        recompute.twice(lambda state, _: step(state, next(calls)), new_state(config, mesh), batch)
+        sdc.twice(lambda state, _: step(state, next(calls)), new_state(config, mesh), batch)
 
 
 def test_a_run_stops_before_it_saves(corpus, tmp_path, monkeypatch):
     """Of 6 steps each third is checked and each second saved: the fault of step 6, its second time, is call 8."""
     honest = update.compile_step
-    monkeypatch.setattr(train, "compile_step", lambda *arguments: Faulty(honest(*arguments), 8, 3))
+    monkeypatch.setattr(loop, "compile_step", lambda *arguments: Faulty(honest(*arguments), 8, 3))
     config = small(corpus, log_every=1, recovery=RecoveryConfig(sdc_check_every=3))
     with pytest.raises(Failed, match="Step 6, .* device 3 "):
-        train.train(config, epath.Path(tmp_path / "run"))
+        loop.train(config, epath.Path(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 4]
     monkeypatch.undo()
-    train.train(config, epath.Path(tmp_path / "run"))
-    train.train(dataclasses.replace(config, recovery=RecoveryConfig()), epath.Path(tmp_path / "plain"))
+    loop.train(config, epath.Path(tmp_path / "run"))
+    loop.train(dataclasses.replace(config, recovery=RecoveryConfig()), epath.Path(tmp_path / "plain"))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")

@@ -23,10 +23,9 @@ from gptjax.data.stream import stream
 from gptjax.errors import Failed, Preempted, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
-from gptjax.training import loop as train
+from gptjax.training import loop
 from gptjax.training import step as update
-from gptjax.training.monitoring import rollback as recovery
-from gptjax.training.monitoring import skipped_batches
+from gptjax.training.monitoring import rollback, skipped_batches
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
 from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index
 from gptjax.training.optim.config import OptimizerConfig
@@ -58,7 +57,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(store, shape, optimizer, cha
     state, _ = run(config, store, mesh, 2)
     before, places = unchanged(state), [leaf.sharding for leaf in jax.tree.leaves(state)]
     with jax.set_mesh(mesh):
-        batch = next(train.train_batches(config, data_of(config, store), mesh, 2))
+        batch = next(loop.train_batches(config, data_of(config, store), mesh, 2))
         bad = batch._replace(weights=batch.weights * np.float32("nan"))
     state, metrics = stepped(config, state, bad, mesh)
     assert unchanged(state) == before and [leaf.sharding for leaf in jax.tree.leaves(state)] == places
@@ -78,7 +77,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(store)
     state.model.unembedding[...] *= 1e-25
     before = unchanged(state)
     with jax.set_mesh(mesh):
-        batch = next(train.train_batches(config, data_of(config, store), mesh, 1))
+        batch = next(loop.train_batches(config, data_of(config, store), mesh, 1))
     state, metrics = stepped(config, state, batch, mesh)
     assert math.isfinite(metrics["loss"]) and math.isinf(metrics["grad_norm"])
     assert unchanged(state) == before and int(state.skipped) == 1
@@ -193,7 +192,7 @@ def test_bad_settings_are_refused():
         (dict(sdc_check_every=-1), "recovery.sdc_check_every=-1 must not be negative"),
     ):
         with pytest.raises(Refused, match=words):
-            recovery.check(RecoveryConfig(**changes))
+            rollback.check(RecoveryConfig(**changes))
 
 
 def gone_back(first, last, ledger=(), since=0):
@@ -308,7 +307,7 @@ def went_back(corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, open(folder.with_name("out"), "w+") as out:
         with contextlib.redirect_stdout(out):
             poisoned.poison(BAD, poisoned.not_finite, patch.setattr)
-            train.train(run_of(corpus), epath.Path(folder))
+            loop.train(run_of(corpus), epath.Path(folder))
         out.seek(0)
         return folder, out.read()
 
@@ -354,7 +353,7 @@ def test_stopped_anywhere_it_comes_to_the_same(went_back, corpus, tmp_path, monk
 
             patch.setattr(stream, "iterate", until)
             with pytest.raises(KeyboardInterrupt) if last else contextlib.nullcontext():
-                train.train(run_of(corpus), epath.Path(tmp_path / "run"))
+                loop.train(run_of(corpus), epath.Path(tmp_path / "run"))
     assert stream.iterate is whole
     assert losses(tmp_path / "run") == losses(went_back[0])
     assert remembered(tmp_path / "run") == remembered(went_back[0])
@@ -365,7 +364,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
     """Two high losses, of which the second is of a step to be saved; the checkpoint just before may be spoilt."""
     rule = RecoveryConfig(spike_steps=2, spike_window=4, spike_deviations=1.0, spike_floor=0.2)
     poisoned.poison((10, 11), poisoned.shuffled, monkeypatch.setattr)
-    train.train(run_of(corpus, num_steps=16, checkpoint_every=2, recovery=rule), epath.Path(tmp_path / "run"))
+    loop.train(run_of(corpus, num_steps=16, checkpoint_every=2, recovery=rule), epath.Path(tmp_path / "run"))
     (row,) = remembered(tmp_path / "run")["ledger"]
     assert (row["step"], row["first_batch"], row["num_batches"]) == (8, 8, 4)  # the newest from before step 9
     assert "from step 11 to 12 the loss was above " in row["reason"]
@@ -381,7 +380,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
 def test_with_nothing_to_go_back_to_it_begins_anew_and_not_for_ever(corpus, tmp_path, monkeypatch, capsys):
     poisoned.poison(range(2, 100), poisoned.not_finite, monkeypatch.setattr)
     with pytest.raises(Failed, match="although it went back to step 0 recovery.max_returns=2 times"):
-        train.train(run_of(corpus, recovery=RecoveryConfig(max_returns=2)), epath.Path(tmp_path / "run"))
+        loop.train(run_of(corpus, recovery=RecoveryConfig(max_returns=2)), epath.Path(tmp_path / "run"))
     printed = capsys.readouterr().out
     assert "going back to step 0, past batches 0 to 4" in printed
     assert "going back to step 0, past batches 5 to 7" in printed
@@ -396,7 +395,7 @@ def test_where_no_checkpoint_can_be_read_it_does_not_go_back(corpus, tmp_path, m
     poisoned.poison(BAD, poisoned.not_finite, monkeypatch.setattr)
     monkeypatch.setattr(manifest, "verify", lost)
     with pytest.raises(Failed, match="none of the 1 checkpoints in .* can be read, so nothing is removed"):
-        train.train(run_of(corpus), epath.Path(tmp_path / "run"))
+        loop.train(run_of(corpus), epath.Path(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4]
 
 
@@ -415,9 +414,9 @@ def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, 
 
             patch.setattr(preemption, "tick", tick)
             with pytest.raises(Preempted, match=f"told to: step {last} is saved"):
-                train.train(config, epath.Path(tmp_path / "run"))
+                loop.train(config, epath.Path(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4, 6, 7]
-    train.train(config, epath.Path(tmp_path / "run"))
+    loop.train(config, epath.Path(tmp_path / "run"))
     assert losses(tmp_path / "run") == losses(went_back[0])
     assert remembered(tmp_path / "run") == remembered(went_back[0])
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [12]
@@ -426,7 +425,7 @@ def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, 
 def test_a_save_waits_while_in_doubt(corpus, tmp_path, monkeypatch, capsys):
     poisoned.poison((3,), poisoned.not_finite, monkeypatch.setattr)
     config = run_of(corpus, num_steps=8, checkpoint_every=2, checkpoint=CheckpointConfig(keep=9))
-    train.train(config, epath.Path(tmp_path / "run"))
+    loop.train(config, epath.Path(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 6, 8]
     assert "step 4 is not saved, since the run may have to go back to before it" in capsys.readouterr().out
     assert [row["skipped_updates"] for row in rows(tmp_path / "run") if "loss" in row] == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -439,7 +438,7 @@ def test_a_stop_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
     poisoned.poison((5, 6), poisoned.not_finite, monkeypatch.setattr)
     config = run_of(corpus, checkpoint_every=2, recovery=RecoveryConfig(on_nonfinite="stop", nonfinite_steps=2))
     with pytest.raises(Failed, match="The run stops, because from step 6 to 7 the loss was nan"):
-        train.train(config, epath.Path(tmp_path / "run"))
+        loop.train(config, epath.Path(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4, 6]
 
 

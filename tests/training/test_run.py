@@ -26,10 +26,8 @@ from gptjax.errors import Preempted, Refused
 from gptjax.models.config import ModelConfig
 from gptjax.parallel import mesh
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.training import loading, workdir
-from gptjax.training import loop as train
+from gptjax.training import loading, loop, validation, workdir
 from gptjax.training import step as update
-from gptjax.training import validation as measuring
 from gptjax.training.corpus import identity, prepare
 
 STEPS, EVERY = 6, 2
@@ -85,7 +83,7 @@ def finished(corpus, tmp_path_factory):
     """(workdir, what was printed) of a whole run."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     with open(folder.with_name("printed"), "w+") as printed, contextlib.redirect_stdout(printed):
-        train.train(small(corpus), epath.Path(folder), profile=range(2, 4))
+        loop.train(small(corpus), epath.Path(folder), profile=range(2, 4))
         printed.seek(0)
         return folder, printed.read()
 
@@ -151,10 +149,10 @@ def test_the_profile_has_its_steps_and_the_big_parts(finished):
 def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, capsys):
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_text()
-    train.train(small(corpus), epath.Path(folder))
+    loop.train(small(corpus), epath.Path(folder))
     assert "is complete at step 6 of num_steps=6" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
-    train.train(small(corpus, num_steps=STEPS + 2), epath.Path(folder), profile=range(2, 4))
+    loop.train(small(corpus, num_steps=STEPS + 2), epath.Path(folder), profile=range(2, 4))
     assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # of steps that were done before
     assert "going on from the checkpoint of step 6" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text().startswith(before)
@@ -165,14 +163,14 @@ def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, c
 
 def test_a_workdir_may_be_relative(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.train(small(corpus), epath.Path("runs/relative"))
+    loop.train(small(corpus), epath.Path("runs/relative"))
     assert Checkpoints(epath.Path("runs/relative/checkpoints")).steps() == [4, 6]
 
 
 def test_another_seed_is_refused(finished, corpus):
     folder, _ = finished
     with pytest.raises(Refused, match=r"seed \(0 there, 1 here\)"):
-        train.train(small(corpus, seed=1), epath.Path(folder))
+        loop.train(small(corpus, seed=1), epath.Path(folder))
 
 
 def test_a_checkpoint_of_another_config_is_refused(finished, corpus, tmp_path):
@@ -182,7 +180,7 @@ def test_a_checkpoint_of_another_config_is_refused(finished, corpus, tmp_path):
     other = small(corpus, seed=1)
     workdir.write_config(other, epath.Path(tmp_path))
     with pytest.raises(Refused, match=r"checkpoints belongs to a run of another config: seed \(0 there, 1 here\)"):
-        train.train(other, epath.Path(tmp_path))
+        loop.train(other, epath.Path(tmp_path))
 
 
 def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
@@ -221,12 +219,12 @@ def test_another_text_behind_the_same_settings_is_refused(finished, corpus, tmp_
     """The store was lost, and what it was made from changed meanwhile by one letter."""
     files = shutil.copytree(corpus.parent, tmp_path / "corpus")
     config = small(files / "*.txt")
-    train.train(config, epath.Path(tmp_path / "run"))
+    loop.train(config, epath.Path(tmp_path / "run"))
     shutil.rmtree(tmp_path / "run" / "store")
     changed = files / "03.txt"
     changed.write_text(changed.read_text().replace("plus", "plug", 1))
     with pytest.raises(Refused, match=r"store has text_hash \w{12}, but .*checkpoints was trained on \w{12}"):
-        train.train(small(files / "*.txt", num_steps=STEPS + 2), epath.Path(tmp_path / "run"))
+        loop.train(small(files / "*.txt", num_steps=STEPS + 2), epath.Path(tmp_path / "run"))
 
 
 def test_samples_of_a_shorter_run_do_not_make_a_longer_one_complete(finished, corpus, tmp_path):
@@ -234,7 +232,7 @@ def test_samples_of_a_shorter_run_do_not_make_a_longer_one_complete(finished, co
     folder = epath.Path(shutil.copytree(finished[0], tmp_path / "run"))
     workdir.write_config(small(corpus), folder)
     assert not (folder / "samples.txt").exists()
-    train.train(small(corpus), folder)
+    loop.train(small(corpus), folder)
     assert (folder / "samples.txt").exists()
 
 
@@ -243,7 +241,7 @@ def test_what_a_killed_save_left_is_cleared_away(finished, corpus, tmp_path):
     left = folder / "checkpoints" / "step_00000009"
     (left / "state").mkdir(parents=True)
     (left / "unfinished").touch()
-    train.train(small(corpus, num_steps=STEPS + 4), epath.Path(folder))
+    loop.train(small(corpus, num_steps=STEPS + 4), epath.Path(folder))
     assert not left.exists()
 
 
@@ -258,14 +256,14 @@ def test_a_save_comes_before_the_evaluation_of_the_same_step(corpus, tmp_path, m
         seen.append(sorted(int(path.name[5:13]) for path in (folder / "checkpoints").iterdir())[-1])
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(measuring, "evaluate", evaluate)
-    train.train(small(corpus, eval_every=2), epath.Path(folder))
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    loop.train(small(corpus, eval_every=2), epath.Path(folder))
     assert seen == [2, 4, 6]
     assert [(row["step"], row["eval_error"]) for row in rows(folder) if "eval_error" in row] == [
         (step, "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory") for step in seen
     ]
     monkeypatch.undo()
-    train.train(small(corpus, eval_every=2, num_steps=8), epath.Path(folder))
+    loop.train(small(corpus, eval_every=2, num_steps=8), epath.Path(folder))
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [6, 8]
 
 
@@ -274,24 +272,24 @@ def test_what_is_no_failure_of_an_evaluation_ends_the_run(corpus, tmp_path, monk
     def evaluate(*_, **__):
         raise error("told to")
 
-    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "evaluate", evaluate)
     with pytest.raises(error, match="told to"):
-        train.train(small(corpus, eval_every=1), epath.Path(tmp_path / "run"))
+        loop.train(small(corpus, eval_every=1), epath.Path(tmp_path / "run"))
 
 
 def test_a_refusal_of_an_evaluation_is_a_warning(corpus, tmp_path, monkeypatch, capsys):
     def evaluate(*_, **__):
         raise Refused("a file that is damaged")
 
-    monkeypatch.setattr(measuring, "evaluate", evaluate)
-    train.train(small(corpus), epath.Path(tmp_path / "run"))
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    loop.train(small(corpus), epath.Path(tmp_path / "run"))
     assert "step 6 could not be evaluated (Refused: a file that is damaged)" in capsys.readouterr().out
 
 
 def test_held_out_tokens_that_are_damaged(finished, corpus, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     damage(next((folder / "store" / "heldout" / "tokens").rglob("c/0")))
-    train.train(small(corpus, num_steps=12), epath.Path(folder))
+    loop.train(small(corpus, num_steps=12), epath.Path(folder))
     printed = capsys.readouterr().out
     assert "warning: step 9 could not be evaluated (Unreadable: the held-out rows of process 0 of 1: " in printed
     assert "the run goes on" in printed and "held-out text, bits a byte" not in printed
@@ -309,7 +307,7 @@ def test_folders_that_are_files(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
     (folder / "metrics.jsonl").mkdir(parents=True)
     (folder / "tensorboard").write_text("a file where a folder should be")
-    train.train(small(corpus, log_every=1), epath.Path(folder))
+    loop.train(small(corpus, log_every=1), epath.Path(folder))
     printed = capsys.readouterr().out
     assert printed.count("warning: ") == 2 and "training 6/6" in printed
     assert f"warning: {folder}/tensorboard can't be written (" in printed

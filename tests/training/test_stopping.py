@@ -5,10 +5,8 @@ import pytest
 from support.command import training
 
 from gptjax.checkpoints import retention
-from gptjax.checkpoints import retention as rotation
 from gptjax.errors import Refused
-from gptjax.training.monitoring import early_stopping as stopping
-from gptjax.training.monitoring import records
+from gptjax.training.monitoring import early_stopping, records
 from gptjax.training.monitoring.early_stopping import StoppingConfig
 
 
@@ -24,7 +22,7 @@ from gptjax.training.monitoring.early_stopping import StoppingConfig
 ])  # fmt: skip
 def test_patience(patience, min_delta, losses, expected):
     losses = {10 * number: loss for number, loss in enumerate(losses)}
-    assert stopping.over(StoppingConfig(patience, min_delta), losses) is expected
+    assert early_stopping.over(StoppingConfig(patience, min_delta), losses) is expected
 
 
 def test_best():
@@ -38,7 +36,7 @@ def test_best():
 
 def test_refused():
     with pytest.raises(Refused, match=r"stopping.patience=-1 must not be negative"):
-        stopping.check(StoppingConfig(patience=-1))
+        early_stopping.check(StoppingConfig(patience=-1))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gpt
     assert code == 0 and list(losses) == [1, 2, 3] and min(losses, key=losses.get) == 1
     assert "step 3: the held-out loss has not improved in stopping.patience=2 evaluations; the run ends" in out
     assert f"the best held-out loss, {losses[1]:.4f} nats a token, is of step 1: --step=best" in out
-    assert rotation.found(folder / "checkpoints")[0] == [1, 3]
+    assert retention.found(folder / "checkpoints")[0] == [1, 3]
 
     code, out, _ = gptjax_main(*diverging(folder))
     assert code == 0 and "is complete at step 3, where the held-out loss has not improved" in out
@@ -80,7 +78,7 @@ def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gpt
     shutil.rmtree(folder / "checkpoints" / "step_00000003")
     code, out, _ = gptjax_main(*diverging(folder))
     assert code == 0 and "going on from the checkpoint of step 1" in out and "the run ends" in out
-    assert losses_of(folder) == pytest.approx(losses) and rotation.found(folder / "checkpoints")[0] == [1, 3]
+    assert losses_of(folder) == pytest.approx(losses) and retention.found(folder / "checkpoints")[0] == [1, 3]
     (folder / "samples.txt").unlink()
     code, out, _ = gptjax_main(*diverging(folder))
     assert code == 0 and "going on from the checkpoint of step 3" in out and "the run ends" in out
@@ -89,7 +87,7 @@ def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gpt
     # And with more patience to its end.
     code, out, _ = gptjax_main(*diverging(folder, "--config.stopping.patience=9"))
     assert code == 0 and "the run ends" not in out and list(losses_of(folder)) == [1, 2, 3, 4, 5, 6]
-    assert rotation.found(folder / "checkpoints")[0] == [1, 6]
+    assert retention.found(folder / "checkpoints")[0] == [1, 6]
 
 
 def test_the_best_of_a_run_that_was_never_evaluated(copied, refused):

@@ -14,8 +14,7 @@ from support.command import training
 from wandb.proto import wandb_internal_pb2
 
 from gptjax.errors import Refused
-from gptjax.training.monitoring import trackers as tracking
-from gptjax.training.monitoring import wandb_tracker as wandb_run
+from gptjax.training.monitoring import trackers, wandb_tracker
 from gptjax.training.monitoring.writers import Writers
 
 BLOCK = 1 << 15
@@ -91,7 +90,7 @@ def test_wandb_offline_keeps_the_rows_and_goes_on_as_the_same_run(tmp_path, monk
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     wandb.teardown()  # it reads the variables once
     for start in (0, 2):
-        begin = tracking.find("wandb")
+        begin = trackers.find("wandb")
         writers = Writers(epath.Path(tmp_path), start, None, lambda: begin({"seed": 7}, str(tmp_path)))
         for step in (start + 1, start + 2):
             writers.write({"step": step, "loss": 1 / step, "mfu": None})
@@ -123,8 +122,8 @@ def history(file: pathlib.Path) -> list[dict]:
 
 def test_an_id_that_is_damaged_is_made_anew(tmp_path):
     (tmp_path / "wandb_id").write_text("../../x")
-    made = wandb_run.run_id(epath.Path(tmp_path))
-    assert len(made) == 32 and wandb_run.run_id(epath.Path(tmp_path)) == made
+    made = wandb_tracker.run_id(epath.Path(tmp_path))
+    assert len(made) == 32 and wandb_tracker.run_id(epath.Path(tmp_path)) == made
     (tmp_path / "wandb_id").write_text("x" * 1000)
     with pytest.raises(Refused, match="has more than the 100 bytes"):
-        wandb_run.run_id(epath.Path(tmp_path))
+        wandb_tracker.run_id(epath.Path(tmp_path))

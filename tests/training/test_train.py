@@ -7,7 +7,7 @@ from support.runs import GPT2, LLAMA, data_of, mesh_of, run, tiny
 
 from gptjax.errors import Refused
 from gptjax.parallel.trees import placed
-from gptjax.training import loop as train
+from gptjax.training import loop
 from gptjax.training import step as update
 from gptjax.training.optim.config import OptimizerConfig
 from gptjax.training.optim.optimizers import OPTIMIZERS
@@ -83,7 +83,7 @@ def test_overfits_one_batch(store):
     config, mesh = tiny(LLAMA, num_steps=100, batch_size=2), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: update.init_state(config, 257))()
-        batch = next(train.train_batches(config, data_of(config, store), mesh, 0))
+        batch = next(loop.train_batches(config, data_of(config, store), mesh, 0))
         for _ in range(100):
             state, metrics = update.train_step(state, batch, config=config, vocab_size=257)
     assert metrics["loss"] < 0.1
@@ -91,7 +91,7 @@ def test_overfits_one_batch(store):
 
 def test_a_range_to_profile_of_numbers_that_python_does_not_read():
     with pytest.raises(Refused, match="is no A:B with A below B"):
-        train.profiled("0:" + "9" * 5000, 4)
+        loop.profiled("0:" + "9" * 5000, 4)
 
 
 def test_state_is_born_sharded_and_stays_so(store):

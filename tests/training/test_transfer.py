@@ -20,10 +20,7 @@ from gptjax.errors import Refused
 from gptjax.evaluation.heldout import eval_step
 from gptjax.parallel.trees import named_leaves
 from gptjax.tokenizers import tokenizer
-from gptjax.training import init_from as transfer
-from gptjax.training import loading
-from gptjax.training import loop as train
-from gptjax.training import step as update
+from gptjax.training import init_from, loading, loop, step
 from gptjax.training.config import files as config_file
 from gptjax.training.config import resume
 from gptjax.training.corpus import identity, open_corpus
@@ -64,7 +61,7 @@ def loaded(corpus, *more):
 def run(corpus, folder, *more):
     """What a run prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.train(loaded(corpus, *more), epath.Path(folder))
+        loop.train(loaded(corpus, *more), epath.Path(folder))
     return printed.getvalue()
 
 
@@ -80,7 +77,7 @@ def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(begun, base, ot
     corpus = open_corpus(config, epath.Path(folder))
     with jax.set_mesh(old.mesh):
         data = Stream(corpus, config.phases, config.seq_len, config.seed)
-        batch = next(train.train_batches(config, data, old.mesh, 0))
+        batch = next(loop.train_batches(config, data, old.mesh, 0))
         token_bytes = jax.device_put(corpus.tokenizer.token_bytes, jax.NamedSharding(old.mesh, jax.P()))
         nll, _, tokens, _ = eval_step(old.model, batch, token_bytes, vocab_size=257, loss=config.loss)
     assert list(losses(folder)) == list(range(1, STEPS + 1))
@@ -153,7 +150,7 @@ def test_another_tokenizer_is_refused(base, others):
         config = loaded(others, f"--config.init_from={base}", f"--config.tokenizer.special_tokens={names}")
         words = "was trained with tokenizer .*, and the section tokenizer has .*: use .*/tokenizer"
         with contextlib.nullcontext() if fits else pytest.raises(Refused, match=words):
-            transfer._check_tokenizer(config, saved, 4)
+            init_from._check_tokenizer(config, saved, 4)
 
 
 def with_tokenizer(described):
@@ -166,7 +163,7 @@ def test_a_shorter_sequence_takes_the_first_of_learned_positions(base, others, t
     config = loaded(others, f"--config.init_from={base}", "--config.seq_len=16")
     mesh, old = mesh_of(2, 2, 2), loading.load(epath.Path(base), -1).model
     with jax.set_mesh(mesh):
-        state = transfer.begin(config, 257, mesh)
+        state = init_from.begin(config, 257, mesh)
     assert int(state.step) == 0 and state.model.positions.shape == (16, 64)
     np.testing.assert_array_equal(state.model.positions[...], old.positions[...][:16])
     np.testing.assert_array_equal(state.model.blocks.query[...], old.blocks.query[...])
@@ -178,11 +175,11 @@ def test_an_average_of_weights_is_what_is_begun_with(base, others, tmp_path):
     config = loaded(others, "--config.optimizer.ema_decay=0.9")
     corpus, mesh = open_corpus(config, folder), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as checkpoints:
-        state = jax.jit(lambda: update.init_state(config, 257))()
+        state = jax.jit(lambda: step.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
         checkpoints.save(7, state, identity(config, corpus))
         checkpoints.wait()
-        found = transfer.begin(loaded(others, f"--config.init_from={folder}"), 257, mesh)
+        found = init_from.begin(loaded(others, f"--config.init_from={folder}"), 257, mesh)
     assert (found.model.norm.gain[...] == 2).all()
 
 

@@ -5,8 +5,8 @@ import json
 
 
 def bench(args: argparse.Namespace) -> None:
-    from gptjax.planning import benchmark as bench
-    from gptjax.training.config import files as config_file
+    from gptjax.planning import benchmark
+    from gptjax.training.config import files
 
-    result = bench.bench(config_file.load(args.config, args.overrides), args.steps)
-    print(json.dumps(result) if args.json else bench.text(result))
+    result = benchmark.bench(files.load(args.config, args.overrides), args.steps)
+    print(json.dumps(result) if args.json else benchmark.text(result))

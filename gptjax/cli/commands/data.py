@@ -12,9 +12,9 @@ def _check_workers(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    from gptjax.runtime import supervisor as lifeline
+    from gptjax.runtime import supervisor
 
-    with lifeline.alive():
+    with supervisor.alive():
         {"prepare": prepare, "show": show, "stats": stats}[args.action](args)
 
 
@@ -23,9 +23,9 @@ def prepare(args: argparse.Namespace) -> None:
 
     from gptjax.data.preparation.prepare import prepare
     from gptjax.runtime import heartbeat
-    from gptjax.training.config import files as config_file
+    from gptjax.training.config import files
 
-    loaded = config_file.load(args.config, args.overrides)
+    loaded = files.load(args.config, args.overrides)
     _check_workers(args)
     if bool(args.workdir) == bool(loaded.data.store):
         raise Refused(
@@ -43,27 +43,27 @@ def show(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax.training import batch_audit as audit
-    from gptjax.training.config import files as config_file
+    from gptjax.training import batch_audit
+    from gptjax.training.config import files
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be a run's
     folder = epath.Path(args.workdir) if "workdir" in args else None
-    print(audit.show(config_file.load(args.config, args.overrides), folder, args.step, args.row))
+    print(batch_audit.show(files.load(args.config, args.overrides), folder, args.step, args.row))
 
 
 def stats(args: argparse.Namespace) -> None:
     from etils import epath
 
     from gptjax.data.store.store import Store
-    from gptjax.runtime import optional as extra
-    from gptjax.training.config import files as config_file
+    from gptjax.runtime import optional
+    from gptjax.training.config import files
 
-    where = args.store or args.config and config_file.load(args.config, args.overrides).data.store
+    where = args.store or args.config and files.load(args.config, args.overrides).data.store
     if not where or bool(args.store) == bool(args.config):
         raise Refused("Give --store=DIR, such as WORKDIR/store, or a --config that has data.store.")
     store = Store.open(epath.Path(where))
     stats, picture = (
-        extra.package(f"gptjax.data.store.{name}", "gptjax data stats") for name in ("stats", "stats_plot")
+        optional.package(f"gptjax.data.store.{name}", "gptjax data stats") for name in ("stats", "stats_plot")
     )
     target = epath.Path(args.target or store.folder / "stats")
     try:

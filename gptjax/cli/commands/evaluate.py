@@ -15,7 +15,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from gptjax.evaluation.heldout import TasksConfig, Unreadable, check, evaluate
     from gptjax.models import int8
-    from gptjax.runtime import distributed as hosts
+    from gptjax.runtime import distributed
 
     tasks = TasksConfig(args.tasks, args.tasks_folder, limit=args.limit, num_fewshot=args.num_fewshot)
     check(tasks)
@@ -31,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.tasks:
         print(score(run, tasks, args.json))
         return
-    with hosts.together():
+    with distributed.together():
         corpus = open_corpus(run.latest, folder)
         if corpus.tokenizer.hash != run.tokenizer.hash:
             raise Refused(
@@ -62,11 +62,10 @@ def score(run, tasks, as_json: bool) -> str:
     """What `gptjax eval --tasks` prints of a `workdir.Run`."""
     import jax
 
-    from gptjax.runtime import distributed as hosts
-    from gptjax.runtime import optional as extra
+    from gptjax.runtime import distributed, optional
 
-    harness = extra.package("gptjax.evaluation.lm_eval", f"--tasks={tasks.names}", "eval")
-    with hosts.together():
+    harness = optional.package("gptjax.evaluation.lm_eval", f"--tasks={tasks.names}", "eval")
+    with distributed.together():
         loaded = harness.load(tasks, run.config.seq_len)
     with jax.set_mesh(run.mesh):
         found = harness.scores(

@@ -6,12 +6,11 @@ import sys
 
 
 def plan(args: argparse.Namespace) -> None:
-    from gptjax.planning import plan, search, topology
-    from gptjax.planning import text as plan_text
-    from gptjax.training.config import files as config_file
+    from gptjax.planning import plan, search, text, topology
+    from gptjax.training.config import files
 
     where = topology.parse(args.topology, args.slices)
-    best = config_file.load(args.config, args.overrides)
+    best = files.load(args.config, args.overrides)
     if args.search:
         path = search.output(args.config, where)
         best, result = search.search(best, where, lambda line: print(line, file=sys.stderr, flush=True))
@@ -19,4 +18,4 @@ def plan(args: argparse.Namespace) -> None:
         print(f"wrote {path}: {search.shown(best)}", file=sys.stderr)
     else:
         result = plan.plan(best, where)
-    print(json.dumps(result) if args.json else plan_text.text(result))
+    print(json.dumps(result) if args.json else text.text(result))

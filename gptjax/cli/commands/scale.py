@@ -9,11 +9,11 @@ def scale(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax.runtime import optional as extra
+    from gptjax.runtime import optional
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator is for the runs
     scale, laws, isoflops = (
-        extra.package(f"gptjax.experiments.scaling.{name}", "gptjax scale", "scale")
+        optional.package(f"gptjax.experiments.scaling.{name}", "gptjax scale", "scale")
         for name in ("study", "laws", "plot")
     )
     folder, budgets = epath.Path(args.workdir), scale.numbers("--budgets", args.budgets)

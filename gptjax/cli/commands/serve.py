@@ -11,9 +11,9 @@ def serve(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax.runtime import optional as extra
+    from gptjax.runtime import optional
 
-    serve = extra.package("gptjax.inference.server", "gptjax serve", "serve")
+    serve = optional.package("gptjax.inference.server", "gptjax serve", "serve")
     if args.rows < 1:
         raise Refused(f"--rows={args.rows} must be at least 1.")
     folder = epath.Path(args.workdir)

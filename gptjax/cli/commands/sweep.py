@@ -6,9 +6,9 @@ import argparse
 def sweep(args: argparse.Namespace) -> None:
     import jax
 
-    from gptjax.runtime import optional as extra
+    from gptjax.runtime import optional
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the trials'
-    study = extra.package("gptjax.experiments.sweep.study", "gptjax sweep", "sweep")
+    study = optional.package("gptjax.experiments.sweep.study", "gptjax sweep", "sweep")
     made = study.Sweep(args.config, args.overrides, args.space, args.workdir)
     made.run(args.trials, args.workers, args.sampler, args.pruner)

@@ -12,15 +12,15 @@ def tokenizer(args: argparse.Namespace) -> None:
 
     from etils import epath
 
-    from gptjax.data.preparation import tokenizer_study as tokenizing
-    from gptjax.training.config import files as config_file
+    from gptjax.data.preparation import tokenizer_study
+    from gptjax.training.config import files
 
     _check_workers(args)
-    loaded = config_file.load(args.config, args.overrides)
+    loaded = files.load(args.config, args.overrides)
     if args.action == "train":
-        tokenizing.train(loaded.data, loaded.clean, loaded.tokenizer, epath.Path(args.target), args.workers)
+        tokenizer_study.train(loaded.data, loaded.clean, loaded.tokenizer, epath.Path(args.target), args.workers)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # the progress of reading; stdout has the result alone
             paths = args.tokenizers.split(",") if args.tokenizers else []
-            found = tokenizing.compare(loaded.data, loaded.clean, loaded.tokenizer, paths, args.workers)
-        print(json.dumps(found) if args.json else tokenizing.table(found))
+            found = tokenizer_study.compare(loaded.data, loaded.clean, loaded.tokenizer, paths, args.workers)
+        print(json.dumps(found) if args.json else tokenizer_study.table(found))

@@ -7,18 +7,18 @@ from gptjax.runtime import files
 
 
 def train(args: argparse.Namespace) -> None:
-    from gptjax.runtime import supervisor as lifeline
+    from gptjax.runtime import supervisor
 
-    with lifeline.alive():  # before JAX is imported, so that signals are answered from here on
+    with supervisor.alive():  # before JAX is imported, so that signals are answered from here on
         import dataclasses
 
         from etils import epath
 
-        from gptjax.training import loop as train
+        from gptjax.training import loop
         from gptjax.training.config import files as config_file
 
         loaded = config_file.load(args.config, args.overrides)
-        profile = train.profiled(args.profile_steps, loaded.num_steps)
-        lifeline.watch(loaded.watchdog)
+        profile = loop.profiled(args.profile_steps, loaded.num_steps)
+        supervisor.watch(loaded.watchdog)
         join(args, files.flatten({"config": dataclasses.asdict(loaded)}), loaded.watchdog.silent_seconds)
-        train.train(loaded, epath.Path(args.workdir), profile, args.fresh)
+        loop.train(loaded, epath.Path(args.workdir), profile, args.fresh)

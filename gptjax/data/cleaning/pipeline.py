@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from etils import epath
 
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
-from gptjax.runtime import untrusted
+from gptjax.runtime import optional, untrusted
 
 MAX_WORDS_BYTES = 16 << 20
 WIDTHS = {"documents": 13, "bytes": 17}  # of the columns of the printed report
@@ -103,9 +102,9 @@ def check_ready(config: CleanConfig) -> None:
     if not config.steps():
         return
     for name in PACKAGES:
-        extra.package(name, "Cleaning")
+        optional.package(name, "Cleaning")
     blocked(config)
-    extra.package("gptjax.data.cleaning.filters", "Cleaning").check(config)
+    optional.package("gptjax.data.cleaning.filters", "Cleaning").check(config)
 
 
 def listed(text: str) -> list[str]:
@@ -164,7 +163,7 @@ def table(report: dict) -> str:
 
 def clean(config: CleanConfig, corpus, tasks: int, folder: epath.Path, run: Callable):
     """The cleaned corpus, the report and the samples: see `clean_stages.clean`. Raises: Refused, where nothing is left."""
-    cleaned, report, samples = extra.package("gptjax.data.cleaning.stages", "Cleaning").clean(
+    cleaned, report, samples = optional.package("gptjax.data.cleaning.stages", "Cleaning").clean(
         config, corpus, tasks, folder, run
     )
     if report["kept"]["documents"] < 2:

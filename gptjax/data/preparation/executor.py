@@ -27,7 +27,7 @@ from typing import NamedTuple
 from etils import epath
 
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import optional as extra
+from gptjax.runtime import optional
 
 SECONDS = 0.5  # from one look at the workers, and one of their notes, to the next
 GRACE = 10.0  # seconds in which the pool ends that is done with its workers
@@ -56,7 +56,7 @@ def run(step: Callable, tasks: int, workers: int, folder: epath.Path, told: Call
             step(task, told)
         return
     for package in PACKAGES:
-        extra.package(package, f"--workers={workers}")
+        optional.package(package, f"--workers={workers}")
     context = multiprocessing.get_context("spawn")
     # On this machine, since each worker writes one twice a second, and `folder` may be in a bucket.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as notes:
@@ -94,7 +94,7 @@ def _conduct(step: Callable, tasks: int, workers: int, folder: epath.Path, notes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C, which the main process answers; workers inherit it
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what a killed worker leaves
     failures = []
-    multiprocess, executor, loguru = (extra.package(package, "--workers") for package in PACKAGES)
+    multiprocess, executor, loguru = (optional.package(package, "--workers") for package in PACKAGES)
     loguru.logger.disable("datatrove")
     multiprocess.set_start_method("forkserver")
     multiprocess.set_forkserver_preload([type(step).__module__])  # once for all workers
@@ -154,7 +154,7 @@ class _Worker:
     def __setstate__(self, state):
         """In the process of the worker, before datatrove logs: that would tear the bar, and show tracebacks."""
         self._step, self._notes = state
-        extra.package("loguru", "--workers").logger.disable("datatrove")
+        optional.package("loguru", "--workers").logger.disable("datatrove")
 
     def __call__(self, data, task: int, tasks: int):
         _end_with_parent()
@@ -166,7 +166,7 @@ class _Worker:
 def _end_with_parent() -> None:
     """Has a worker end when the process of `_conduct` does: nobody waits for it, and somebody else may go on with it."""
     # Its parent by the system is another, the fork server, which lives as long as a worker does.
-    parent = extra.package("multiprocess", "--workers").parent_process()
+    parent = optional.package("multiprocess", "--workers").parent_process()
 
     def watch():
         parent.join()

@@ -8,10 +8,9 @@ import zlib
 import numpy as np
 from etils import epath
 
-from gptjax.data.preparation import tasks as pieces
-from gptjax.data.store import store as stores
-from gptjax.runtime import heartbeat
-from gptjax.runtime import progress as terminal
+from gptjax.data.preparation import tasks
+from gptjax.data.store import store
+from gptjax.runtime import heartbeat, progress
 
 # How much of a piece is in memory at a time.
 READ_BYTES = 32 << 20
@@ -25,12 +24,12 @@ def merge(results: list[dict], folder: epath.Path, dtype: type[np.integer], prom
     made = folder / "store"
     if made.exists():
         made.rmtree()
-    writers = {split: stores.SplitWriter(made / split, dtype, prompts) for split in stores.SPLITS}
+    writers = {split: store.SplitWriter(made / split, dtype, prompts) for split in store.SPLITS}
     compressed, text_hash = _Compressed(), hashlib.sha256()
-    total = sum(result["splits"][split]["tokens"] for result in results for split in stores.SPLITS)
-    with terminal.progress("writing tokens", total) as bar:
+    total = sum(result["splits"][split]["tokens"] for result in results for split in store.SPLITS)
+    with progress.progress("writing tokens", total) as bar:
         for task, result in enumerate(results):
-            piece = functools.partial(pieces.path, folder / "pieces", task)
+            piece = functools.partial(tasks.path, folder / "pieces", task)
             for split, writer in writers.items():
                 if result["splits"][split]["documents"]:
                     lengths, its_prompts = (
@@ -61,7 +60,7 @@ class _Compressed:
         self._sizes = {"compressed_heldout_bytes": 0} | dict.fromkeys(self._compressors, 0)
 
     def add(self, text: bytes):
-        text = text[: pieces.COMPRESSED_BYTES - self._sizes["compressed_heldout_bytes"]]
+        text = text[: tasks.COMPRESSED_BYTES - self._sizes["compressed_heldout_bytes"]]
         self._sizes["compressed_heldout_bytes"] += len(text)
         for name, compressor in self._compressors.items():
             self._sizes[name] += len(compressor.compress(text))

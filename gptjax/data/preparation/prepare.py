@@ -28,18 +28,15 @@ from typing import NamedTuple
 
 from etils import epath
 
-from gptjax.data.cleaning import pipeline as clean
+from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
-from gptjax.data.preparation import executor as engine
-from gptjax.data.preparation import merge as merging
+from gptjax.data.preparation import executor, merge
 from gptjax.data.preparation import tasks as pieces
 from gptjax.data.sources import sources
 from gptjax.data.sources.documents import END, PLACES, Damages, DataConfig, Document, Part
 from gptjax.data.store import store as stores
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import heartbeat
-from gptjax.runtime import lock as owner
-from gptjax.runtime import progress as terminal
+from gptjax.runtime import heartbeat, lock, progress
 from gptjax.tokenizers import tokenizer as tokenizers
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
@@ -78,16 +75,16 @@ def prepared(
     refusal = "is being prepared on", "wait until it is done, stop it, or give another folder in data.store"
     if stores.is_whole(folder):
         if partial.exists():  # of a process that was killed when all was done, unless it is just about to end
-            with contextlib.suppress(Refused, OSError), owner.locked(partial, *refusal):
+            with contextlib.suppress(Refused, OSError), lock.locked(partial, *refusal):
                 partial.rmtree()
         return _reuse(folder, settings, tokenizer), False
     partly_moved = (partial / "moving").exists()  # as `_move` may leave it
     if not partly_moved and (folder.is_file() or folder.exists() and any(folder.iterdir())):
         raise Refused(f"{folder} exists and has no manifest.json, so it is no token store: give another in data.store.")
     tokenizers.check(tokenizer)
-    clean.check_ready(cleaning)
+    pipeline.check_ready(cleaning)
     _check(data)
-    with owner.locked(partial, *refusal):
+    with lock.locked(partial, *refusal):
         earlier = _work(partial)
         try:
             made = not stores.is_whole(folder)  # another run may have made it meanwhile
@@ -170,7 +167,7 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, cleaning: CleanConfi
     settings = {"data": asdict(data), "tokenizer": tokenizers.settings(tokenizer)}
     del settings["data"]["store"]
     flat = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
-    return flat | clean.settings(cleaning)
+    return flat | pipeline.settings(cleaning)
 
 
 def _reuse(folder: epath.Path, settings: dict, tokenizer: TokenizerConfig) -> stores.Store:
@@ -205,14 +202,14 @@ def _build(
     tokenizer = _train(config, corpus, survey, folder, workers)
     results = _tokenize(data, corpus, survey, folder, workers)
     manifest = {"settings": settings, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-    manifest |= merging.merge(results, folder, stores.token_dtype(tokenizer.vocab_size), bool(data.prompt_field))
+    manifest |= merge.merge(results, folder, stores.token_dtype(tokenizer.vocab_size), bool(data.prompt_field))
     (folder / "store" / "tokenizer").mkdir()
     for name, content in tokenizers.read_files(folder / "tokenizer").items():
         (folder / "store" / "tokenizer" / name).write_bytes(content)
     manifest["lost"] = lost
     if cleaned:
         report, samples = cleaned
-        clean.write(report, samples, folder / "store" / "cleaning")
+        pipeline.write(report, samples, folder / "store" / "cleaning")
         manifest["cleaning"] = report
     stores.write_manifest(folder / "store", manifest)
 
@@ -228,7 +225,7 @@ def surveyed(data: DataConfig, cleaning: CleanConfig, folder: epath.Path, settin
         def run(step, tasks: int, words: str):
             _run(step, tasks, workers, folder, words, None)
 
-        corpus, *cleaned = clean.clean(cleaning, corpus, tasks, folder / "clean", run)
+        corpus, *cleaned = pipeline.clean(cleaning, corpus, tasks, folder / "clean", run)
     survey = _survey(data, corpus, tasks, folder, workers)
     return corpus, survey, lost if extracted else _lost(survey.tasks), cleaned
 
@@ -293,9 +290,9 @@ def _run(step, tasks: int, workers: int, folder: epath.Path, words: str, total: 
     """Does all tasks of a step of pieces.py, with a bar that counts documents."""
     step.folder.mkdir(exist_ok=True)
     finished = [pieces.result(step.folder, task) for task in range(tasks) if pieces.done(step.folder, task)]
-    count, num_bytes, num_tokens = (sum(result.get(key, 0) for result in finished) for key in engine.Told._fields)
+    count, num_bytes, num_tokens = (sum(result.get(key, 0) for result in finished) for key in executor.Told._fields)
     began, before = time.monotonic(), num_bytes
-    with terminal.progress(words, total, count) as bar:
+    with progress.progress(words, total, count) as bar:
 
         def told(more_documents: int, more_bytes: int, more_tokens: int):
             nonlocal count, num_bytes, num_tokens
@@ -305,7 +302,7 @@ def _run(step, tasks: int, workers: int, folder: epath.Path, words: str, total: 
             words = [f"{num_bytes / 1e6:.1f} MB · {speed:.1f} MB/s"] * bool(num_bytes)
             bar.update(count, " · ".join(words + [f"{num_tokens / 1e6:.1f}M tokens"] * bool(num_tokens)))
 
-        engine.run(step, tasks, workers, folder / "engine" / step.folder.name, told)
+        executor.run(step, tasks, workers, folder / "engine" / step.folder.name, told)
 
 
 def _extract(data: DataConfig, corpus: pieces.Corpus, tasks: int, folder: epath.Path, workers: int):

@@ -17,7 +17,7 @@ from etils import epath
 from gptjax.data.sources import sources
 from gptjax.data.sources.documents import Damages, DataConfig, Document, Part
 from gptjax.data.sources.formats import lines
-from gptjax.data.store import store as stores
+from gptjax.data.store import store
 from gptjax.tokenizers import tokenizer as tokenizers
 
 # How much text is tokenized at a time: enough to occupy the cores, and what is held in memory.
@@ -140,7 +140,7 @@ class Tokenize:
         if done(self.folder, task):
             return
         tokenizer = _tokenizer(self.tokenizer)
-        splits = {name: _Piece(self.folder, task, name, tokenizer) for name in stores.SPLITS}
+        splits = {name: _Piece(self.folder, task, name, tokenizer) for name in store.SPLITS}
         digest, kept = hashlib.sha256(), 0
         with (
             path(self.folder, task, "hashes").open("wb") as all_hashes,
@@ -169,10 +169,10 @@ class _Piece:
     """The files of a task's documents in one split."""
 
     def __init__(self, folder: epath.Path, task: int, split: str, tokenizer: tokenizers.Tokenizer):
-        self._dtype, self._end_of_text = stores.token_dtype(tokenizer.vocab_size), tokenizer.end_of_text
+        self._dtype, self._end_of_text = store.token_dtype(tokenizer.vocab_size), tokenizer.end_of_text
         self._files = [path(folder, task, f"{split}.{kind}").open("wb") for kind in KINDS]
         self._tokens, self._lengths, self._prompts, self._names = [], [], [], []
-        self.size = dict.fromkeys(stores.SIZES, 0)
+        self.size = dict.fromkeys(store.SIZES, 0)
 
     def append(self, document: Document, num_bytes: int, prompt: np.ndarray, text: np.ndarray):
         """Adds a document: its bytes, and the tokens of its prompt and of the rest."""
@@ -180,7 +180,7 @@ class _Piece:
         self._tokens += [[self._end_of_text], prompt, text]
         self._lengths.append(length)
         self._prompts.append(len(prompt))
-        self._names.append(stores.named(document.name, document.offset))
+        self._names.append(store.named(document.name, document.offset))
         for key, more in (("tokens", length), ("documents", 1), ("bytes", num_bytes)):
             self.size[key] += more
 

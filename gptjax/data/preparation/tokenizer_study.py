@@ -7,8 +7,7 @@ import numpy as np
 from etils import epath
 
 from gptjax.data.cleaning.pipeline import CleanConfig
-from gptjax.data.preparation import prepare
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import prepare, tasks
 from gptjax.data.preparation.prepare import DataConfig
 from gptjax.data.sources.documents import Document
 from gptjax.errors import Failed, Refused
@@ -61,7 +60,7 @@ def compare(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, pa
     paths = paths or [tokenizer.path or "byte"]
     rows = [_Row(path, tokenizers.existing(path)) for path in paths]
     documents, num_bytes = 0, 0
-    for batch in pieces.batches(prepare.heldout_documents(data, clean, workers)):
+    for batch in tasks.batches(prepare.heldout_documents(data, clean, workers)):
         documents, num_bytes = documents + len(batch), num_bytes + sum(len(d.text.encode()) for d in batch)
         for row in rows:
             row.add(batch)

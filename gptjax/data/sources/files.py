@@ -14,8 +14,7 @@ from etils import epath
 
 from gptjax.data.sources.documents import END, PART_BYTES, RECORD_BYTES, Damages, DataConfig, Part
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
-from gptjax.runtime import untrusted
+from gptjax.runtime import optional, untrusted
 
 COMPRESSED = ".gz", ".zst"
 
@@ -88,7 +87,7 @@ def opened(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
-        arrow = extra.package("pyarrow", f"{path} (zstandard)")
+        arrow = optional.package("pyarrow", f"{path} (zstandard)")
         return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(file), "zstd"))
     return file
 

@@ -15,11 +15,10 @@ import numpy as np
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from gptjax.data.cleaning import filters as clean_steps
+from gptjax.data.cleaning import filters
 from gptjax.data.store.store import REMEDY, Split, Store
 from gptjax.errors import Refused
-from gptjax.runtime import heartbeat, untrusted
-from gptjax.runtime import progress as terminal
+from gptjax.runtime import heartbeat, progress, untrusted
 
 # As many documents and bytes are looked at, about; of a smaller store all.
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 50_000, 64 << 20
@@ -44,7 +43,7 @@ def stats(store: Store) -> dict:
     total = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")}
     share = min(1, SAMPLE_DOCUMENTS / total["documents"], SAMPLE_BYTES / total["bytes"])
     sample = _Sample()
-    with terminal.progress("reading documents", total["documents"]) as bar:
+    with progress.progress("reading documents", total["documents"]) as bar:
         for number, (hash, tokens) in enumerate(_documents(store), 1):
             if hash < share * (1 << 64):
                 sample.add(hash, len(tokens), store.tokenizer.decode(tokens))
@@ -134,7 +133,7 @@ class _Sample:
         self._tokens.append(tokens)
         self._bytes.append(size)
         self._compare(hash, text, size)
-        (found,) = clean_steps.languages(text, 1)
+        (found,) = filters.languages(text, 1)
         language = found["lang"] if found["score"] >= SURE else "not sure"
         for counter, more in zip(self._languages, (1, size)):
             counter[language] += more

@@ -10,7 +10,7 @@ from etils import epath
 from gptjax.errors import Refused, nearest
 from gptjax.runtime import files, untrusted
 from gptjax.training import workdir
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.monitoring import records, status
 
 CURVES = "loss", "eval_loss", "eval_bits_per_byte", "learning_rate", "tokens_per_second", "grad_norm", "mfu"
@@ -155,7 +155,7 @@ def differences(runs: list[Run]) -> list[tuple[str, list]]:
 
     A key that an older config lacks has its default, as when the run goes on.
     """
-    defaults = files.flatten(configs.default())
+    defaults = files.flatten(schema.default())
     columns = [defaults | run.config if run.config else {} for run in runs]
     columns = [defaults, *columns] if len(runs) == 1 else columns
     told = [column for column in columns if column]

@@ -12,8 +12,7 @@ from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused
 from gptjax.experiments.scaling import laws
 from gptjax.experiments.scaling.laws import Point, Scaling
 from gptjax.models.size import flops_per_token
-from gptjax.runtime import files
-from gptjax.runtime import subprocesses as child
+from gptjax.runtime import files, subprocesses
 from gptjax.tokenizers import tokenizer
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
@@ -99,8 +98,8 @@ def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> l
     """
     words = ["train", f"--config={config_path}", f"--workdir={folder}"]
     words += [f"--config.{key}={value}" for key, value in overrides.items()]
-    with child.asked_to_stop() as asked:
-        code = child.finish(child.Process(words), asked, f"training in {folder}")
+    with subprocesses.asked_to_stop() as asked:
+        code = subprocesses.finish(subprocesses.Process(words), asked, f"training in {folder}")
     if code:
         kind = {2: Refused, TRY_AGAIN: Preempted}.get(code, Failed)
         raise kind(f"The run in {folder} ended with exit code {code}" + "." * (kind is not Preempted))

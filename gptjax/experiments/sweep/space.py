@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from gptjax.errors import Refused, nearest, shown
 from gptjax.runtime import files
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 
 # These make the store that all trials share; with another, a loss is of another text or in another unit.
 SHARED = ("data.", "clean.", "tokenizer.", "mixture.stores")
@@ -41,7 +41,7 @@ def load(path: str) -> dict[str, BaseDistribution]:
         )
     if not isinstance(space, dict) or not space:
         raise Refused(f"get_space() of {path} returns {shown(space)}: return a dict of at least one key of the config.")
-    defaults = files.flatten(configs.default())
+    defaults = files.flatten(schema.default())
     return {key: _distribution(path, key, values, defaults) for key, values in space.items()}
 
 

@@ -16,13 +16,9 @@ from etils import epath
 from optuna.trial import FrozenTrial, TrialState
 
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, one_line
-from gptjax.experiments.sweep import plot as picture
-from gptjax.experiments.sweep import space, table
+from gptjax.experiments.sweep import plot, space, table
 from gptjax.experiments.sweep.trials import busy, evaluations
-from gptjax.runtime import files, untrusted
-from gptjax.runtime import lock as owner
-from gptjax.runtime import optional as extra
-from gptjax.runtime import subprocesses as child
+from gptjax.runtime import files, lock, optional, subprocesses, untrusted
 from gptjax.runtime.subprocesses import GRACE_SECONDS, Process
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
@@ -85,12 +81,12 @@ class Sweep:
             raise Refused(f"--workers={workers} must be at least 1, and --trials={trials} must not be negative.")
         self.grid = space.grid(self.space_path, self.space) if sampler == "grid" else []
         if sampler == "gp":
-            extra.package("torch", "--sampler=gp", "gp")
+            optional.package("torch", "--sampler=gp", "gp")
         most = len(self.grid) or trials or TRIALS
         self.trials, self.workers, self.running = min(trials or most, most), workers, {}
-        with owner.locked(epath.Path(self.folder), "belongs to a sweep on", "wait until it ends, or stop it"):
+        with lock.locked(epath.Path(self.folder), "belongs to a sweep on", "wait until it ends, or stop it"):
             self._check_same()
-            with child.asked_to_stop() as self._asked:
+            with subprocesses.asked_to_stop() as self._asked:
                 self._prepare()
                 files.write_whole(epath.Path(self.folder) / "sweep.json", self._described())
                 self._open(sampler, pruner)
@@ -128,7 +124,7 @@ class Sweep:
         print("preparing the data that the trials share", flush=True)
         words = ["data", "prepare", "--workers=1", *self._words({})]
         process = Process(words, self.folder / "prepare.log", self.folder / "compiled")
-        if child.finish(process, self._asked, "preparing data"):
+        if subprocesses.finish(process, self._asked, "preparing data"):
             reason = process.last_words()
             if process.code() == 2:
                 (self.folder / "prepare.log").unlink()
@@ -266,8 +262,8 @@ class Sweep:
             )
             given = {key: self.values[key] for key in self.overrides} | best.params
             config_file.write(self.folder / "best.py", self.config_path, docstring, given)
-        picture.draw(trials, self.space, self.folder / "sweep.png")
+        plot.draw(trials, self.space, self.folder / "sweep.png")
 
     def _stop_all(self) -> None:
         """Asks all trials to stop, and waits for them; a second signal kills them. They are taken up by the next sweep."""
-        child.stop([trial.process for trial in self.running.values() if trial.process], self._asked)
+        subprocesses.stop([trial.process for trial in self.running.values() if trial.process], self._asked)

@@ -5,7 +5,7 @@ import pathlib
 from etils import epath
 
 from gptjax.errors import Refused
-from gptjax.runtime import lock as owner
+from gptjax.runtime import lock
 from gptjax.training.monitoring import records
 
 
@@ -19,7 +19,7 @@ def evaluations(folder: pathlib.Path) -> list[tuple[int, float | None]]:
 def busy(folder: pathlib.Path) -> bool:
     """Whether a run works in a folder: that of a sweep which was killed goes on by itself."""
     try:
-        with owner.locked(epath.Path(folder), "", ""):
+        with lock.locked(epath.Path(folder), "", ""):
             return False
     except Refused:
         return True

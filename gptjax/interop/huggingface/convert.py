@@ -17,14 +17,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax.checkpoints import chunked as piecewise
+from gptjax.checkpoints import chunked
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.checkpoints.retention import at
 from gptjax.errors import Failed, Refused
 from gptjax.interop.huggingface import config as architectures
-from gptjax.interop.huggingface import safetensors
+from gptjax.interop.huggingface import safetensors, weights
 from gptjax.interop.huggingface import tokenizer as carried
-from gptjax.interop.huggingface import weights as layout
 from gptjax.models import build
 from gptjax.models.lora import Adapters, LoraConfig
 from gptjax.models.size import num_parameters
@@ -34,7 +33,7 @@ from gptjax.parallel.trees import named_leaves
 from gptjax.runtime.files import check_writable
 from gptjax.tokenizers import tokenizer
 from gptjax.training import loading, workdir
-from gptjax.training.config import schema as configs
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 
 
@@ -50,8 +49,8 @@ def from_hf(source: str, target: str) -> None:
         raise Refused(f"--source={source} is no folder: give one that holds config.json and safetensors.")
     described = architectures.read(source)
     gpt2 = described.family == "gpt2"
-    tensors = layout.named(safetensors.found(source), described.model["tied_embeddings"])
-    model = configs.parse({"model": described.model}).model
+    tensors = weights.named(safetensors.found(source), described.model["tied_embeddings"])
+    model = schema.parse({"model": described.model}).model
     asked = num_parameters(model, described.vocab_size, described.seq_len)
     held = sum(math.prod(tensor.shape) for tensor in tensors.values())
     if asked > 4 * held + (1 << 20):  # before anything is laid out by its sizes; `layout.check` tells what is otherwise
@@ -61,8 +60,8 @@ def from_hf(source: str, target: str) -> None:
     taken = carried.taken(source, described.vocab_size, described.ends)
     config = _config(described, tensors, taken.tokenizer)
     shapes = _shapes(config, described.vocab_size)
-    parts = layout.parts(gpt2, shapes, described.vocab_size)
-    layout.check(tensors, parts, source)
+    parts = weights.parts(gpt2, shapes, described.vocab_size)
+    weights.check(tensors, parts, source)
     with _new_folder("--workdir", target) as folder:
         checkpoints = folder / "checkpoints"
         state = at(checkpoints, workdir.CONVERTED) / "state"
@@ -71,13 +70,13 @@ def from_hf(source: str, target: str) -> None:
             order = parts[name][0].order
             order = order if len(order) == len(shape) else (0, *(axis + 1 for axis in order))
             leaf = f"model.{name}"
-            arrays[leaf] = array = piecewise.create(state, leaf, shape, config.model.param_dtype, order)
-            for region in piecewise.regions(array):
+            arrays[leaf] = array = chunked.create(state, leaf, shape, config.model.param_dtype, order)
+            for region in chunked.regions(array):
                 block = _gathered(parts[name], region, tensors, array.dtype.numpy_dtype)
-                piecewise.write(array, region, block)
+                chunked.write(array, region, block)
         files = {name: base64.b64encode(content).decode() for name, content in taken.files.items()}
         run = {"config": dataclasses.asdict(config), "tokenizer_hash": taken.tokenizer.hash, "text_hashes": {}}
-        piecewise.seal(checkpoints, workdir.CONVERTED, run | {"tokenizer": files}, arrays)
+        chunked.seal(checkpoints, workdir.CONVERTED, run | {"tokenizer": files}, arrays)
         (folder / "tokenizer").mkdir()
         for name, content in taken.files.items():
             (folder / "tokenizer" / name).write_bytes(content)
@@ -100,7 +99,7 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = loading.chosen(checkpoints, folder, step)
         saved = checkpoints.run(step)
-        config = configs.parse(saved["config"])
+        config = schema.parse(saved["config"])
         family = architectures.family_of(config.model)
         known = loading.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
         files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
@@ -110,10 +109,10 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
         asked = {f"{whole}.{name}": shape for name, shape in shapes.items()}
         asked |= {f"{part}.{name}": shape for name, shape in adapters.items()}
         checkpoints.check_shapes(step, {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in asked.items()})
-    parts = layout.parts(family == "gpt2", shapes, known.vocab_size)
+    parts = weights.parts(family == "gpt2", shapes, known.vocab_size)
     state = at(checkpoints.folder, step) / "state"
-    arrays = {name: piecewise.read(state, f"{whole}.{name}", shape) for name, shape in shapes.items()}
-    sides = {name: piecewise.read(state, f"{part}.{name}", shape) for name, shape in adapters.items()}
+    arrays = {name: chunked.read(state, f"{whole}.{name}", shape) for name, shape in shapes.items()}
+    sides = {name: chunked.read(state, f"{part}.{name}", shape) for name, shape in adapters.items()}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     texts, ends, note = carried.given(files, known, config.seq_len)
     spelled = {"float32": "F32", "bfloat16": "BF16"}
@@ -128,8 +127,8 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
             (made / name).write_bytes(content)
         tensors = safetensors.create(pathlib.Path(made), wanted, shard_bytes)
         for name, array in arrays.items():
-            for region in piecewise.regions(array):
-                block, matrix = piecewise.piece(array, region), name.removeprefix("blocks.")
+            for region in chunked.regions(array):
+                block, matrix = chunked.piece(array, region), name.removeprefix("blocks.")
                 if f"{matrix}.a" in sides:
                     block = _adapted(block, region, sides[f"{matrix}.a"], sides[f"{matrix}.b"], config.lora)
                 _scatter(block, parts[name], region, tensors)
@@ -140,7 +139,7 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
 
 def _config(described: architectures.Described, tensors: dict, known: tokenizer.Tokenizer) -> Config:
     """What a run of a model would have said of it. Raises: Refused."""
-    dtypes = {tensor.dtype for name, tensor in tensors.items() if not layout.BUFFERS.fullmatch(name)}
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if not weights.BUFFERS.fullmatch(name)}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
     kind = next(kind for kind, of in KINDS.items() if isinstance(known, of))
     values = {
@@ -149,7 +148,7 @@ def _config(described: architectures.Described, tensors: dict, known: tokenizer.
         "loss": {"num_chunks": math.gcd(8, described.seq_len)},
         "tokenizer": {"kind": kind, "vocab_size": known.vocab_size},
     }
-    return configs.parse(values)
+    return schema.parse(values)
 
 
 KINDS = {
@@ -183,23 +182,23 @@ def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
 def _adapted(block: np.ndarray, region: tuple[slice, ...], a, b, lora: LoraConfig) -> np.ndarray:
     """A region of a matrix with what LoRA adds to it: as `lora.merged`, but in the matrix's own dtype."""
     layers, inputs, outputs = region[0], region[1 : len(a.shape) - 1], region[len(a.shape) - 1 :]
-    a, b = piecewise.piece(a, (layers, *inputs, slice(None))), piecewise.piece(b, (layers, slice(None), *outputs))
+    a, b = chunked.piece(a, (layers, *inputs, slice(None))), chunked.piece(b, (layers, slice(None), *outputs))
     product = a.reshape(len(a), -1, lora.rank) @ b.reshape(len(b), lora.rank, -1)
     return (block + lora.alpha / lora.rank * product.reshape(block.shape)).astype(block.dtype)
 
 
-def _gathered(parts: list[layout.Part], region: tuple[slice, ...], tensors: dict, dtype: np.dtype) -> np.ndarray:
+def _gathered(parts: list[weights.Part], region: tuple[slice, ...], tensors: dict, dtype: np.dtype) -> np.ndarray:
     """A region of one of our arrays from their tensors; 0 where the vocabulary is padded."""
     block = np.zeros([cut.stop - cut.start for cut in region], dtype)
-    for part, where, inside in layout.within(parts, region):
+    for part, where, inside in weights.within(parts, region):
         piece = part.view(tensors[part.tensor].mapped())[inside]
         block[where][tuple(slice(size) for size in piece.shape)] = piece
     return block
 
 
-def _scatter(block: np.ndarray, parts: list[layout.Part], region: tuple[slice, ...], tensors: dict) -> None:
+def _scatter(block: np.ndarray, parts: list[weights.Part], region: tuple[slice, ...], tensors: dict) -> None:
     """Writes a region of one of our arrays into their tensors, but for what pads the vocabulary."""
-    for part, where, inside in layout.within(parts, region):
+    for part, where, inside in weights.within(parts, region):
         piece = part.view(tensors[part.tensor].mapped("r+"))[inside]
         piece[...] = block[where][tuple(slice(size) for size in piece.shape)]
 

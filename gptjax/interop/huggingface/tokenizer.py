@@ -15,8 +15,7 @@ import sentencepiece
 from etils import epath
 
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
-from gptjax.runtime import untrusted
+from gptjax.runtime import optional, untrusted
 from gptjax.tokenizers import exact, tokenizer
 from gptjax.tokenizers.exact import SPACE_SIGN
 from gptjax.tokenizers.huggingface import BYTE_OF, SPACE_TO_SIGN
@@ -240,7 +239,7 @@ def _pieces(content: bytes, known: Tokenizer) -> list[dict]:
 
 def _differing(file: dict, known: Tokenizer) -> float:
     """The share of texts to which a tokenizer.json gives other ids; paragraphs of Python's own library, and odd ones."""
-    library = extra.package("tokenizers", "gptjax convert to-hf")
+    library = optional.package("tokenizers", "gptjax convert to-hf")
     theirs = library.Tokenizer.from_str(json.dumps(file))
     texts, size = ["naïve Größe, Ωμέγα, 東京 😀 \x00 \t\r\n", "  two  spaces  ", "x"], 0
     for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):

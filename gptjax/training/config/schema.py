@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gptjax.checkpoints.manager import CheckpointConfig
-from gptjax.data.cleaning import pipeline as clean
+from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation.prepare import DataConfig
 from gptjax.data.stream import augment, curriculum, packing
@@ -21,7 +21,7 @@ from gptjax.data.stream.curriculum import CurriculumConfig, Phase
 from gptjax.data.stream.mixture import MixtureConfig
 from gptjax.data.stream.packing import PackingConfig
 from gptjax.errors import Refused, nearest, shown
-from gptjax.evaluation import heldout as evaluate
+from gptjax.evaluation import heldout
 from gptjax.evaluation.heldout import TasksConfig
 from gptjax.models import lora
 from gptjax.models.config import ModelConfig
@@ -29,15 +29,14 @@ from gptjax.models.lora import LoraConfig
 from gptjax.models.loss import LossConfig
 from gptjax.parallel import batches
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.parallel.xla import options as compiler
+from gptjax.parallel.xla import options
 from gptjax.runtime.files import flatten
 from gptjax.runtime.watchdog import WatchdogConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
-from gptjax.training.monitoring import early_stopping as stopping
-from gptjax.training.monitoring import rollback as recovery
+from gptjax.training.monitoring import early_stopping, rollback
 from gptjax.training.monitoring.early_stopping import StoppingConfig
 from gptjax.training.monitoring.rollback import RecoveryConfig
-from gptjax.training.optim import optimizers as optimizer
+from gptjax.training.optim import optimizers
 from gptjax.training.optim.config import OptimizerConfig
 
 
@@ -210,18 +209,18 @@ def resolve(config: Config) -> Config:
             f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
             "would not know where prompts end: put it off."
         )
-    compiler.options(config.compiler_options)
+    options.options(config.compiler_options)
     lora.check(config.lora, config.init_from)
-    optimizer.check(config.optimizer, config.num_steps)
+    optimizers.check(config.optimizer, config.num_steps)
     if config.model.mup_base_width and config.optimizer.name == "adafactor":
         raise Refused(
             f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: how its rate depends on "
             "the width is not worked out; choose adamw, lion or muon."
         )
-    evaluate.check(config.tasks)
-    stopping.check(config.stopping)
-    recovery.check(config.recovery)
-    clean.check(config.clean)
+    heldout.check(config.tasks)
+    early_stopping.check(config.stopping)
+    rollback.check(config.recovery)
+    pipeline.check(config.clean)
     packing.check(config.packing)
     augment.check(config.augment)
     if not config.tokenizer.path and not config.mixture.stores:  # else the tokenizer may have more than are named here

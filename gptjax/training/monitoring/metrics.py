@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import heartbeat
+from gptjax.runtime import distributed, heartbeat
 from gptjax.training.monitoring import records
 from gptjax.training.monitoring.writers import Writers
 
@@ -46,10 +45,10 @@ class Log:
         self._flops = 0  # of the last logged step
         self.step_seconds = []  # of the logged steps of as many FLOPs, which a curriculum changes
         self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
-        self._writers = Writers(workdir, start, bar, tracker) if hosts.first() else None
-        rows = self._writers.rows if hosts.first() else []
-        self.losses = dict(hosts.exchange([*records.evaluations(rows).items()])[0])  # on held-out text, by step
-        self.scored = set(hosts.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
+        self._writers = Writers(workdir, start, bar, tracker) if distributed.first() else None
+        rows = self._writers.rows if distributed.first() else []
+        self.losses = dict(distributed.exchange([*records.evaluations(rows).items()])[0])  # on held-out text, by step
+        self.scored = set(distributed.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
 
     def __enter__(self):
         return self
@@ -57,7 +56,7 @@ class Log:
     def __exit__(self, kind, *error):
         if kind is None:
             self._flush()
-        if hosts.first():
+        if distributed.first():
             self._writers.close()
 
     def starting(self, began: float, facts: dict) -> None:
@@ -74,7 +73,7 @@ class Log:
         """Around what is not training: the last step is finished first, and the time does not count as a step's."""
         self._flush()
         before = time.perf_counter()
-        if hosts.first():
+        if distributed.first():
             self._writers.flush()
         yield
         self._began += time.perf_counter() - before
@@ -88,14 +87,14 @@ class Log:
             loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))  # waits for the step
         if told := self._watch.see(step, float(loss), float(grad_norm)):
             self._bar.print(told)
-        if self._starting and hosts.first():
+        if self._starting and distributed.first():
             began, facts = self._starting
             seconds = time.perf_counter() - began
             self._writers.write({"step": self._start} | facts | {"first_step_seconds": seconds})
             self._bar.print(f"the first step was done {seconds:.1f} s after the start")
         self._starting = None
         self._steps += 1
-        if step % self._log_every == 0 and hosts.first():
+        if step % self._log_every == 0 and distributed.first():
             self._step(step, jax.device_get(metrics))
 
     def _step(self, step: int, metrics: dict) -> None:
@@ -153,12 +152,12 @@ class Log:
         self._evaluation(step, {"eval_error": reason}, told)
 
     def _evaluation(self, step: int, row: dict, told: str) -> None:
-        if hosts.first():
+        if distributed.first():
             self._writers.write({"step": step} | row)
             self._bar.print(told)
 
     def saved(self, saves: list) -> None:
         """Writes a row for each `saving.Save`."""
-        for save in saves if hosts.first() else ():
+        for save in saves if distributed.first() else ():
             row = {"step": save.step, "save_blocked_seconds": save.blocked_seconds, "save_seconds": save.seconds}
             self._writers.write(row)

@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import distributed as hosts
-from gptjax.runtime import untrusted
+from gptjax.runtime import distributed, untrusted
 from gptjax.training.monitoring.skipped_batches import batch_index
 
 POLICIES = ("skip", "stop", "off")
@@ -115,7 +114,7 @@ class Watch:
         self._config, self._documents, self._path = config, documents, folder / "skipped.jsonl"
         self.ledger, self._losses = saved["ledger"], saved["losses"]  # a loss is None where a number was not finite
         self.in_doubt = False  # whether the last loss may be the first of those for which the run will go back
-        if hosts.first():
+        if distributed.first():
             self._drop_rows_after(start)
 
     def saved(self) -> dict:
@@ -175,7 +174,7 @@ class Watch:
 
     def _name(self, steps: Sequence[int], reason: str) -> str:
         """Writes a row for the batch of each of these last steps; returns a few of the documents, in words."""
-        if not hosts.first():
+        if not distributed.first():
             return ""
         rows = []
         try:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptjax.errors import Failed
 from gptjax.parallel.trees import named_leaves
-from gptjax.runtime import distributed as hosts
+from gptjax.runtime import distributed
 
 
 def twice(step, state, batch):
@@ -28,7 +28,7 @@ def twice(step, state, batch):
     here = {"host": socket.gethostname(), "devices": differences(result, again)}
     found = {
         (int(device), process, each["host"]): names
-        for process, each in enumerate(hosts.exchange(here))
+        for process, each in enumerate(distributed.exchange(here))
         for device, names in each["devices"].items()
     }
     if found:

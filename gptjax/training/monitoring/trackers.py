@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Callable
 
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
+from gptjax.runtime import optional
 
 Log = Callable[[int, dict], None]
 
@@ -25,7 +25,7 @@ def find(name: str) -> Callable[[dict, str], Log] | None:
     if not name:
         return None
     if name == "wandb":
-        wandb_run = extra.package("gptjax.training.monitoring.wandb_tracker", "tracker=wandb", "wandb")
+        wandb_run = optional.package("gptjax.training.monitoring.wandb_tracker", "tracker=wandb", "wandb")
         wandb_run.check()
         return wandb_run.start
     module, colon, function = name.partition(":")

@@ -9,8 +9,7 @@ from gptjax.data.sources.documents import END, PART_BYTES, Damages, DataConfig, 
 from gptjax.data.sources.formats.lines import NAME_IT, listed
 from gptjax.data.sources.formats.text import decoded
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
-from gptjax.runtime import untrusted
+from gptjax.runtime import optional, untrusted
 
 
 def arrayrecord_parts(data: DataConfig) -> list[Part]:
@@ -37,7 +36,9 @@ def _ranges(part: Part, count: int) -> list[Part]:
 
 def _reader(path: str):
     # One thread reads ahead, so that what a worker holds does not grow with the cores of its machine.
-    return extra.package("array_record.python.array_record_module", path).ArrayRecordReader(path, "max_parallelism:1")
+    return optional.package("array_record.python.array_record_module", path).ArrayRecordReader(
+        path, "max_parallelism:1"
+    )
 
 
 def read_arrayrecord(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
@@ -99,7 +100,7 @@ def _named(data: DataConfig) -> tuple[str, str]:
 
 def _tfds(data: DataConfig):
     """The examples, by their number; no TensorFlow is imported. Raises: Refused."""
-    tfds = extra.package("tensorflow_datasets", "data.source=tfds")
+    tfds = optional.package("tensorflow_datasets", "data.source=tfds")
     folder, (name, split) = os.environ.get("TFDS_DATA_DIR"), _named(data)
     where = folder or tfds.core.constants.DATA_DIR
     try:

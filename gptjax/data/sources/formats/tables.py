@@ -9,7 +9,7 @@ from gptjax.data.sources import files
 from gptjax.data.sources.documents import END, PART_BYTES, Damages, DataConfig, Document, Part
 from gptjax.data.sources.formats.lines import NAME_IT, listed
 from gptjax.errors import Refused
-from gptjax.runtime import optional as extra
+from gptjax.runtime import optional
 
 ROWS = 64  # in memory at a time
 
@@ -34,7 +34,7 @@ def _row_groups(file: epath.Path, size: int, data: DataConfig) -> list[Part]:
 
 
 def _parquet(data: DataConfig):
-    return extra.package("pyarrow.parquet", f"data.source={data.source}")
+    return optional.package("pyarrow.parquet", f"data.source={data.source}")
 
 
 def read_parquet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
@@ -87,7 +87,7 @@ def huggingface_parts(data: DataConfig) -> list[Part]:
 
 
 def _load(data: DataConfig):
-    datasets = extra.package("datasets", "data.source=huggingface")
+    datasets = optional.package("datasets", "data.source=huggingface")
     if not data.path:
         raise Refused('data.source=huggingface needs data.path, which is "": give the folder that save_to_disk wrote.')
     datasets.disable_progress_bars()

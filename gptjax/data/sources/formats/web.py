@@ -6,7 +6,7 @@ from etils import epath
 
 from gptjax.data.sources.documents import RECORD_BYTES, Damages, DataConfig, Document, Part
 from gptjax.data.sources.formats.text import decoded
-from gptjax.runtime import optional as extra
+from gptjax.runtime import optional
 
 PAGES = "text/html", "application/xhtml+xml"
 
@@ -20,7 +20,7 @@ def read_wet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
 
 def read_warc(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
     """The text of each page that was fetched, by trafilatura; offset is the byte of the record in the file."""
-    trafilatura = extra.package("trafilatura", "data.source=warc")
+    trafilatura = optional.package("trafilatura", "data.source=warc")
     for offset, record, content in _records(part, damages, "response"):
         kind = record.http_headers.get_header("Content-Type", "") if record.http_headers else ""
         if kind.startswith(PAGES):
@@ -33,7 +33,7 @@ def read_warc(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docume
 
 def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, object, bytes]]:
     """Whole records of a kind: the byte at which each begins, itself, and what it holds, as its HTTP headers say."""
-    archives = extra.package("warcio.archiveiterator", f"data.source={part.source}")
+    archives = optional.package("warcio.archiveiterator", f"data.source={part.source}")
     with epath.Path(part.path).open("rb") as stream:
         records, missing = archives.ArchiveIterator(stream), None
         records.close = lambda: None  # by which it would forget, at the end, what its reader knows
