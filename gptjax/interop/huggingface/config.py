@@ -185,7 +185,7 @@ def _window(config: dict, family: str, path) -> int:
 def family_of(c: ModelConfig) -> str:
     """The family that computes what a resolved model does. Raises: Refused, naming the key that none has."""
     gpt2 = c.norm == "layernorm"
-    wanted = {"logits_softcap": 0.0}
+    wanted = {"logits_softcap": 0.0, "layers": ""}
     if gpt2:
         alike = {"positions": "learned", "biases": True, "qk_norm": False, "sliding_window": 0}
         wanted |= alike | {"num_kv_heads": c.num_heads, "head_dim": c.embed_dim / c.num_heads}
