@@ -18,7 +18,7 @@ from gptjax.models.loss import LossConfig
 from gptjax.models.objective import batch_sums
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding, trees
-from gptjax.parallel.batches import local_rows, place, row_shards
+from gptjax.parallel.batches import BatchLayout, local_rows, place, row_shards
 from gptjax.runtime import distributed, heartbeat, preemption
 
 
@@ -89,7 +89,7 @@ def evaluate(
     """
     shards = row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    rows = local_rows(mesh, batch_size, 1)
+    rows = local_rows(BatchLayout(mesh, batch_size))
     batches, failure = {}, ""
     try:
         for name, store in corpus.stores.items():
@@ -147,7 +147,7 @@ def _sums(
                 # The same windows are read however many fit into a batch.
                 counted = (index * batch_size + rows < windows[name]).astype(np.float32)
                 batch = batch._replace(weights=batch.weights * counted[:, None])
-                batch = place(batch, rows, mesh, batch_size, 1)
+                batch = place(batch, rows, BatchLayout(mesh, batch_size))
                 preemption.tick()
                 with heartbeat.waiting():
                     its = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)

@@ -21,6 +21,7 @@ from etils import epath
 
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed, untrusted
+from gptjax.runtime.files import write_whole
 from gptjax.training.monitoring.skipped_batches import batch_index
 
 POLICIES = ("skip", "stop", "off")
@@ -202,8 +203,6 @@ class Watch:
                     if row["step"] <= start or any(row["batch"] in batches for batches in skipped):
                         kept.append(line)
             if self._path.exists():
-                beside = self._path.with_name(self._path.name + ".partial")
-                beside.write_bytes(b"".join(kept))
-                beside.replace(self._path)
+                write_whole(self._path, b"".join(kept))
         except Exception as error:  # of whatever file system
             print(f"warning: {self._path} can't be brought up to date ({error})", flush=True)
