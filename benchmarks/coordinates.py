@@ -71,7 +71,7 @@ def activations(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
         x = block(x, rotation, None, attend, "act_stream")
         found["mlp_out"] = x - before
     found["stream"] = x
-    found["logits_change"] = jnp.einsum("BTD,VD->BTV", model.last(x), model.unembedding[...])
+    found["logits_change"] = jnp.einsum("BTD,VD->BTV", model.last(x), model.output().table[...])
     return found
 
 

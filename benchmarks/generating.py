@@ -17,7 +17,7 @@ import torch
 import transformers
 from flax import nnx
 
-from gptjax.inference.generate import generate
+from gptjax.inference.generate import Request, generate
 from gptjax.inference.sampling import Sampling
 from gptjax.models import int8
 from gptjax.models.config import ModelConfig
@@ -57,7 +57,7 @@ def main():
     jax.set_mesh(mesh.make_mesh(mesh.MeshConfig(), jax.devices()))
     config = ModelConfig(num_layers=args.layers, num_heads=12, embed_dim=768).resolved()
     stacked = jax.jit(lambda: Transformer(config, VOCAB, LENGTH, nnx.Rngs(0)))()
-    models = {"gptjax": stacked.unstacked()}
+    models = {"gptjax": stacked.for_decoding()}
     if args.int8:
         models["gptjax int8"] = int8.quantized(stacked)
     del stacked
@@ -70,7 +70,7 @@ def main():
 
             def ours(model):
                 made = generate(
-                    model, prompts, Ids(), seq_len=LENGTH, max_tokens=args.tokens, sampling=sampling, seed=0
+                    model, prompts, Ids(), Request(LENGTH, max_tokens=args.tokens, sampling=sampling, seed=0)
                 )
                 assert all(len(row) == args.tokens for row in made)
 

@@ -29,7 +29,6 @@ from gptjax.data.preparation.prepare import prepare
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.evaluation.heldout import evaluate
-from gptjax.models.size import num_parameters
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training import loop, step
 from gptjax.training.config import files
@@ -59,7 +58,7 @@ class Run:
             overrides["optimizer.warmup_steps"] = str(num_steps // 20)
         self.config = files.load(QUICKSTART, overrides)
         self.corpus, self.mesh, self.vocab_size = Corpus({"": store}), mesh, store.tokenizer.vocab_size
-        self.parameters = num_parameters(self.config.model, self.vocab_size, self.config.seq_len)
+        self.parameters = self.config.model.num_parameters(self.vocab_size, self.config.seq_len).total
         self.state = jax.jit(functools.partial(step.init_state, self.config, self.vocab_size))()
         self.step = step.compile_step(self.config, self.vocab_size, self.state, mesh)
         data = stream.Stream(self.corpus, self.config.phases, self.config.seq_len, self.config.seed)

@@ -14,9 +14,9 @@ from gptjax.data.batch import Batch, padding
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Failed, Refused
+from gptjax.models.interface import LanguageModel
 from gptjax.models.loss import LossConfig
 from gptjax.models.objective import batch_sums
-from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding, trees
 from gptjax.parallel.batches import BatchLayout, local_rows, place, row_shards
 from gptjax.runtime import distributed, heartbeat, preemption
@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "loss"))
-def eval_step(model: Transformer, batch: Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
+def eval_step(model: LanguageModel, batch: Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
     """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
     batch = jax.tree.map(lambda array: array[0], batch)
     sums = batch_sums(model, batch, None, vocab_size=vocab_size, loss=loss)
@@ -68,7 +68,7 @@ def eval_step(model: Transformer, batch: Batch, token_bytes: jax.Array, *, vocab
 
 
 def evaluate(
-    model: Transformer,
+    model: LanguageModel,
     *,
     corpus: Corpus,
     mesh: jax.sharding.Mesh,
@@ -119,7 +119,7 @@ def _evaluation(nll: float, correct: float, tokens: float, size: float) -> Evalu
 
 
 def _sums(
-    model: Transformer,
+    model: LanguageModel,
     corpus: Corpus,
     batches: Mapping[str, Sequence[Batch]],
     rows: np.ndarray,

@@ -29,8 +29,8 @@ from gptjax.evaluation.heldout import TasksConfig
 from gptjax.inference import generate
 from gptjax.inference.decoder import doubled
 from gptjax.inference.generate import Sampling
+from gptjax.models.interface import Inputs, LanguageModel
 from gptjax.models.loss import next_token_scores
-from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding, trees
 from gptjax.parallel.batches import row_shards
 from gptjax.runtime import heartbeat, preemption
@@ -94,7 +94,7 @@ def _check(name: str, task, seq_len: int) -> None:
 
 
 def scores(
-    tasks: dict, model: Transformer, tokenizer, *, seq_len: int, batch_size: int, limit: int
+    tasks: dict, model: LanguageModel, tokenizer, *, seq_len: int, batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
     """Of each task and group, its metrics by name, and `samples`, the number of documents. Under the model's mesh.
 
@@ -161,7 +161,7 @@ def table(step: int, found: dict[str, dict[str, float]]) -> str:
 class LanguageModel(TemplateLM):
     """A model as lm-eval asks it."""
 
-    def __init__(self, model: Transformer, tokenizer, seq_len: int, batch_size: int):
+    def __init__(self, model: LanguageModel, tokenizer, seq_len: int, batch_size: int):
         super().__init__()
         mesh = jax.sharding.get_mesh()
         shards = row_shards(mesh)
@@ -238,7 +238,7 @@ class LanguageModel(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
         made: dict[int, str] = {}
-        model = self._model.unstacked()  # once for all batches: a copy of the blocks
+        model = self._model.for_decoding()  # once for all batches: a copy of the blocks
         ids = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         alike = {}  # by what they ask for
         for number, request in enumerate(requests):
@@ -259,12 +259,7 @@ class LanguageModel(TemplateLM):
                         model,
                         [ids[number][-(self._seq_len - length) :] for number in batch],
                         self._text,
-                        seq_len=self._seq_len,
-                        max_tokens=length,
-                        sampling=sampling,
-                        seed=first,
-                        stop=tuple(until),
-                        opened=True,
+                        generate.Request(self._seq_len, length, sampling, first, tuple(until), opened=True),
                     )
                 # Of a text that has a space before it, what is decoded has not: of a continuation too.
                 texts = (self._text.decode(tokens).removeprefix(" " * bool(self._text.prefix)) for tokens in more)
@@ -273,11 +268,9 @@ class LanguageModel(TemplateLM):
 
 
 @functools.partial(jax.jit, static_argnames="vocab_size")
-def score_step(model: Transformer, inputs_BT, targets_BT, positions_BT, weights_BT, *, vocab_size: int):
+def score_step(model: LanguageModel, inputs_BT, targets_BT, positions_BT, weights_BT, *, vocab_size: int):
     """By row the sum of the weighted targets' log probabilities, and whether all of them are the most likely, [B]."""
-    x_BTD = model(inputs_BT, positions_BT, jnp.zeros_like(inputs_BT), None)
-    scores_BT, best_BT = next_token_scores(
-        x_BTD, model.unembedding, targets_BT, vocab_size=vocab_size, softcap=model.config.logits_softcap
-    )
+    x_BTD = model.hidden(Inputs(inputs_BT, positions_BT, jnp.zeros_like(inputs_BT)), None).x_BTD
+    scores_BT, best_BT = next_token_scores(x_BTD, model.output(), targets_BT, vocab_size=vocab_size)
     found = (scores_BT * weights_BT).sum(-1), (best_BT | (weights_BT == 0)).all(-1)
     return jax.tree.map(lambda each_B: reshard(each_B, PartitionSpec()), found)  # whole on every process

@@ -4,7 +4,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import jax
 
-from gptjax.models.transformer import Transformer
+from gptjax.models.interface import LanguageModel
 from gptjax.tokenizers import tokenizer
 
 Config = TypeVar("Config")  # the run's config, which inference hands on and never reads
@@ -25,6 +25,6 @@ class Run(NamedTuple, Generic[Config]):
     config: Config
     step: int
     mesh: jax.sharding.Mesh
-    model: Transformer
+    model: LanguageModel
     tokenizer: tokenizer.Tokenizer
     latest: Config

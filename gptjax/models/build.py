@@ -1,22 +1,35 @@
-"""Builds a model from its config."""
+"""The table of architectures, and models built from their configs."""
 
 import jax
 from flax import nnx
 
-from gptjax.models.config import AXIS_KEYS, ModelConfig
-from gptjax.models.transformer import Transformer
+from gptjax.errors import Refused, nearest, shown
+from gptjax.models.config import ModelConfig
+from gptjax.models.interface import Architecture, LanguageModel
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
+# By `model.architecture`; only the parser of configs reads this table.
+ARCHITECTURES = {"transformer": ModelConfig}
 
-def abstract_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Transformer:
+
+def architecture(section) -> type[Architecture]:
+    """The dataclass that the section `model` of a config is parsed as. Raises: Refused."""
+    name = section.get("architecture", "transformer") if hasattr(section, "get") else "transformer"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        close = nearest(str(name), ARCHITECTURES)
+        raise Refused(f"model.architecture={shown(name)} must be one of {', '.join(ARCHITECTURES)}.{close}")
+    return ARCHITECTURES[name]
+
+
+def abstract_model(config: Architecture, vocab_size: int, seq_len: int) -> LanguageModel:
     """Shapes, dtypes and shardings of a model's weights."""
-    return jax.eval_shape(lambda: Transformer(config, vocab_size, seq_len, nnx.Rngs(0)))
+    return jax.eval_shape(lambda: config.build(vocab_size, seq_len, nnx.Rngs(0)))
 
 
-def check_divides(config: ModelConfig, vocab_size: int, seq_len: int, mesh: jax.sharding.Mesh) -> None:
+def check_divides(config: Architecture, vocab_size: int, seq_len: int, mesh: jax.sharding.Mesh) -> None:
     """Checks that every weight divides over the mesh. Raises: Refused."""
-    # Shapes on one device: on the mesh itself JAX would raise, in words of its own.
+    # Shapes are made on one device; on the mesh itself JAX would raise an error with words of its own.
     with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
         shapes = abstract_model(config, vocab_size, seq_len)
-    sharding.check_divides(shapes, mesh, AXIS_KEYS)
+    sharding.check_divides(shapes, mesh, config.axis_keys)

@@ -1,13 +1,23 @@
-"""What a model is: its sizes, and which of a few functions it has in each place."""
+"""The section `model` of the transformer: its sizes, and the choice among a few functions in each place."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.errors import Refused
-from gptjax.models import remat
+from gptjax.models import pattern, remat
+from gptjax.models.interface import Parameters
+from gptjax.parallel.sharding import mesh_axes
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from gptjax.models.transformer import Transformer
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
@@ -15,6 +25,7 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
 }
+ACTIVATION_NAMES = remat.NAMES
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
@@ -27,56 +38,121 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model. A size of 0 is worked out: see `resolved`."""
+    """The shape of a transformer, and its `Architecture` (interface.py). A size of 0 is derived: see `resolved`."""
 
+    architecture: str = "transformer"  # a name in models/build.py; only a transformer has the keys below
     num_layers: int = 6
+    layers: str = ""  # segments of blocks: see models/pattern.py; empty: num_layers blocks of attention and mlp
     num_heads: int = 6
     num_kv_heads: int = 0  # 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
     head_dim: int = 0  # 0: embed_dim / num_heads
     embed_dim: int = 384
     mlp_dim: int = 0  # 0: 4 · embed_dim, or 8/3 of it (to a multiple of 64) for swiglu, which has a third matrix
-    dropout: float = 0.0  # of the embedding and of what each half-block adds
+    dropout: float = 0.0  # on the embedding and on the output of each half-block
     norm: str = "layernorm"
     norm_eps: float = 1e-5  # added to the mean square under the root
     positions: str = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: str = ""  # linear (Chen et al. 2023): all positions / rope_factor; llama3: see layers.stretched
     rope_factor: float = 1.0
-    rope_low_turns: float = (
-        1.0  # of llama3: turns in rope_original_len up to which a pair is slowed, and from which not
-    )
-    rope_high_turns: float = 4.0
+    rope_low_turns: float = 1.0  # llama3: up to these turns in rope_original_len a pair is slowed
+    rope_high_turns: float = 4.0  # llama3: from these turns on a pair is not slowed
     rope_original_len: int = 8192
     activation: str = "gelu"
     biases: bool = True
     tied_embeddings: bool = True
     qk_norm: bool = False  # RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023)
-    sliding_window: int = 0  # positions that a query sees, its own included (Beltagy et al. 2020); 0 is all before it
+    sliding_window: int = 0  # positions that a query sees, with the query's own (Beltagy et al. 2020); 0: all before
     logits_softcap: float = 0.0  # c · tanh(logits / c) (Gemma 2, 2024); 0 is off
-    mup_base_width: int = 0  # embed_dim at which the learning rate was tuned, for wider ones: see `widened`; 0 is off
-    mup_base_head_dim: int = 0  # head_dim there; 0: this one, wider models having more heads and not larger ones
-    remat: str = "none"  # what the backward pass finds in memory: models/remat.py
-    scan_unroll: int = 1  # layers a loop step; num_layers unrolls all: more to compile, faster on CPU
+    mup_base_width: int = 0  # embed_dim at which the learning rate was tuned: see `widened`; 0 is off
+    mup_base_head_dim: int = 0  # head_dim there; 0: the same, because wider models have more heads, not larger heads
+    remat: str = "none"  # which activations the backward pass finds in memory: models/remat.py
+    scan_unroll: int = 1  # layers per loop step; num_layers unrolls all: more to compile, faster on CPU
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
-    param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, and rounded to it
+    param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, then rounded
 
-    # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8), in which a learning rate that
-    # is best at one width is best at all: the update of a matrix between hidden units is divided by `widened`, logits are
-    # too, and scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs, and a constant for both
-    # embeddings, are the same without it. At the base width nothing differs.
+    activation_names: ClassVar[tuple[str, ...]] = ACTIVATION_NAMES
+    # The config key to blame when a weight's dimension does not divide over the mesh. The first is named that does not;
+    # num_kv_heads may only follow num_heads.
+    axis_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "embed": "model.embed_dim",
+            "heads": "model.num_heads",
+            "kv_heads": "model.num_kv_heads",
+            "mlp": "model.mlp_dim",
+            "vocab": "padded vocabulary",
+        }
+    )
+
+    # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8) makes the learning rate that is
+    # best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are the
+    # logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
+    # embeddings, are the same without this parametrization. At the base width nothing differs.
 
     @property
     def widened(self) -> float:
-        """How many times as wide as the base."""
+        """The width in multiples of the base width."""
         return self.embed_dim / self.mup_base_width if self.mup_base_width else 1.0
 
     @property
     def query_scale(self) -> float:
-        """What attention's 1 / √head_dim is multiplied by: √(base head_dim / head_dim)."""
+        """The factor on attention's 1 / √head_dim: √(base head_dim / head_dim)."""
         return (self.mup_base_head_dim / self.head_dim) ** 0.5 if self.mup_base_head_dim else 1.0
 
+    @property
+    def segments(self) -> tuple[pattern.Segment, ...]:
+        """The blocks of the model."""
+        return pattern.parse(self.layers, self.num_layers)
+
+    def build(self, vocab_size: int, seq_len: int, rngs: "nnx.Rngs") -> "Transformer":
+        """A new model with random weights."""
+        from gptjax.models.transformer import Transformer  # which imports this file
+
+        return Transformer(self, vocab_size, seq_len, rngs)
+
+    def num_parameters(self, vocab_size: int, seq_len: int) -> Parameters:
+        """Counts the weights of a resolved config in closed form."""
+        D, N, K, H, F = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim
+        norm = D * (2 if self.norm == "layernorm" and self.biases else 1)
+        attention = 2 * D * N * H + 2 * D * K * H + (2 * H if self.qk_norm else 0)
+        mlp = D * F * (3 if self.activation == "swiglu" else 2)
+        biases = (N + 2 * K) * H + D + F + D if self.biases else 0
+        embedding = padded_vocab(vocab_size) * D * (1 if self.tied_embeddings else 2)
+        positions = seq_len * D if self.positions == "learned" else 0
+        total = embedding + positions + self.num_layers * (attention + mlp + biases + 2 * norm) + norm
+        return Parameters(total, total)
+
+    def flops_per_token(self, vocab_size: int, seq_len: int) -> int:
+        """Model FLOPs of training one token: forward and backward, nothing recomputed counted twice.
+
+        A weight of a matrix product counts 6; the unembedding is included and the look-up is not (Kaplan et al. 2020,
+        section 2.1). Causal attention looks at half of the seq_len² scores and sums, and only those are counted
+        (Chowdhery et al. 2022, appendix B, counts them all).
+        """
+        D, N, K, H, F = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim
+        weights = self.num_layers * (2 * D * N * H + 2 * D * K * H + D * F * (3 if self.activation == "swiglu" else 2))
+        unembedding = padded_vocab(vocab_size) * D
+        scores = self.num_layers * 2 * N * H * seq_len // 2
+        return 6 * (weights + unembedding + scores)
+
+    def expected_collectives(self, mesh, rows: int, seq_len: int) -> dict[tuple[str, str], int]:
+        """(operation, mesh axis) → bytes that the activations of `rows` sequences on a device send in one step.
+
+        A block gathers the sequence over `tensor` before attention and before the MLP, and scatters the sums of their
+        products after them; backward the other way (Korthikanti et al. 2022, section 4.2.2). If not everything is kept,
+        the inputs are gathered once more for the gradients of weights, and full rematerialization scatters once more
+        after attention. Before the first block and after the last there is one more of each.
+        """
+        (axis,) = mesh_axes("act_stream")
+        stream_bytes = rows * seq_len * self.embed_dim * jnp.dtype(self.dtype).itemsize
+        gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[remat.parse(self.remat)[0]]
+        return {
+            ("all-gather", axis): (gathers * self.num_layers + 2) * stream_bytes,
+            ("reduce-scatter", axis): (scatters * self.num_layers + 2) * stream_bytes,
+        }
+
     def resolved(self) -> "ModelConfig":
-        """The same with every 0 worked out. Raises: Refused, when the sizes do not fit together."""
+        """The same with every size of 0 derived. Raises: Refused, when the sizes do not fit together."""
         for key, words in CHOICES.items():
             if getattr(self, key) not in words:
                 raise Refused(f'model.{key}="{getattr(self, key)}" is unknown: choose one of {", ".join(words)}.')
@@ -89,10 +165,11 @@ class ModelConfig:
                 raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
         if self.mup_base_head_dim and not self.mup_base_width:
             raise Refused(
-                f"model.mup_base_head_dim={self.mup_base_head_dim} without model.mup_base_width changes nothing else: "
-                "give the embed_dim of that model too."
+                f"model.mup_base_head_dim={self.mup_base_head_dim} needs model.mup_base_width too: give the embed_dim of that "
+                "model."
             )
         remat.parse(self.remat)
+        pattern.parse(self.layers, self.num_layers)
         if self.rope_theta <= 0:
             raise Refused(f"model.rope_theta={self.rope_theta} must be more than 0: 10000 is usual.")
         if self.norm_eps <= 0:
@@ -126,17 +203,6 @@ class ModelConfig:
         if config.positions == "rope" and config.head_dim % 2:
             raise Refused(f"model.head_dim={config.head_dim} is odd, but rope turns pairs: make it even.")
         return config
-
-
-# The config key to blame when a weight's dimension does not divide over the mesh; the first that does not is named, and
-# num_kv_heads may only follow num_heads.
-AXIS_KEYS = {
-    "embed": "model.embed_dim",
-    "heads": "model.num_heads",
-    "kv_heads": "model.num_kv_heads",
-    "mlp": "model.mlp_dim",
-    "vocab": "padded vocabulary",
-}
 
 
 def padded_vocab(vocab_size: int) -> int:

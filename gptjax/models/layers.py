@@ -1,6 +1,7 @@
-"""What blocks are made of: weights, norms, rotary positions, dropout. Letters as in transformer.py."""
+"""The parts of a block: weights, norms, rotary positions, dropout. Letters as in transformer.py."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,39 +10,58 @@ from flax import nnx
 from gptjax.parallel.collectives import gather, index
 from gptjax.parallel.sharding import spec
 
-# One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero, `widened`
-# how many times more inputs a matrix has than at the base width, by which the optimizer makes its update smaller.
+# The axes along which blocks, and later experts, are stacked: each index holds a matrix of its own.
+STACKED = ("layers",)
+
+# A weight declares what generic code needs to know:
+#   axes     the logical name of each dimension (parallel/sharding.py)
+#   inputs   the names of the axes that a product with it sums over; empty for all but matrices
+#   stacked  the names of its stacked axes
+#   decay    whether weight decay pulls it to zero
+#   widened  how many times more inputs a matrix has than at the base width; the optimizer divides its update by that
 
 
-def weight(
-    rngs: nnx.Rngs, dtype: str, shape: tuple[int, ...], axes: str, std: float, widened: float = 1.0
+def declared(
+    array: jax.Array, axes: tuple[str, ...], inputs: tuple[str, ...] = (), decay: bool = False, widened: float = 1.0
 ) -> nnx.Param:
-    names = tuple(axes.split())
-    draw = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec(*names))
-    return nnx.Param(draw.astype(dtype), axes=names, decay=True, widened=widened)
+    """A parameter with its declarations."""
+    stacked = tuple(name for name in axes if name in STACKED)
+    return nnx.Param(array, axes=axes, inputs=inputs, stacked=stacked, decay=decay, widened=widened)
 
 
-def gain(dtype: str, shape: tuple[int, ...], axes: str) -> nnx.Param:
-    names = tuple(axes.split())
-    return nnx.Param(jnp.ones(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False, widened=1.0)
+class Weights(NamedTuple):
+    """Makes the weights of a model: one line a weight."""
 
+    rngs: nnx.Rngs
+    dtype: str
+    widened: float = 1.0
 
-def bias(dtype: str, shape: tuple[int, ...], axes: str) -> nnx.Param:
-    names = tuple(axes.split())
-    return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec(*names)), axes=names, decay=False, widened=1.0)
+    def matrix(self, shape: tuple[int, ...], axes: str, inputs: str, std: float) -> nnx.Param:
+        """Draws a weight from a normal distribution of standard deviation `std`."""
+        names = tuple(axes.split())
+        draw = std * jax.random.normal(self.rngs.params(), shape, jnp.float32, out_sharding=spec(*names))
+        return declared(draw.astype(self.dtype), names, tuple(inputs.split()), decay=True, widened=self.widened)
+
+    def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
+        names = tuple(axes.split())
+        return declared(jnp.ones(shape, self.dtype, out_sharding=spec(*names)), names)
+
+    def zeros(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
+        names = tuple(axes.split())
+        return declared(jnp.zeros(shape, self.dtype, out_sharding=spec(*names)), names)
 
 
 class Int8(nnx.Module):
-    """A matrix as int8, with a float32 scale for each of its outputs: int8.py makes it."""
+    """A matrix as int8, with a float32 scale for each output; int8.py makes it."""
 
     def __init__(self, values: nnx.Param, scale: nnx.Param):
         self.values, self.scale = values, scale
 
 
 def product(equation: str, x, matrix: nnx.Param | Int8, dtype: jax.typing.DTypeLike | None = None):
-    """Inside `manual`: x times a matrix in the compute dtype of x; the scales of an int8 one multiply the result.
+    """Inside `manual`: x times a matrix in the compute dtype of x; the scales of an `Int8` multiply the result.
 
-    The outputs of the matrix are the last dimensions of the result, which is of `dtype` or of that of x.
+    The outputs of the matrix are the last dimensions of the result. dtype: of the result; None takes that of x.
     """
     dtype = dtype or x.dtype
     if isinstance(matrix, Int8):
@@ -56,8 +76,8 @@ def contract(equation: str, dtype: jax.typing.DTypeLike, x, w):
 
     The gradient of w contracts x and dy over rows, for which one of the two is transposed in memory. Here it is the
     smaller one. JAX's own rule leaves it to XLA, which on CPUs transposes the wide side of an MLP, fused with the
-    gradient of its activation, and takes 1.16 and 1.12 times as long for the whole step (benchmarks/NOTES.md, The spine
-    beside plain JAX).
+    gradient of its activation: the whole step takes 1.16 and 1.12 times as long (benchmarks/NOTES.md, The spine beside
+    plain JAX).
     """
     return jnp.einsum(equation, x, w, preferred_element_type=dtype)
 
@@ -79,7 +99,7 @@ contract.defvjp(lambda equation, dtype, x, w: (contract(equation, dtype, x, w), 
 
 
 def looked_up_in(table: nnx.Param | Int8, ids_BT, dtype: str):
-    """Inside `manual`: partial rows of a table, as `rows` has them, in the compute dtype."""
+    """Inside `manual`: `rows` of a table in the compute dtype, still partial over `tensor`."""
     if isinstance(table, Int8):
         values_BTD = rows(gather(table.values, jnp.int8), ids_BT).astype(dtype)
         return values_BTD * rows(gather(table.scale, dtype)[:, None], ids_BT)
@@ -89,10 +109,10 @@ def looked_up_in(table: nnx.Param | Int8, ids_BT, dtype: str):
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
 
-    def __init__(self, kind: str, eps: float, dtype: str, shape: tuple[int, ...], axes: str, with_bias: bool):
+    def __init__(self, kind: str, eps: float, w: Weights, shape: tuple[int, ...], axes: str, with_bias: bool):
         self.kind, self.eps = kind, eps
-        self.gain = gain(dtype, shape, axes)
-        self.bias = bias(dtype, shape, axes) if kind == "layernorm" and with_bias else None
+        self.gain = w.ones(shape, axes)
+        self.bias = w.zeros(shape, axes) if kind == "layernorm" and with_bias else None
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
@@ -103,7 +123,7 @@ class Norm(nnx.Module):
 
 
 def rows(table_VD, ids_BT):
-    """Inside `manual`, of a table cut over `tensor`: the rows with these ids, 0 where another device has them."""
+    """Inside `manual`: the rows with these ids of a table cut over `tensor`, 0 where another device has them."""
     ids_BT = ids_BT - index("tensor") * table_VD.shape[0]
     here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
     return jnp.where(here_BT[..., None], looked_up(table_VD, jnp.where(here_BT, ids_BT, 0)), 0)
@@ -111,7 +131,7 @@ def rows(table_VD, ids_BT):
 
 @jax.custom_vjp
 def looked_up(table_VD, ids_BT):
-    """table_VD[ids_BT], whose gradient is summed in float32: in bfloat16 a frequent id's would stop growing."""
+    """table_VD[ids_BT]. The gradient is summed in float32, because in bfloat16 a frequent id's sum would stop growing."""
     return table_VD[ids_BT]
 
 
@@ -125,20 +145,20 @@ looked_up.defvjp(lambda table_VD, ids_BT: (table_VD[ids_BT], (table_VD, ids_BT))
 
 
 def soft_capped(logits, cap: float):
-    """cap · tanh(logits / cap) (Gemma 2, 2024, section 2); a cap of 0 leaves them as they are."""
+    """cap · tanh(logits / cap) (Gemma 2, 2024, section 2); a cap of 0 changes nothing."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def rope_frequencies(head_dim: int, theta: float):
-    """Radians a position by which each pair turns (Su et al. 2021, section 3.4.2): float32 [H / 2]."""
+    """Radians that each pair turns per position (Su et al. 2021, section 3.4.2): float32 [H / 2]."""
     return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
 
 def stretched(frequencies, factor: float, low: float, high: float, length: int):
     """Frequencies as Llama 3.1 lowers them for a longer context (`apply_scaling` in the code that Meta published).
 
-    A pair that turns at least `high` times within the original `length` stays; one that turns at most `low` times there
-    is slowed down `factor` times; those between are blended, evenly by the number of turns.
+    A pair that turns at least `high` times within the original `length` stays. A pair that turns at most `low` times
+    there is slowed down `factor` times. Pairs in between are blended, linearly in the number of turns.
     """
     turns = length * frequencies / (2 * jnp.pi)
     stays = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -159,9 +179,13 @@ def rotate(x_BTNH, rotation):
 
 
 def dropout(x, rate: float, key, site: int):
-    """Zeroes a `rate` of x and scales the rest up (Srivastava et al. 2014); `site` tells places with one key apart.
+    """Zeroes a share `rate` of x and scales the rest up (Srivastava et al. 2014).
 
     The mask is drawn for the global array, so it is the same on any mesh.
+
+    Args:
+      key: a key, or None for no dropout.
+      site: a number that tells places with one key apart.
     """
     if key is None:
         return x

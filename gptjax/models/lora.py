@@ -1,8 +1,8 @@
 """Low-rank adaptation (Hu et al. 2021, section 4.1).
 
-A model that there is stays as it is, and of each matrix W of its blocks, attention's and the MLP's, only what is added is
-trained: W + alpha / rank · A · B, narrow matrices of which B begins as zeros. So gradients that are summed, moments and
-averages are those of A and B alone. A step computes with the sums, which it makes anew; so does whoever loads a run.
+An existing model stays as it is. Each matrix W of its blocks becomes W + alpha / rank · A · B, and only the narrow matrices
+A and B are trained; B starts as zeros. So summed gradients, moments and averages belong to A and B alone. Each step adds
+the products anew, and so does loading a run.
 """
 
 import dataclasses
@@ -13,17 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.errors import Refused
-from gptjax.models.layers import weight
-from gptjax.models.transformer import Block, Transformer
+from gptjax.models.interface import LanguageModel
+from gptjax.models.layers import Weights, declared
 from gptjax.parallel.sharding import spec
+from gptjax.parallel.trees import is_param
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What is trained of a run with init_from."""
+    """The section `lora`: adapters in a run with init_from."""
 
-    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, and nothing is added
-    alpha: float = 16.0  # what is added is A · B times alpha / rank
+    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, without adapters
+    alpha: float = 16.0  # the added product is A · B times alpha / rank
 
 
 def check(config: LoraConfig, init_from: str) -> None:
@@ -32,48 +33,64 @@ def check(config: LoraConfig, init_from: str) -> None:
         raise Refused(f"lora.rank={config.rank} must not be negative, and lora.alpha={config.alpha} be more than 0.")
     if config.rank and not init_from:
         raise Refused(
-            f"lora.rank={config.rank} trains what is added to a model, and init_from is empty: name a workdir with one."
+            f"lora.rank={config.rank} adds adapters to an existing model, and init_from is empty: name a workdir with a model."
         )
 
 
 class Adapter(nnx.Module):
-    """A and B of a matrix of all layers: its inputs and outputs are those of W, [L, …, rank] and [L, rank, …]."""
+    """A and B of a stacked matrix W, whose inputs stand before its outputs: [L, inputs, rank] and [L, rank, outputs].
+
+    Both declare no inputs, so Muon leaves them to Adam.
+    """
 
     def __init__(self, matrix: nnx.Param, rank: int, rngs: nnx.Rngs):
-        layers, *axes = matrix.axes
-        num_layers, *sizes = matrix.shape
-        inputs = 1 if axes[0] == "embed" else len(axes) - 1  # as `embed` is one of the sides
-        shape, names = (num_layers, *sizes[:inputs], rank), (layers, *axes[:inputs], "rank")
-        self.a = weight(rngs, "float32", shape, " ".join(names), math.prod(sizes[:inputs]) ** -0.5)
-        shape, names = (num_layers, rank, *sizes[inputs:]), (layers, "rank", *axes[inputs:])
-        self.b = nnx.Param(jnp.zeros(shape, out_sharding=spec(*names)), axes=names, decay=True, widened=1.0)
+        first = len(matrix.stacked)
+        last = first + len(matrix.inputs)
+        (names, sizes), w = (matrix.axes, matrix.shape), Weights(rngs, "float32")
+        std = math.prod(sizes[first:last]) ** -0.5
+        self.a = w.matrix((*sizes[:last], rank), " ".join((*names[:last], "rank")), "", std)
+        axes = (*names[:first], "rank", *names[last:])
+        self.b = declared(jnp.zeros((*sizes[:first], rank, *sizes[last:]), out_sharding=spec(*axes)), axes, decay=True)
 
     def product(self) -> jax.Array:
-        """A · B, of the shape of W."""
-        inputs, outputs = "abcd"[: self.a.ndim - 2], "wxyz"[: self.b.ndim - 2]
-        return jnp.einsum(f"L{inputs}r,Lr{outputs}->L{inputs}{outputs}", self.a[...], self.b[...])
+        """A · B, with the shape of W."""
+        stacked = "LMN"[: len(self.a.stacked)]
+        inputs, outputs = ("abcd"[: self.a.ndim - len(stacked) - 1], "wxyz"[: self.b.ndim - len(stacked) - 1])
+        equation = f"{stacked}{inputs}r,{stacked}r{outputs}->{stacked}{inputs}{outputs}"
+        return jnp.einsum(equation, self.a[...], self.b[...])
 
 
 class Adapters(nnx.Module):
-    """An adapter for each matrix of a model's blocks, by its name."""
+    """An adapter for each stacked matrix of a model, by `name_of` the matrix."""
 
-    def __init__(self, model: Transformer, config: LoraConfig, seed: int):
+    def __init__(self, model: LanguageModel, config: LoraConfig, seed: int):
         rngs = nnx.Rngs(seed)
         self.config = config
-        for name, matrix in matrices(model.blocks).items():
+        leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_param)
+        matrices = {name_of(path): param for path, param in leaves if is_adapted(param)}
+        for name, matrix in sorted(matrices.items()):
             setattr(self, name, Adapter(matrix, config.rank, rngs))
 
 
-def matrices(block: Block) -> dict[str, nnx.Param]:
-    return {name: param for name, param in sorted(vars(block).items()) if isinstance(param, nnx.Param) and param.decay}
+def is_adapted(param: nnx.Param) -> bool:
+    """Whether a weight is a stacked matrix."""
+    return bool(param.stacked and param.inputs)
+
+
+def name_of(path) -> str:
+    """The name of an adapter: `query` for the weight `blocks.query`."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removeprefix("blocks.").replace(".", "_")
 
 
 @jax.jit
-def merged(base: Transformer, adapters: Adapters) -> Transformer:
-    """The whole model, whose matrices are in float32."""
-    whole = jax.tree.map(lambda leaf: leaf, base)
-    for name, matrix in matrices(base.blocks).items():
-        scale = adapters.config.alpha / adapters.config.rank
-        added = scale * getattr(adapters, name).product()
-        setattr(whole.blocks, name, matrix.replace(matrix[...].astype(jnp.float32) + added))
-    return whole
+def merged(base: LanguageModel, adapters: Adapters) -> LanguageModel:
+    """The whole model, whose adapted matrices are in float32."""
+    scale = adapters.config.alpha / adapters.config.rank
+
+    def added(path, param: nnx.Param) -> nnx.Param:
+        if not is_adapted(param):
+            return param
+        return param.replace(param[...].astype(jnp.float32) + scale * getattr(adapters, name_of(path)).product())
+
+    return jax.tree_util.tree_map_with_path(added, base, is_leaf=is_param)

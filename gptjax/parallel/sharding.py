@@ -1,12 +1,12 @@
-"""The mesh, the one table of logical axes, and the collectives that training needs.
+"""The one table of logical axes.
 
-Mesh axes name the strategy (`slices`, `data`, `fsdp`, `tensor`) and are Explicit: an array's sharding is part of its
-type, so a mistake is an error in the line that makes it. Arrays name their dimensions by meaning; `LOGICAL_AXES` alone
+Mesh axes name the strategy (`slices`, `data`, `fsdp`, `tensor`) and are Explicit: shardings are part of array types,
+so a mistake is an error in the line that makes the array. Arrays name their dimensions by meaning. `LOGICAL_AXES` alone
 says which mesh axis a meaning is cut along. An axis of one device cuts nothing, and appears in no type.
 
-Where devices have to talk, the code says so: inside `manual` by `gather`, `gather_sequence`, `reduce_sequence` and
-`summed`, whose transposes are what the backward pass has to send. Left to the compiler, the gradients of some weights
-come out as an all-reduce of the whole matrix (benchmarks/NOTES.md, Collectives).
+Where devices have to talk, the code says so: see collectives.py, whose transposes are what the backward pass has to
+send. Left to the compiler, the gradients of some weights become an all-reduce of the whole matrix (benchmarks/NOTES.md,
+Collectives).
 """
 
 import math
@@ -43,7 +43,7 @@ BATCH_AXES = LOGICAL_AXES["act_batch"]
 
 
 def spec(*names: str) -> PartitionSpec:
-    """How an array whose dimensions have these names is cut on the mesh in use; an unknown name is a KeyError."""
+    """How an array with these dimensions is cut on the mesh in use. An unknown name is a KeyError."""
     return _spec(names, jax.sharding.get_abstract_mesh())
 
 
@@ -53,9 +53,14 @@ def _spec(names, mesh) -> PartitionSpec:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes that a logical name is cut along, whatever their sizes; an unknown name is a KeyError."""
+    """The mesh axes that a logical name is cut along, whatever their sizes. An unknown name is a KeyError."""
     axes = LOGICAL_AXES[name]
     return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def fully_sharded(name: str) -> bool:
+    """Whether a weight's axis of this name is cut over `fsdp` in storage, and gathered for use."""
+    return "fsdp" in mesh_axes(name)
 
 
 def _cut(axes, mesh) -> tuple[str, ...]:
@@ -67,17 +72,17 @@ def _cut_here(*axes: str) -> tuple[str, ...]:
 
 
 def check_divides(weights, mesh: jax.sharding.Mesh, keys: dict[str, str]) -> None:
-    """Every weight's dimension divides by the mesh axes it is cut along.
+    """Checks that every dimension of a weight divides by the mesh axes that cut it.
 
     Args:
       weights: a tree of `nnx.Param` (shapes suffice).
       keys: logical axis → the config key to name in the message.
 
     Raises:
-      Refused: naming the key, the size and the mesh axis.
+      Refused: with the key, the size and the mesh axis.
     """
     params = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    sizes = {name: size for param in params for name, size in zip(param.axes, param.shape)}
+    sizes = {name: size for param in params for name, size in zip(param.axes, param.shape, strict=True)}
     for name in sorted(sizes, key=lambda name: list(keys).index(name) if name in keys else -1):
         axes = mesh_axes(name)
         parts = math.prod(mesh.shape[axis] for axis in axes)

@@ -17,7 +17,6 @@ from jax.experimental import topologies
 
 from gptjax import __version__
 from gptjax.errors import Refused
-from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.parallel import mesh as meshes
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.xla import analysis, communication, hlo
@@ -61,9 +60,9 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     result = {
         "source": source,
         "mesh": meshes.sizes(given.mesh),
-        "parameters": num_parameters(config.model, vocab_size, config.seq_len),
+        "parameters": config.model.num_parameters(vocab_size, config.seq_len).total,
         "tokens_per_step": tokens,
-        "flops_per_step": flops_per_token(config.model, vocab_size, config.seq_len) * tokens,
+        "flops_per_step": config.model.flops_per_token(vocab_size, config.seq_len) * tokens,
         "hardware_flops_per_step": estimate.step_flops(config, given),
         "memory": state
         | {"gradients": estimate.shard_bytes(given.state.model, itemsize=4), "kept_activations": kept.device},

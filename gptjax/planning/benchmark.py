@@ -11,7 +11,6 @@ from gptjax.data.batch import Batch
 from gptjax.errors import Refused
 from gptjax.models import build
 from gptjax.models.objective import batch_sums
-from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.parallel import batches, hardware
 from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.xla import analysis
@@ -68,13 +67,13 @@ def bench(config: Config, steps: int) -> dict:
         optimizer_seconds = seconds(optimizer, zeros, jnp.array(True), state, steps=steps)
     whole = statistics.median(times[WARMUP:])
     tokens = config.batch_size * config.seq_len
-    flops = flops_per_token(config.model, vocab_size, config.seq_len) * tokens
+    flops = config.model.flops_per_token(vocab_size, config.seq_len) * tokens
     peak = hardware.peak_flops(mesh.devices.ravel(), config.model.dtype)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "mesh": sizes(mesh),
-        "parameters": num_parameters(config.model, vocab_size, config.seq_len),
+        "parameters": config.model.num_parameters(vocab_size, config.seq_len).total,
         "steps": steps,
         "step_seconds": whole,
         "fastest_step_seconds": min(times[WARMUP:]),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.data.batch import Batch
-from gptjax.models import build, remat
+from gptjax.models import build
 from gptjax.models.config import padded_vocab
 from gptjax.models.objective import batch_sums
 from gptjax.parallel import batches, sharding
@@ -118,16 +118,13 @@ def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
     fsdp: every weight that is cut is gathered in the compute dtype, a block's once forward and once backward, an
     embedding once; gradients are reduced once (ZeRO-3, Rajbhandari et al. 2020, section 7.2).
     data, slices: a device's part of the gradients is summed once.
-    tensor: before attention and before the MLP a block gathers the sequence, and after them it scatters the sum of
-    their products; backward the other way (Korthikanti et al. 2022, section 4.2.2). Where not everything is kept, the
-    inputs are gathered once more for the gradients of weights, and full rematerialization scatters after attention
-    again. Before the first and after the last block there is one more of each.
+    The activations' part is the architecture's (`expected_collectives`).
     """
     sizes, item = given.mesh.shape, jnp.dtype(config.model.dtype).itemsize
     cut = {True: 0, False: 0}
     for param in jax.tree.leaves(given.state.model, is_leaf=is_param):
-        if "embed" in param.axes:
-            cut[param.axes[0] == "layers"] += param.size * item // (sizes["tensor"] if shared(param) else 1)
+        if any(sharding.fully_sharded(name) for name in param.axes):
+            cut[bool(param.stacked)] += param.size * item // (sizes["tensor"] if shared(param) else 1)
     gradients = shard_bytes(given.state.model, itemsize=item)
     expected = {
         ("all-gather", "fsdp"): 2 * cut[True] + cut[False],
@@ -136,10 +133,7 @@ def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
         ("all-reduce", "slices"): gradients,
     }
     rows = config.micro_batch_size // batches.row_shards(given.mesh)
-    stream_bytes = rows * config.seq_len * config.model.embed_dim * item
-    gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[remat.parse(config.model.remat)[0]]
-    expected["all-gather", "tensor"] = (gathers * config.model.num_layers + 2) * stream_bytes
-    expected["reduce-scatter", "tensor"] = (scatters * config.model.num_layers + 2) * stream_bytes
+    expected |= config.model.expected_collectives(given.mesh, rows, config.seq_len)
     sharded = {axis: size for axis, size in sizes.items() if size > 1} | (
         {"fsdp": 0} if sizes.get("ring", 1) > 1 else {}
     )

@@ -13,7 +13,6 @@ import sys
 import tempfile
 
 from gptjax.errors import Refused
-from gptjax.models.size import flops_per_token
 from gptjax.parallel.hardware import GIB
 from gptjax.planning.topology import Topology
 from gptjax.training.config.schema import Config
@@ -168,7 +167,7 @@ def compute_floor(config: Config, topology: Topology, row: dict) -> tuple[float 
     unknown = [kernel["name"] for kernel in kernels if not kernel["flops"]]
     warnings = [f"no FLOPs are known of the kernels {', '.join(unknown)}: they count as nothing"] if unknown else []
     # 6 FLOPs a weight and token; attention's own are left out. A loop that the reader lost shows here.
-    least = flops_per_token(config.model, 0, 0) * row["tokens_per_step"] / topology.num_devices / figures.peak_flops
+    least = config.model.flops_per_token(0, 0) * row["tokens_per_step"] / topology.num_devices / figures.peak_flops
     if seconds < least:
         warnings.append(
             f"the cycles add up to {seconds:.4g} s, less than the {least:.4g} s of the weights' products at the peak: "

@@ -10,8 +10,8 @@ from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Refused
 from gptjax.inference.model import Run
 from gptjax.models.build import abstract_model, check_divides
+from gptjax.models.interface import LanguageModel
 from gptjax.models.lora import Adapters, merged
-from gptjax.models.transformer import Transformer
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.trees import placed
 from gptjax.runtime import distributed
@@ -69,7 +69,7 @@ def load(folder: epath.Path, step: int | str) -> Run:
 
 def restore_model(
     checkpoints: Checkpoints, step: int, config: Config, vocab_size: int, mesh: jax.sharding.Mesh
-) -> Transformer:
+) -> LanguageModel:
     """What is evaluated of a step, placed on the mesh in use.
 
     config: that of the step; of learned positions a shorter seq_len takes the first. Raises: Refused.

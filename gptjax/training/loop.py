@@ -17,7 +17,6 @@ from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.stream import curriculum, stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Failed, Preempted, Refused
-from gptjax.models.size import flops_per_token
 from gptjax.parallel import hardware
 from gptjax.parallel.batches import BatchLayout, local_rows, place
 from gptjax.parallel.mesh import make_mesh
@@ -215,7 +214,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
         tokens = flops = 0
         for phase, first, stop in curriculum.parts(data.phases, 0, skipped_batches.batch_index(watch.ledger, step)):
             number = skipped_batches.steps_within(watch.ledger, step, first, stop) * phase.batch_size * phase.seq_len
-            tokens, flops = tokens + number, flops + number * flops_per_token(config.model, vocab_size, phase.seq_len)
+            tokens, flops = tokens + number, flops + number * config.model.flops_per_token(vocab_size, phase.seq_len)
         return tokens, flops
 
     with (

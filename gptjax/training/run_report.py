@@ -12,8 +12,7 @@ from gptjax.data.stream.packing import told
 from gptjax.data.stream.stream import Stream
 from gptjax.evaluation.heldout import Evaluation
 from gptjax.inference import generate
-from gptjax.models.size import num_parameters
-from gptjax.models.transformer import Transformer
+from gptjax.models.interface import LanguageModel
 from gptjax.parallel.mesh import sizes
 from gptjax.parallel.xla import analysis, communication
 from gptjax.runtime import distributed, files, profiling
@@ -22,7 +21,7 @@ from gptjax.training.config.schema import Config
 
 def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> dict:
     """Prints what is about to be trained, and where; returns it, and the versions, for the row of the start."""
-    parameters = num_parameters(config.model, vocab_size, config.seq_len)
+    parameters = config.model.num_parameters(vocab_size, config.seq_len).total
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}{processes}"
     axes = ", ".join(f"{axis} {size}" for axis, size in sizes(mesh).items())
@@ -81,7 +80,7 @@ def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_se
 
 
 def report(
-    config: Config, folder: epath.Path, corpus: Corpus, model: Transformer, evaluation: Evaluation | None
+    config: Config, folder: epath.Path, corpus: Corpus, model: LanguageModel, evaluation: Evaluation | None
 ) -> None:
     """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
     manifests = [store.manifest for store in corpus.stores.values()]

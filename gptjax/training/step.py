@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 
 from gptjax.data.batch import Batch
+from gptjax.models.interface import LanguageModel
 from gptjax.models.lora import Adapters, merged
 from gptjax.models.objective import batch_sums
-from gptjax.models.transformer import Transformer
 from gptjax.parallel import batches
 from gptjax.parallel.trees import placed
 from gptjax.parallel.xla import options
@@ -27,18 +27,18 @@ class TrainState:
 
     step: jax.Array  # batches taken: the cursor of the data, and the name of the checkpoint
     skipped: jax.Array  # of those, the ones that changed nothing, because a number was not finite
-    model: Transformer | Adapters  # what is trained
+    model: LanguageModel | Adapters  # what is trained
     opt_state: optax.OptState
-    ema: Transformer | Adapters | tuple  # a moving average of the model, or () where it is off
-    base: Transformer | tuple = ()  # what the model is added to where it is no whole one (lora.py), else ()
+    ema: LanguageModel | Adapters | tuple  # a moving average of the model, or () where it is off
+    base: LanguageModel | tuple = ()  # what the model is added to where it is no whole one (lora.py), else ()
 
 
 def init_state(config: Config, vocab_size: int) -> TrainState:
     """A new state. Jitted under a mesh it is born sharded, with the same numbers on any mesh."""
-    return new_state(config, Transformer(config.model, vocab_size, config.seq_len, nnx.Rngs(config.seed)))
+    return new_state(config, config.model.build(vocab_size, config.seq_len, nnx.Rngs(config.seed)))
 
 
-def new_state(config: Config, model: Transformer) -> TrainState:
+def new_state(config: Config, model: LanguageModel) -> TrainState:
     """The state before the first update of a model, placed as the model is."""
     base = ()
     if config.lora.rank:
@@ -104,7 +104,7 @@ def optimize(gradient, finite: jax.Array, state: TrainState, config: Config):
     return updates, stored(chosen(finite, after, before), config.optimizer)
 
 
-def moved_average(state: TrainState, model: Transformer | Adapters, finite: jax.Array, config: Config):
+def moved_average(state: TrainState, model: LanguageModel | Adapters, finite: jax.Array, config: Config):
     """The average of the weights after this update; early on it forgets faster, so that the start does not linger."""
     if state.ema == ():
         return ()
@@ -138,11 +138,11 @@ def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.s
     return options.compile(lowered, config.compiler_options, mesh.devices.flat[0].platform)
 
 
-def weights(state: TrainState) -> Transformer:
+def weights(state: TrainState) -> LanguageModel:
     """What is evaluated and sampled from: the moving average where it is on."""
     return whole(state, state.model if state.ema == () else state.ema)
 
 
-def whole(state: TrainState, model: Transformer | Adapters) -> Transformer:
+def whole(state: TrainState, model: LanguageModel | Adapters) -> LanguageModel:
     """What is trained as a model."""
     return model if state.base == () else merged(state.base, model)

@@ -6,7 +6,7 @@ import jax
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Preempted
 from gptjax.evaluation.heldout import Evaluation, evaluate
-from gptjax.models.transformer import Transformer
+from gptjax.models.interface import LanguageModel
 from gptjax.runtime import distributed, optional
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring.metrics import Log
@@ -23,7 +23,7 @@ def _harness():
 
 
 def held_out(
-    config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, model: Transformer, step: int, log: Log
+    config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, model: LanguageModel, step: int, log: Log
 ) -> Evaluation | None:
     """Evaluates, and logs it where that was not done before; a failure is a warning, and None."""
     try:
@@ -46,7 +46,7 @@ def held_out(
     return result
 
 
-def on_tasks(config: Config, tasks: dict, tokenizer, model: Transformer, step: int, log: Log) -> None:
+def on_tasks(config: Config, tasks: dict, tokenizer, model: LanguageModel, step: int, log: Log) -> None:
     """Scores a model on tasks, if there are any and that was not done before; a failure is a warning."""
     if not tasks or step in log.scored:
         return

@@ -10,6 +10,7 @@ from support.runs import GPT2, LLAMA, mesh_of
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.evaluation.heldout import evaluate
+from gptjax.models.interface import Inputs
 from gptjax.models.loss import LossConfig
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding
@@ -44,7 +45,7 @@ def expected(request, store):
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config, 257, SEQ_LEN, nnx.Rngs(0)))()
         put = lambda array: jax.device_put(array, jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq")))
-        forward = jax.jit(lambda model, *fields: (model(*fields, None), model.unembedding[...]))
+        forward = jax.jit(lambda model, *fields: (model.hidden(Inputs(*fields), None).x_BTD, model.output().table[...]))
         x, table = jax.device_get(
             forward(model, *(put(field) for field in (batch.inputs, batch.positions, batch.segments)))
         )

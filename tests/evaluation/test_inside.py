@@ -11,10 +11,10 @@ from gptjax.data.batch import Batch
 from gptjax.evaluation import interpretability
 from gptjax.models import objective
 from gptjax.models.attention import masked_attention
+from gptjax.models.blocks import Attention
 from gptjax.models.config import ModelConfig
 from gptjax.models.loss import LossConfig
-from gptjax.models.size import num_parameters
-from gptjax.models.transformer import Block, Transformer
+from gptjax.models.transformer import Transformer
 from gptjax.parallel import batches
 from gptjax.training import step
 
@@ -44,7 +44,7 @@ def test_maps_are_the_weights_of_the_models_own_attention():
         block = jax.tree.map(lambda weight: weight[0], model.blocks)
         x = model.embed(jnp.array([TOKENS]), positions, "act_seq")
         rotation = model.rotation(positions)
-        q, k, v = Block.heads(block, x, rotation, "act_seq")
+        q, k, v = Attention.heads(block, x, rotation, "act_seq")
         causal = np.tril(np.ones((1, len(TOKENS), len(TOKENS)), bool))
         attended = masked_attention(q, k, v, causal)
     of_heads = np.repeat(v, CONFIG.num_heads // CONFIG.num_kv_heads, axis=2)[0]
@@ -87,7 +87,7 @@ def test_surprise_is_the_loss_by_token():
 def test_the_parts_of_a_weight_are_where_its_sharding_says(shape):
     mesh = training.mesh_of(*shape)
     found = interpretability.weights(model_on(mesh))
-    assert sum(weight.size for weight in found) == num_parameters(CONFIG, 257, 64)
+    assert sum(weight.size for weight in found) == CONFIG.num_parameters(257, 64).total
     for weight in found:
         held = np.zeros(weight.shape, int)
         for part in weight.parts.values():

@@ -12,7 +12,6 @@ from etils import epath
 from gptjax.errors import Preempted, Refused
 from gptjax.experiments.scaling import study
 from gptjax.experiments.scaling.laws import Law, Point
-from gptjax.models.size import flops_per_token
 from gptjax.training.config.files import load
 
 FAMILY = str(pathlib.Path(study.__file__).parents[3] / "benchmarks" / "family.py")
@@ -36,7 +35,7 @@ def test_grid():
     for trial in trials:
         assert trial.config == load(trial.config_path, {"model.num_layers": "1"})
         assert trial.config.model.num_layers == 1
-        assert trial.flops_per_token == flops_per_token(trial.config.model, 257, trial.config.seq_len)
+        assert trial.flops_per_token == trial.config.model.flops_per_token(257, trial.config.seq_len)
         assert trial.tokens * trial.flops_per_token == pytest.approx(trial.budget, rel=0.02)
 
 

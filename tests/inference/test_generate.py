@@ -11,8 +11,9 @@ from gptjax.errors import Refused
 from gptjax.inference import sampling
 from gptjax.inference.decoder import Decoder, Prompt, advance, begin, doubled
 from gptjax.inference.detokenizer import Continuation
-from gptjax.inference.generate import generate, grow, samples
+from gptjax.inference.generate import Request, generate, grow, samples
 from gptjax.inference.sampling import Sampling, sample
+from gptjax.models.interface import Inputs
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import sharding
 from gptjax.tokenizers.tokenizer import ByteTokenizer
@@ -63,7 +64,7 @@ def llama():
 
 
 def ask(model, prompts, sampling=GREEDY, max_tokens=12, seed=0):
-    return generate(model, prompts, TOKENIZER, seq_len=SEQ_LEN, max_tokens=max_tokens, sampling=sampling, seed=seed)
+    return generate(model, prompts, TOKENIZER, Request(SEQ_LEN, max_tokens, sampling, seed))
 
 
 @jax.jit
@@ -71,9 +72,10 @@ def last_logits(model, tokens_BT, length):
     """Of a full forward pass over one row padded on the right."""
     positions = jnp.arange(tokens_BT.shape[1])[None]
     row = lambda array: jax.sharding.reshard(array, sharding.spec("act_batch", "act_seq"))
-    x_BTD = model(row(tokens_BT), row(positions), row(jnp.ones_like(tokens_BT)), None)
+    inputs = Inputs(row(tokens_BT), row(positions), row(jnp.ones_like(tokens_BT)))
+    x_BTD = model.hidden(inputs, None).x_BTD
     x_D = jax.sharding.reshard(x_BTD, jax.P())[0, length - 1]
-    return jax.sharding.reshard(model.unembedding[...], jax.P())[:257] @ x_D
+    return jax.sharding.reshard(model.output().table[...], jax.P())[:257] @ x_D
 
 
 def greedy_by_full_passes(model, prompt, max_tokens):
@@ -239,7 +241,7 @@ def test_a_repetition_penalty_covers_prompt_and_made(llama):
 
 def test_rows_take_prompts_at_any_time(llama):
     """A row that begins while others go on, in a row that was used before, gets what it gets alone."""
-    eot, model = TOKENIZER.end_of_text, llama.unstacked()
+    eot, model = TOKENIZER.end_of_text, llama.for_decoding()
     drawn = Sampling(top_k=20)
     alone = [ask(llama, [prompt], drawn, max_tokens=9)[0] for prompt in PROMPTS]
     decoder = Decoder(model, TOKENIZER, 2, SEQ_LEN)
@@ -267,20 +269,20 @@ class Begun(ByteTokenizer):
 def test_a_document_opens_with_the_token_that_the_tokenizer_has_for_it(llama):
     """As `<s>` is Llama's; and that token was not said, while the end-of-text of a prompt was."""
     ask = lambda tokenizer, prompts, **more: generate(
-        llama, prompts, tokenizer, seq_len=SEQ_LEN, max_tokens=12, seed=0, **more
+        llama, prompts, tokenizer, Request(SEQ_LEN, max_tokens=12, seed=0, **more)
     )
     begun, sampling = [[70, *prompt] for prompt in PROMPTS], Sampling(temperature=0, repetition_penalty=1e6)
     made = ask(Begun(""), PROMPTS, sampling=GREEDY)
     assert made == ask(TOKENIZER, begun, sampling=GREEDY, opened=True) != ask(TOKENIZER, PROMPTS, sampling=GREEDY)
-    decoder = Decoder(llama.unstacked(), Begun(""), 1, SEQ_LEN)
+    decoder = Decoder(llama.for_decoding(), Begun(""), 1, SEQ_LEN)
     decoder.begin({0: Prompt([70, 1, 256], 5, sampling, 0, 0)})
-    seen = np.flatnonzero(decoder._state.seen_BV[0])
+    seen = np.flatnonzero(decoder._rows.seen_BV[0])
     assert {1, 256} < set(seen.tolist()) and len(seen) == 3
 
 
 def test_no_request_compiles_anew(llama):
     """Other numbers, and prompts of other lengths up to the same multiple."""
-    decoder = Decoder(llama.unstacked(), TOKENIZER, 2, SEQ_LEN)
+    decoder = Decoder(llama.for_decoding(), TOKENIZER, 2, SEQ_LEN)
     decoder.begin({0: Prompt([256, 1], 5, GREEDY, 0, 0)})
     decoder.step([0], 4)
     before = begin._cache_size(), advance._cache_size()
@@ -293,7 +295,7 @@ def test_lengths_alike_share_a_program():
     """Batches whose longest rows are of 130 to 256 tokens take the same one."""
     long = dataclasses.replace(LLAMA, dropout=0.0).resolved()
     model = jax.jit(lambda: Transformer(long, 257, 300, nnx.Rngs(1)))()
-    made = lambda length: generate(model, [[1] * length], TOKENIZER, seq_len=300, max_tokens=2, sampling=GREEDY, seed=0)
+    made = lambda length: generate(model, [[1] * length], TOKENIZER, Request(300, 2, GREEDY, seed=0))
     made(130)
     before = begin._cache_size(), advance._cache_size()
     made(200)
@@ -310,16 +312,14 @@ def test_the_whole_is_what_came_in_pieces(llama):
     stop = TOKENIZER.decode(whole[number][end - 2 : end])
     for steps in (1, 3, 32):
         told = [""] * 4
-        for rows in grow(
-            llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=(stop,), steps=steps
-        ):
+        for rows in grow(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)), steps=steps):
             told = [text + row.news() for text, row in zip(told, rows)]
         assert told == [text.partition(stop)[0] for text in texts]
         assert rows[number].tokens == whole[number][:end] and rows[number].finish == "stop"
-    made = generate(llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=(stop,))
+    made = generate(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)))
     assert made == [row.tokens for row in rows]
     with pytest.raises(Refused, match='--stop=""'):
-        generate(llama, PROMPTS, TOKENIZER, seq_len=SEQ_LEN, max_tokens=20, sampling=drawn, seed=0, stop=("",))
+        generate(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, ("",)))
 
 
 def test_samples(llama):

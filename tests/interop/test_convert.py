@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from gptjax.errors import Refused
 from gptjax.inference.decoder import Decoder, Prompt
-from gptjax.inference.generate import Sampling, generate
+from gptjax.inference.generate import Request, Sampling, generate
 from gptjax.inference.model import Run
 from gptjax.interop.huggingface import convert
+from gptjax.models.interface import Inputs
+from gptjax.models.loss import next_token_logits
 from gptjax.parallel import sharding
 from gptjax.training import loading
 from gptjax.training.config import files, schema
@@ -97,7 +99,7 @@ def our_logits(run: Run, ids: np.ndarray) -> np.ndarray:
     @jax.jit
     def scores(model, *arrays):
         rows = (jax.sharding.reshard(array, sharding.spec("act_batch", "act_seq")) for array in arrays)
-        return model.logits(model(*rows, None)[:, -1])
+        return next_token_logits(model.hidden(Inputs(*rows), None).x_BTD[:, -1], model.output())
 
     with jax.set_mesh(run.mesh):
         return np.asarray(scores(run.model, ids, positions, np.zeros_like(ids)))[:, : run.tokenizer.vocab_size]
@@ -116,7 +118,7 @@ def test_parity(name, tmp_path):
     prompt = rng.integers(0, 256, 31).tolist()
     with jax.set_mesh(run.mesh):
         made = generate(
-            run.model, [prompt], run.tokenizer, seq_len=LENGTH, max_tokens=64, sampling=Sampling(temperature=0), seed=0
+            run.model, [prompt], run.tokenizer, Request(LENGTH, max_tokens=64, sampling=Sampling(temperature=0), seed=0)
         )[0]
     begun = torch.tensor([[run.tokenizer.end_of_text, *prompt]])
     told = theirs.generate(begun, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, 32:].tolist()
@@ -399,7 +401,7 @@ def test_the_readme_says_what_can_go_out():
 def test_the_ends_that_a_model_names(llama, tmp_path):
     """As an instruct model has several: generation stops at any, and they go out again, as does its chat template."""
     ask = lambda run: generate(
-        run.model, [[97]], run.tokenizer, seq_len=LENGTH, max_tokens=40, sampling=Sampling(temperature=0), seed=0
+        run.model, [[97]], run.tokenizer, Request(LENGTH, max_tokens=40, sampling=Sampling(temperature=0), seed=0)
     )[0]  # fmt: skip
     convert.from_hf(str(llama), str(tmp_path / "free"))
     run = loading.load(epath.Path(tmp_path / "free"), -1)
@@ -415,7 +417,7 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
     assert run.tokenizer.ends == (256, 299, end)
     with jax.set_mesh(run.mesh):
         assert ask(run) == made[: made.index(end)]
-        decoder = Decoder(run.model.unstacked(), run.tokenizer, 1, LENGTH)
+        decoder = Decoder(run.model.for_decoding(), run.tokenizer, 1, LENGTH)
         decoder.begin({0: Prompt([256, 97], 40, Sampling(temperature=0), 0, 0)})
         assert len(decoder.step([0], 32)[0]) == made.index(end)  # the first is that of `begin`
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)

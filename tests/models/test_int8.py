@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from support.runs import GPT2, LLAMA, mesh_of
 
-from gptjax.inference.generate import generate
+from gptjax.inference.generate import Request, generate
 from gptjax.inference.sampling import Sampling
 from gptjax.models import int8
 from gptjax.models.transformer import Transformer
@@ -25,7 +25,7 @@ def make(config, mesh):
 def ask(model, prompts=((1, 2, 3), (), (9,) * 20)):
     return generate(
         model, [list(prompt) for prompt in prompts], TOKENIZER,
-        seq_len=48, max_tokens=12, sampling=Sampling(top_k=20), seed=0,
+        Request(seq_len=48, max_tokens=12, sampling=Sampling(top_k=20), seed=0),
     )  # fmt: skip
 
 

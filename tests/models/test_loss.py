@@ -6,6 +6,7 @@ from flax import nnx
 from support.runs import mesh_of
 
 from gptjax.errors import Refused
+from gptjax.models.interface import Output
 from gptjax.models.loss import LossConfig, next_token_scores, next_token_sums
 from gptjax.parallel.sharding import spec
 
@@ -35,8 +36,12 @@ def reference(x, w, targets, weights, softcap, z_loss):
     return nll + z_loss * z, (nll, z, correct)
 
 
-def loss_sums(x, w, targets, weights, **settings):
-    return next_token_sums(x, nnx.Param(w, axes=("vocab", "embed")), targets, weights, **settings)
+def output_of(w, softcap):
+    return Output(nnx.Param(w, axes=("vocab", "embed")), softcap)
+
+
+def loss_sums(x, w, targets, weights, *, softcap, **settings):
+    return next_token_sums(x, output_of(w, softcap), targets, weights, **settings)
 
 
 def specs():
@@ -70,7 +75,7 @@ def test_scores_of_targets_are_those_of_log_softmax(inputs, shape, softcap):
     with jax.set_mesh(mesh):
         placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs[:3], specs())]
         score = lambda x, w, targets: next_token_scores(
-            x, nnx.Param(w, axes=("vocab", "embed")), targets, vocab_size=VOCAB, softcap=softcap
+            x, output_of(w, softcap), targets, vocab_size=VOCAB
         )
         scores, best = jax.device_get(jax.jit(score)(*placed))
     logits = np.float64(x) @ np.float64(w[:VOCAB]).T

@@ -13,8 +13,8 @@ from support.runs import mesh_of
 from gptjax.errors import Refused
 from gptjax.models import layers, transformer
 from gptjax.models.config import ModelConfig, padded_vocab
+from gptjax.models.interface import Inputs
 from gptjax.models.loss import LossConfig, next_token_sums
-from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.models.transformer import Transformer
 from gptjax.parallel.sharding import spec
 
@@ -61,7 +61,8 @@ def forward(model, tokens, positions=None, segments=None, dropout_key=None):
     if positions is None:
         positions, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
     rows = spec("act_batch", "act_seq")
-    return model(*(jax.sharding.reshard(array, rows) for array in (tokens, positions, segments)), dropout_key)
+    inputs = Inputs(*(jax.sharding.reshard(array, rows) for array in (tokens, positions, segments)))
+    return model.hidden(inputs, dropout_key).x_BTD
 
 
 hidden_states = quick(forward)
@@ -213,19 +214,19 @@ ODD = {
 def test_parameter_count(config, vocab_size):
     config = config.resolved()
     model = jax.eval_shape(lambda: Transformer(config, vocab_size, T, nnx.Rngs(0)))
-    assert num_parameters(config, vocab_size, T) == sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert config.num_parameters(vocab_size, T).total == sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def test_published_parameter_counts():
     gpt2 = ModelConfig(num_layers=12, num_heads=12, embed_dim=768).resolved()
-    assert num_parameters(gpt2, 50257, 1024) == 124_439_808 + 47 * 768  # 47 rows of padding
+    assert gpt2.num_parameters(50257, 1024).total == 124_439_808 + 47 * 768  # 47 rows of padding
     llama = dict(norm="rmsnorm", positions="rope", activation="swiglu", biases=False, tied_embeddings=False)
     llama2_7b = ModelConfig(num_layers=32, num_heads=32, embed_dim=4096, mlp_dim=11008, **llama).resolved()
-    assert num_parameters(llama2_7b, 32000, 4096) == 6_738_415_616
+    assert llama2_7b.num_parameters(32000, 4096).total == 6_738_415_616
     tinyllama = ModelConfig(
         num_layers=22, num_heads=32, num_kv_heads=4, embed_dim=2048, mlp_dim=5632, **llama
     ).resolved()
-    assert num_parameters(tinyllama, 32000, 2048) == 1_100_048_384
+    assert tinyllama.num_parameters(32000, 2048).total == 1_100_048_384
 
 
 def products(jaxpr, times=1):
@@ -249,11 +250,10 @@ def test_flops_are_those_of_the_programs_products(config):
         rows = jax.sharding.reshard(tokens, spec("act_batch", "act_seq"))
         return next_token_sums(
             forward(model, tokens),
-            model.unembedding,
+            model.output(),
             rows,
             rows.astype(float),
             vocab_size=VOCAB,
-            softcap=0.0,
             config=LossConfig(num_chunks=4),
         ).objective
 
@@ -261,7 +261,7 @@ def test_flops_are_those_of_the_programs_products(config):
     weights = sum(flops for flops, batched in counted if not batched)
     scores = sum(flops for flops, batched in counted if batched)
     assert scores == 3 * config.num_layers * 4 * B * T * T * config.num_heads * config.head_dim
-    assert flops_per_token(config, VOCAB, T) == (weights + scores // 2) // (B * T)
+    assert config.flops_per_token(VOCAB, T) == (weights + scores // 2) // (B * T)
 
 
 def test_dropout_zeroes_its_rate_and_keeps_the_mean():

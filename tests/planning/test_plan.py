@@ -21,7 +21,6 @@ from support.command import DEBUG
 
 import gptjax
 from gptjax.errors import Refused
-from gptjax.models.size import flops_per_token
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.xla import analysis, communication, flops, hlo
 from gptjax.planning import estimate, plan, search, topology
@@ -327,7 +326,7 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):
     code, out, _ = gptjax_main(*argv, "--json")
     made = json.loads(out)
     its = files.load(DEBUG, {})
-    model = flops_per_token(its.model, 257, its.seq_len) * its.batch_size * its.seq_len
+    model = its.model.flops_per_token(257, its.seq_len) * its.batch_size * its.seq_len
     assert code == 0 and set(KEYS.split()) <= set(made)
     assert (made["fits"], made["source"], made["compile_seconds"]) == (True, "analytic", None)
     assert made["flops_per_step"] == model <= made["hardware_flops_per_step"] < 1.2 * model

@@ -11,7 +11,6 @@ from support.runs import mesh_of
 import gptjax
 from gptjax.errors import Refused
 from gptjax.models import build
-from gptjax.models.size import flops_per_token, num_parameters
 from gptjax.runtime.files import flatten
 from gptjax.tokenizers.tokenizer import expected_vocab_size
 from gptjax.training.config import schema
@@ -197,9 +196,9 @@ def test_config_file(path):
     with jax.set_mesh(mesh_of(1, 1, 1)):
         model = build.abstract_model(config.model, vocab_size, config.seq_len)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
-    assert count == num_parameters(config.model, vocab_size, config.seq_len)
+    assert count == config.model.num_parameters(vocab_size, config.seq_len).total
     if named := re.search(r"_(\d+)([mb])", path.stem):
-        count = num_parameters(config.model, 50257, config.seq_len) if path.stem.startswith("gpt2") else count
+        count = config.model.num_parameters(50257, config.seq_len).total if path.stem.startswith("gpt2") else count
         millions = int(named[1]) * {"m": 1, "b": 1000}[named[2]]
         assert count / 1e6 == pytest.approx(millions, rel=0.02 if millions < 1000 else 0.25)
     assert path.stem in path.read_text().partition('"""\n\n')[0], "its docstring has its command"
@@ -217,13 +216,13 @@ def test_dial(row):
         model = build.abstract_model(config.model, vocab_size, config.seq_len)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert (
-        count == num_parameters(config.model, vocab_size, config.seq_len) == pytest.approx(parameters * 1e6, rel=0.03)
+        count == config.model.num_parameters(vocab_size, config.seq_len).total == pytest.approx(parameters * 1e6, rel=0.03)
     )
     assert (config.model.num_layers, config.model.embed_dim) == (depth, width)
     assert (config.batch_size, config.num_steps) == (batch, steps)
     seen = config.num_steps * config.batch_size * config.seq_len
     assert seen == pytest.approx(20 * count, rel=0.02) and seen == pytest.approx(tokens * 1e9, rel=0.1)
-    assert seen * flops_per_token(config.model, vocab_size, config.seq_len) == pytest.approx(flops, rel=0.03)
+    assert seen * config.model.flops_per_token(vocab_size, config.seq_len) == pytest.approx(flops, rel=0.03)
 
 
 def test_dial_with_a_horizon():

@@ -11,7 +11,7 @@ def generate(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax.inference.generate import STREAM, grow, read_prompts
+    from gptjax.inference.generate import STREAM, Request, grow, read_prompts
     from gptjax.inference.sampling import Sampling
     from gptjax.tokenizers.tokenizer import encode_prompt
 
@@ -27,11 +27,13 @@ def generate(args: argparse.Namespace) -> None:
             for_decoding(run.model, args.weights),
             [encode_prompt(run.tokenizer, text).tolist() for _, text, _ in texts],
             run.tokenizer,
-            seq_len=run.config.seq_len,
-            max_tokens=args.max_tokens,
-            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
-            seed=args.seed,
-            stop=tuple(args.stop),
+            Request(
+                seq_len=run.config.seq_len,
+                max_tokens=args.max_tokens,
+                sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty),
+                seed=args.seed,
+                stop=tuple(args.stop),
+            ),
             steps=STREAM,
         ):
             while at < len(rows):  # in order: the first that is not whole yet as it comes, and those after it later
@@ -50,4 +52,4 @@ def for_decoding(model, weights: str):
     """A model as `generate` uses it, with weights as the flag says."""
     from gptjax.models import int8
 
-    return int8.quantized(model) if weights == "int8" else model.unstacked()
+    return int8.quantized(model) if weights == "int8" else model.for_decoding()

@@ -11,7 +11,6 @@ from etils import epath
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused
 from gptjax.experiments.scaling import laws
 from gptjax.experiments.scaling.laws import Point, Scaling
-from gptjax.models.size import flops_per_token
 from gptjax.runtime import files, subprocesses
 from gptjax.tokenizers import tokenizer
 from gptjax.training import workdir
@@ -70,7 +69,7 @@ def grid(config_path: str, overrides: dict[str, str], sizes: list[str], budgets:
     for size in sizes:
         any_length = config_file.load(at(size, 1e9), overrides)
         vocab_size = tokenizer.expected_vocab_size(any_length.tokenizer)
-        costs[size] = flops_per_token(any_length.model, vocab_size, any_length.seq_len)
+        costs[size] = any_length.model.flops_per_token(vocab_size, any_length.seq_len)
     trials = []
     for budget in sorted(set(budgets)):
         for size, cost in costs.items():

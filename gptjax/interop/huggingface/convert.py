@@ -26,7 +26,6 @@ from gptjax.interop.huggingface import safetensors, weights
 from gptjax.interop.huggingface import tokenizer as carried
 from gptjax.models import build
 from gptjax.models.lora import Adapters, LoraConfig
-from gptjax.models.size import num_parameters
 from gptjax.parallel import mesh
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.trees import named_leaves
@@ -51,7 +50,7 @@ def from_hf(source: str, target: str) -> None:
     gpt2 = described.family == "gpt2"
     tensors = weights.named(safetensors.found(source), described.model["tied_embeddings"])
     model = schema.parse({"model": described.model}).model
-    asked = num_parameters(model, described.vocab_size, described.seq_len)
+    asked = model.num_parameters(described.vocab_size, described.seq_len).total
     held = sum(math.prod(tensor.shape) for tensor in tensors.values())
     if asked > 4 * held + (1 << 20):  # before anything is laid out by its sizes; `layout.check` tells what is otherwise
         raise Refused(

@@ -23,7 +23,7 @@ from gptjax.data.stream.packing import PackingConfig
 from gptjax.errors import Refused, nearest, shown
 from gptjax.evaluation import heldout
 from gptjax.evaluation.heldout import TasksConfig
-from gptjax.models import lora
+from gptjax.models import build, lora
 from gptjax.models.config import ModelConfig
 from gptjax.models.lora import LoraConfig
 from gptjax.models.loss import LossConfig
@@ -127,6 +127,8 @@ def _build(kind, values, prefix):
         if key not in fields:
             raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
         expected = fields[key].type
+        if prefix + str(key) == "model":
+            expected = build.architecture(value)
         if dataclasses.is_dataclass(expected):
             made[key] = _build(expected, value, f"{prefix}{key}.")
         elif type(value) is int and value.bit_length() > 63:

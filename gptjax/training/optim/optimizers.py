@@ -1,4 +1,4 @@
-"""Optax optimizers, learning-rate schedules, and the masks that tell weights from gains and biases."""
+"""Optax optimizers, and the masks that tell weights from gains and biases."""
 
 import jax
 import optax
@@ -28,35 +28,34 @@ def check(config: OptimizerConfig, num_steps: int) -> None:
 
 
 def decays(model) -> object:
-    """True for the weights that decay pulls to zero: not norms, not biases."""
+    """True for the weights that decay pulls to zero: all but norms and biases."""
     return jax.tree.map(lambda param: param.decay, model, is_leaf=is_param)
 
 
 def muon_dimensions(model) -> object:
-    """Which axes of each block's matrices are its input and output; None where Adam serves.
+    """The input and output axes of each stacked matrix; None where Adam serves.
 
-    `embed` is one side of every matrix in a block, its other axes but `layers` the other side. Embeddings, gains, biases
-    (Jordan et al. 2024) and adapters are Adam's.
+    Adam serves embeddings, gains, biases (Jordan et al. 2024), and adapters, which declare no inputs.
     """
 
     def dimensions(param):
-        if param.axes[0] != "layers" or not param.decay or "rank" in param.axes:
+        if not (param.stacked and param.inputs):
             return None
-        embed = param.axes.index("embed")
-        others = tuple(axis for axis in range(1, param.ndim) if axis != embed)
-        inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+        inputs = tuple(param.axes.index(name) for name in param.inputs)
+        stacked = [param.axes.index(name) for name in param.stacked]
+        outputs = tuple(axis for axis in range(param.ndim) if axis not in inputs and axis not in stacked)
         return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
     return jax.tree.map(dimensions, model, is_leaf=is_param)
 
 
 def narrowed(inner: optax.GradientTransformation, power: float) -> optax.GradientTransformation:
-    """`inner`, whose updates of a matrix are divided by `widened` to a power (Yang et al. 2022, as in transformer.py).
+    """Divides the updates of a matrix by a power of `widened` (Yang et al. 2022, as in models/config.py).
 
-    Where all entries of an update are of one size whatever the width, as Adam's and Lion's are, and all point one way,
-    a sum over n inputs grows as n: the power is 1 (table 8). Muon's singular values are all alike, √n at entries of one
-    size, and the power is 1/2 (Yang, Simon and Bernstein 2023, "A spectral condition for feature learning", section 3).
-    Weight decay comes after it, and takes the same share of a weight a step at any width.
+    Adam's and Lion's updates have entries of one size at any width. If all point one way, a sum over n inputs grows as n,
+    so the power is 1 (table 8). Muon's singular values are all alike, √n at entries of one size, so the power is 1/2
+    (Yang, Simon and Bernstein 2023, "A spectral condition for feature learning", section 3). Weight decay comes after
+    this division and takes the same share of a weight a step at any width.
     """
 
     def smaller(param):
@@ -70,42 +69,49 @@ def narrowed(inner: optax.GradientTransformation, power: float) -> optax.Gradien
     return optax.GradientTransformation(inner.init, update)
 
 
-OPTIMIZERS = {
-    "adamw": lambda rate, c: optax.chain(
+def adamw(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.chain(
         narrowed(optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.eps), 1),
         optax.add_decayed_weights(c.weight_decay, decays),
         optax.scale_by_learning_rate(rate),
-    ),
-    "lion": lambda rate, c: optax.chain(
+    )
+
+
+def lion(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.chain(
         narrowed(optax.scale_by_lion(b1=c.beta1, b2=c.beta2), 1),
         optax.add_decayed_weights(c.weight_decay, decays),
         optax.scale_by_learning_rate(rate),
-    ),
-    # Adafactor's decay is not multiplied by the rate inside optax; here it is, as for the others.
-    "adafactor": lambda rate, c: optax.chain(
+    )
+
+
+def adafactor(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformation:
+    # Inside optax the decay of Adafactor is not multiplied by the rate; here it is, as for the other optimizers.
+    return optax.chain(
         optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1),
         optax.add_decayed_weights(-c.weight_decay, decays),
         optax.scale_by_schedule(rate),
-    ),
-    # The update's root mean square is made that of AdamW (Liu et al. 2025, section 2.2), so that one learning rate and
-    # one decay serve both halves.
-    "muon": lambda rate, c: optax.chain(
-        narrowed(
-            optax.contrib.muon(
-                1.0,
-                beta=c.beta1,
-                adam_b1=c.beta1,
-                adam_b2=c.beta2,
-                muon_weight_dimension_numbers=muon_dimensions,
-                consistent_rms=0.2,
-            ),
-            0.5,
-        ),
-        # Inside optax the decay of Adam's half has no mask.
-        optax.add_decayed_weights(-c.weight_decay, decays),
-        optax.scale_by_schedule(rate),
-    ),
-}
+    )
+
+
+def muon(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformation:
+    # The root mean square of the update is made equal to AdamW's (Liu et al. 2025, section 2.2), so that one learning
+    # rate and one decay serve both halves.
+    update = optax.contrib.muon(
+        1.0,
+        beta=c.beta1,
+        adam_b1=c.beta1,
+        adam_b2=c.beta2,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
+    )
+    # Inside optax the decay of Adam's half has no mask, so the decay is added here.
+    return optax.chain(
+        narrowed(update, 0.5), optax.add_decayed_weights(-c.weight_decay, decays), optax.scale_by_schedule(rate)
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "muon": muon}
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
@@ -115,9 +121,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def stored(opt_state: optax.OptState, config: OptimizerConfig) -> optax.OptState:
-    """The optimizer's state as it waits between updates: in `state_dtype`, and in host memory if so configured.
+    """The optimizer's state between updates: in `state_dtype`, and in host memory with `offload`.
 
-    The smallest step of bfloat16 is 1/256 of a value: a second moment with beta2 above 0.99 stands still in it.
+    The smallest step of bfloat16 is 1/256 of a value, so a second moment with beta2 above 0.99 does not change in it.
     """
 
     def store(leaf):
@@ -131,7 +137,7 @@ def stored(opt_state: optax.OptState, config: OptimizerConfig) -> optax.OptState
 
 
 def loaded(opt_state: optax.OptState, config: OptimizerConfig) -> optax.OptState:
-    """The stored state as an update computes with it: in float32, in the device's memory."""
+    """The stored state as an update uses it: in float32, in the device's memory."""
 
     def load(leaf):
         if leaf.ndim and config.offload:

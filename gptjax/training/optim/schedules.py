@@ -17,20 +17,27 @@ def inverse_sqrt(peak: float, final: float, steps: int, config: OptimizerConfig)
     return lambda step: peak * (warmup / (step + warmup)) ** 0.5
 
 
-# What follows the warmup: (peak, final, steps after the warmup, config) → schedule of the steps since then.
-SCHEDULES = {
-    "constant": lambda peak, final, steps, config: optax.constant_schedule(peak),
-    "cosine": lambda peak, final, steps, config: optax.cosine_decay_schedule(peak, steps, final / peak),
-    "linear": lambda peak, final, steps, config: optax.linear_schedule(peak, final, steps),
-    "wsd": wsd,
-    "inverse_sqrt": inverse_sqrt,
-}
+def constant(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    return optax.constant_schedule(peak)
+
+
+def cosine(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    """Half a cosine from the peak to the final rate (Loshchilov and Hutter 2017)."""
+    return optax.cosine_decay_schedule(peak, steps, final / peak)
+
+
+def linear(peak: float, final: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
+    return optax.linear_schedule(peak, final, steps)
+
+
+# The shape after the warmup: (peak, final, steps after the warmup, config) → schedule of the steps since the warmup.
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "wsd": wsd, "inverse_sqrt": inverse_sqrt}
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Completed updates → the next update's rate: a straight line up to the peak, then the schedule's shape."""
-    peak = config.peak_learning_rate or 1e-30  # a rate of 0 is asked for to freeze a model; cosine divides by it
+    """Completed updates → rate of the next update: a straight line up to the peak, then the schedule's shape."""
+    peak = config.peak_learning_rate or 1e-30  # a peak of 0 freezes a model, and cosine divides by the peak
     warmup = config.warmup_steps
     after = SCHEDULES[config.schedule](peak, peak * config.final_fraction, max(1, num_steps - warmup), config)
     joined = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
-    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last one the final rate
+    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last update the final rate
