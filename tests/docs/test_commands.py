@@ -91,7 +91,9 @@ def test_the_search_finds_the_commands():
     assert not commands("gptjax: error")
     found = [argv for page in PAGES for line in code(page) for argv in commands(line)]
     assert len(found) > 60
-    assert {"train", "eval", "generate", "serve", "data", "tokenizer", "plan", "bench", "sweep"} <= {a[0] for a in found}
+    assert {"train", "eval", "generate", "serve", "data", "tokenizer", "plan", "bench", "sweep"} <= {
+        a[0] for a in found
+    }
     for wrong in ("--wrong=1", "--config.num_stepz=1"):
         with pytest.raises(Refused):
             check(["train", "--config=FILE", "--workdir=DIR", wrong])
@@ -135,12 +137,12 @@ def test_links_lead_somewhere(page):
 @each_page
 def test_named_files_exist(page):
     text = page.read_text()
-    paths = re.findall(
-        r"(?<![\w/.~-])((?:gptjax|configs|docs|benchmarks|launch|notebooks|tests)/[\w./-]*[\w/])(?![*{…])", text
+    found = re.findall(
+        r"(?<![\w/.~-])((?:gptjax|configs|docs|benchmarks|launch|notebooks|tests)/[\w./-]*)([*{…]?)", text
     )
-    paths = [path for path in paths if not re.search(r"\b[A-Z]{3,}\.py", path) or path.endswith("NOTES.md")]
-    modules = [path.replace(".", "/") + ".py" for path in re.findall(r"python -m (benchmarks\.\w+)", text)]
-    missing = [path for path in paths + modules if not (ROOT / path).exists()]
+    paths = [path.rstrip(".-") for path, pattern in found if not pattern and "/NAME" not in path]
+    paths += [path.replace(".", "/") + ".py" for path in re.findall(r"python -m (benchmarks\.\w+)", text)]
+    missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
 
 
