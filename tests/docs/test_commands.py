@@ -10,6 +10,7 @@ import pytest
 from gptjax.cli.main import parse
 from gptjax.config import default
 from gptjax.errors import Refused
+from gptjax.runtime.files import flatten
 from gptjax.training.config import files
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_config_keys_exist(page):
                 if value not in ("", "…"):
                     files.override(config, key, value)
                 else:
-                    assert key in files.flatten(config), key
+                    assert key in flatten(config), key
             except Refused as refusal:
                 pytest.fail(f"{line}\n{refusal}")
 
@@ -144,6 +145,17 @@ def test_named_files_exist(page):
     paths += [path.replace(".", "/") + ".py" for path in re.findall(r"python -m (benchmarks\.\w+)", text)]
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_files_of_the_architecture_exist():
+    """Short names too, such as `loop.py` or `monitoring/sdc.py`; and each package has a row."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    known = ["/" + str(path.relative_to(ROOT)) for path in (ROOT / "gptjax").rglob("*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    assert len(named) > 50
+    assert not [name for name in named if not any(path.endswith("/" + name) for path in known)]
+    packages = {path.split("/")[2] for path in known if path.count("/") > 2}
+    assert not [name for name in packages if f"| `gptjax/{name}/` |" not in text]
 
 
 def test_the_example_of_the_python_api_runs(tmp_path, monkeypatch, capsys):
