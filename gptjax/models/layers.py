@@ -9,6 +9,13 @@ from flax import nnx
 from gptjax.parallel.collectives import gather, index
 from gptjax.parallel.sharding import spec
 
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+}
+
 # One line a weight: shape, logical axes, initial scale. `decay` says whether weight decay pulls it to zero, `widened`
 # how many times more inputs a matrix has than at the base width, by which the optimizer makes its update smaller.
 

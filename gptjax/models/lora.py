@@ -5,35 +5,16 @@ trained: W + alpha / rank · A · B, narrow matrices of which B begins as zeros.
 averages are those of A and B alone. A step computes with the sums, which it makes anew; so does whoever loads a run.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.errors import Refused
 from gptjax.models.layers import weight
+from gptjax.models.sections import LoraConfig
 from gptjax.models.transformer import Block, Transformer
 from gptjax.parallel.sharding import spec
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What is trained of a run with init_from."""
-
-    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, and nothing is added
-    alpha: float = 16.0  # what is added is A · B times alpha / rank
-
-
-def check(config: LoraConfig, init_from: str) -> None:
-    """Raises: Refused."""
-    if config.rank < 0 or config.alpha <= 0:
-        raise Refused(f"lora.rank={config.rank} must not be negative, and lora.alpha={config.alpha} be more than 0.")
-    if config.rank and not init_from:
-        raise Refused(
-            f"lora.rank={config.rank} trains what is added to a model, and init_from is empty: name a workdir with one."
-        )
 
 
 class Adapter(nnx.Module):

@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.models import remat
 from gptjax.models.attention import attention, cached_attention
-from gptjax.models.config import ACTIVATIONS, ModelConfig, padded_vocab
+from gptjax.models.config import ModelConfig, padded_vocab
 from gptjax.models.layers import (
+    ACTIVATIONS,
     Norm,
     bias,
     dropout,
