@@ -1,6 +1,5 @@
 """Held-out loss, bits per byte and accuracy."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,31 +12,13 @@ import numpy as np
 from gptjax.data.batch import Batch, padding
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
-from gptjax.errors import Failed, Refused
+from gptjax.errors import Failed
 from gptjax.models.interface import LanguageModel
 from gptjax.models.loss import LossConfig
 from gptjax.models.objective import batch_sums
 from gptjax.parallel import sharding, trees
 from gptjax.parallel.batches import BatchLayout, local_rows, place, row_shards
 from gptjax.runtime import distributed, heartbeat, preemption
-
-
-@dataclasses.dataclass(frozen=True)
-class TasksConfig:
-    """What of lm-eval a run is measured by, besides its held-out loss; see harness.py."""
-
-    names: str = ""  # tasks and groups, separated by commas
-    folder: str = ""  # with YAML files of more tasks; theirs is code too, so it has to be your own
-    every: int = 0  # steps; 0 is only at the end
-    limit: int = 0  # documents of each; 0 is all
-    num_fewshot: int = -1  # examples before a question; -1 is as many as the task says
-
-
-def check(config: TasksConfig) -> None:
-    """Raises: Refused, for a number out of range; the tasks themselves are found and read by `harness.load`."""
-    for key, least in (("every", 0), ("limit", 0), ("num_fewshot", -1)):
-        if getattr(config, key) < least:
-            raise Refused(f"tasks.{key}={getattr(config, key)} must be at least {least}.")
 
 
 class Unreadable(Exception):
