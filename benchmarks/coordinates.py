@@ -1,6 +1,6 @@
 """The coordinate check of the maximal-update parametrization: the size of activations over widths, as training begins.
 
-    python -m benchmarks.coordinates [--widths=128,256,512,1024,2048] [--picture=benchmarks/coordinates.png]
+    python -m benchmarks.coordinates [--widths=128,256,512,1024,2048] [--picture=docs/images/coordinates.png]
 
 In the standard parametrization what blocks put into the stream, and how far an update moves the logits, grow with the
 width at one learning rate; in the maximal-update one they don't (Yang et al. 2022, "Tensor Programs V", appendix D.1).

@@ -40,7 +40,7 @@ def measure(remat: str) -> tuple[float, float]:
     with jax.set_mesh(mesh):
         init = jax.jit(functools.partial(update.init_state, config, SHAPE.vocab)).lower().compile()
         step = update.compile_step(config, SHAPE.vocab, update.abstract_state(config, SHAPE.vocab, mesh), mesh)
-        batch = batches.place(ours.batch(SHAPE), np.arange(SHAPE.batch), mesh, SHAPE.batch, 1)
+        batch = batches.place(ours.batch(SHAPE), np.arange(SHAPE.batch), batches.BatchLayout(mesh, SHAPE.batch))
         before = resident(os.getpid())
         state = init()
         pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -40,7 +40,7 @@ def build(shape: peer.Shape, biases: bool):
     mesh = make_mesh(MeshConfig(), jax.devices())
     jax.set_mesh(mesh)
     state = jax.jit(functools.partial(update.init_state, config, shape.vocab))()
-    data = batches.place(batch(shape), np.arange(shape.batch), mesh, shape.batch, 1)
+    data = batches.place(batch(shape), np.arange(shape.batch), batches.BatchLayout(mesh, shape.batch))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
     def step():

@@ -1,7 +1,7 @@
 """Held-out loss against wall time: the quickstart's recipe beside a GPT-2-style one with AdamW.
 
     pip install matplotlib
-    python -m benchmarks.time_to_loss [--seconds=150] [--picture=benchmarks/time_to_loss.png]
+    python -m benchmarks.time_to_loss [--seconds=150] [--picture=docs/images/time_to_loss.png]
 
 Both train on the quickstart's data with the same batches, in one process, a block of steps of one and then of the
 other, so that other load falls on both; the clock of each runs in its own blocks alone, and neither compilation nor
@@ -126,7 +126,7 @@ def draw(ours: Run, other: Run, seconds: float, picture: pathlib.Path) -> None:
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--seconds", type=float, default=150.0, help="that each recipe trains")
-    args.add_argument("--picture", type=pathlib.Path, default=pathlib.Path("benchmarks/time_to_loss.png"))
+    args.add_argument("--picture", type=pathlib.Path, default=pathlib.Path("docs/images/time_to_loss.png"))
     args = args.parse_args()
     quickstart = files.load(QUICKSTART, {})
     store = prepare(quickstart.data, quickstart.tokenizer, epath.Path(tempfile.mkdtemp()) / "store")

@@ -9,7 +9,6 @@ the others wait twenty minutes and then fail one by one, and here all of them kn
 """
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import sys
@@ -26,6 +25,7 @@ from etils import epath
 from gptjax import __version__
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
+from gptjax.checkpoints.config import CheckpointConfig
 from gptjax.errors import Failed, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed, files
@@ -44,15 +44,6 @@ def _unraisable(found, show=sys.unraisablehook) -> None:
 
 
 sys.unraisablehook = _unraisable
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """Which checkpoints stay."""
-
-    keep: int = 2  # the newest so many
-    keep_every: int = 0  # and each at a multiple of this step, for good; 0: no others
-    write_seconds: int = 1800  # a save that takes longer to write has failed: storage that is lost may never answer
 
 
 class Checkpoints:

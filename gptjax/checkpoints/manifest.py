@@ -6,7 +6,6 @@ it says can be trusted as far as the disk can; nothing that it names may lie out
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ from etils import epath
 
 from gptjax.errors import shown
 from gptjax.runtime import untrusted
-from gptjax.runtime.files import reason
+from gptjax.runtime.files import reason, to_disk, write_whole
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -43,24 +42,14 @@ def digests(folder: epath.Path, paths: list[str]) -> dict[str, dict]:
     for path in paths:
         with (folder / path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            _to_the_disk(file)  # a file system that is full or lost may say so only here
+            to_disk(file)
             found[path] = {"bytes": file.tell(), "sha256": digest}
     return found
 
 
 def write(folder: epath.Path, content: dict) -> None:
     """Makes a checkpoint of a folder. Raises: OSError."""
-    beside = folder / f"{NAME}.partial"
-    with beside.open("wb") as file:
-        file.write(_encoded(content))
-        file.flush()
-        _to_the_disk(file)
-    beside.replace(folder / NAME)
-
-
-def _to_the_disk(file) -> None:
-    with contextlib.suppress(io.UnsupportedOperation):  # gs:// has no such thing
-        os.fsync(file.fileno())
+    write_whole(folder / NAME, _encoded(content), sync=True)
 
 
 def _encoded(content: dict) -> bytes:

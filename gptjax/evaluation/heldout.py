@@ -1,6 +1,5 @@
 """Held-out loss, bits per byte and accuracy."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,31 +12,13 @@ import numpy as np
 from gptjax.data.batch import Batch, padding
 from gptjax.data.stream import stream
 from gptjax.data.stream.mixture import Corpus
-from gptjax.errors import Failed, Refused
+from gptjax.errors import Failed
 from gptjax.models.interface import LanguageModel
 from gptjax.models.loss import LossConfig
 from gptjax.models.objective import batch_sums
 from gptjax.parallel import sharding, trees
-from gptjax.parallel.batches import local_rows, place, row_shards
+from gptjax.parallel.batches import BatchLayout, local_rows, place, row_shards
 from gptjax.runtime import distributed, heartbeat, preemption
-
-
-@dataclasses.dataclass(frozen=True)
-class TasksConfig:
-    """What of lm-eval a run is measured by, besides its held-out loss; see harness.py."""
-
-    names: str = ""  # tasks and groups, separated by commas
-    folder: str = ""  # with YAML files of more tasks; theirs is code too, so it has to be your own
-    every: int = 0  # steps; 0 is only at the end
-    limit: int = 0  # documents of each; 0 is all
-    num_fewshot: int = -1  # examples before a question; -1 is as many as the task says
-
-
-def check(config: TasksConfig) -> None:
-    """Raises: Refused, for a number out of range; the tasks themselves are found and read by `harness.load`."""
-    for key, least in (("every", 0), ("limit", 0), ("num_fewshot", -1)):
-        if getattr(config, key) < least:
-            raise Refused(f"tasks.{key}={getattr(config, key)} must be at least {least}.")
 
 
 class Unreadable(Exception):
@@ -89,7 +70,7 @@ def evaluate(
     """
     shards = row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    rows = local_rows(mesh, batch_size, 1)
+    rows = local_rows(BatchLayout(mesh, batch_size))
     batches, failure = {}, ""
     try:
         for name, store in corpus.stores.items():
@@ -147,7 +128,7 @@ def _sums(
                 # The same windows are read however many fit into a batch.
                 counted = (index * batch_size + rows < windows[name]).astype(np.float32)
                 batch = batch._replace(weights=batch.weights * counted[:, None])
-                batch = place(batch, rows, mesh, batch_size, 1)
+                batch = place(batch, rows, BatchLayout(mesh, batch_size))
                 preemption.tick()
                 with heartbeat.waiting():
                     its = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)

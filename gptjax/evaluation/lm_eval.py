@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from gptjax.errors import Failed, Preempted, Refused, nearest
 from gptjax.evaluation import bias_pairs, classification
-from gptjax.evaluation.heldout import TasksConfig
+from gptjax.evaluation.config import TasksConfig
 from gptjax.inference import generate
 from gptjax.inference.decoder import doubled
 from gptjax.inference.generate import Sampling

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.models.config import ACTIVATIONS, ModelConfig
-from gptjax.models.layers import Norm, Weights, dropout, product, rotate
+from gptjax.models.config import ModelConfig
+from gptjax.models.layers import ACTIVATIONS, Norm, Weights, dropout, product, rotate
 from gptjax.models.pattern import Segment
 from gptjax.parallel.collectives import gather_sequence, manual, reduce_sequence
 from gptjax.parallel.sharding import spec
@@ -76,7 +76,10 @@ class Attention:
     def empty_state(self, rows: int, slots: int) -> tuple:
         """Keys and values of no positions: zeros [B, K, S, H]."""
         c = self.config
-        shape, axes = (rows, c.num_kv_heads, slots, c.head_dim), spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim")
+        shape, axes = (
+            (rows, c.num_kv_heads, slots, c.head_dim),
+            spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim"),
+        )
         return jnp.zeros(shape, c.dtype, out_sharding=axes), jnp.zeros(shape, c.dtype, out_sharding=axes)
 
 

@@ -1,36 +1,24 @@
 """The section `model` of the transformer: its sizes, and the choice among a few functions in each place."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
-import jax
-import jax.numpy as jnp
-
 from gptjax.errors import Refused
 from gptjax.models import pattern, remat
 from gptjax.models.interface import Parameters
-from gptjax.parallel.sharding import mesh_axes
 
 if TYPE_CHECKING:
     from flax import nnx
 
     from gptjax.models.transformer import Transformer
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "swiglu": jax.nn.silu,
-}
-ACTIVATION_NAMES = remat.NAMES
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
     "rope_scaling": ("", "linear", "llama3"),
-    "activation": tuple(ACTIVATIONS),
+    "activation": ("gelu", "gelu_exact", "relu2", "swiglu"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
@@ -71,7 +59,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
     param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, then rounded
 
-    activation_names: ClassVar[tuple[str, ...]] = ACTIVATION_NAMES
+    activation_names: ClassVar[tuple[str, ...]] = remat.NAMES
     # The config key to blame when a weight's dimension does not divide over the mesh. The first is named that does not;
     # num_kv_heads may only follow num_heads.
     axis_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -143,8 +131,10 @@ class ModelConfig:
         the inputs are gathered once more for the gradients of weights, and full rematerialization scatters once more
         after attention. Before the first block and after the last there is one more of each.
         """
+        from gptjax.parallel.sharding import mesh_axes  # not at the top: configs are parsed before JAX is imported
+
         (axis,) = mesh_axes("act_stream")
-        stream_bytes = rows * seq_len * self.embed_dim * jnp.dtype(self.dtype).itemsize
+        stream_bytes = rows * seq_len * self.embed_dim * {"float32": 4, "bfloat16": 2}[self.dtype]
         gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[remat.parse(self.remat)[0]]
         return {
             ("all-gather", axis): (gathers * self.num_layers + 2) * stream_bytes,

@@ -3,11 +3,14 @@
 Letters: B batch, R rows of a prefill, T position, D width of the hidden states.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from __future__ import annotations
 
-import jax
-from flax import nnx
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # configs are parsed before JAX is imported
+    import jax
+    from flax import nnx
 
 PyTree = Any
 

@@ -10,6 +10,13 @@ from flax import nnx
 from gptjax.parallel.collectives import gather, index
 from gptjax.parallel.sharding import spec
 
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+}
+
 # The axes along which blocks, and later experts, are stacked: each index holds a matrix of its own.
 STACKED = ("layers",)
 

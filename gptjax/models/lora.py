@@ -5,36 +5,17 @@ A and B are trained; B starts as zeros. So summed gradients, moments and average
 the products anew, and so does loading a run.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.errors import Refused
 from gptjax.models.interface import LanguageModel
 from gptjax.models.layers import Weights, declared
+from gptjax.models.sections import LoraConfig
 from gptjax.parallel.sharding import spec
 from gptjax.parallel.trees import is_param
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """The section `lora`: adapters in a run with init_from."""
-
-    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, without adapters
-    alpha: float = 16.0  # the added product is A · B times alpha / rank
-
-
-def check(config: LoraConfig, init_from: str) -> None:
-    """Raises: Refused."""
-    if config.rank < 0 or config.alpha <= 0:
-        raise Refused(f"lora.rank={config.rank} must not be negative, and lora.alpha={config.alpha} be more than 0.")
-    if config.rank and not init_from:
-        raise Refused(
-            f"lora.rank={config.rank} adds adapters to an existing model, and init_from is empty: name a workdir with a model."
-        )
 
 
 class Adapter(nnx.Module):

@@ -1,6 +1,5 @@
 """Next-token cross entropy that never holds the logits of a whole batch."""
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -11,16 +10,9 @@ import jax.numpy as jnp
 from gptjax.errors import Refused
 from gptjax.models.interface import Output
 from gptjax.models.layers import product, soft_capped
+from gptjax.models.sections import LossConfig
 from gptjax.parallel.collectives import gather, gather_sequence, index, largest, manual, summed, varying
 from gptjax.parallel.sharding import BATCH_AXES
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """How the loss is computed."""
-
-    z_loss: float = 0.0  # weight of log²(partition function) (PaLM, Chowdhery et al. 2022, section 5); 1e-4 is usual
-    num_chunks: int = 8  # pieces of the sequence; the logits of one piece are in memory at a time
 
 
 class Fixed(NamedTuple):
@@ -40,9 +32,7 @@ class Sums(NamedTuple):
     correct: jax.Array  # targets that were the most likely token
 
 
-def next_token_sums(
-    x_BTD, output: Output, targets_BT, weights_BT, *, vocab_size: int, config: LossConfig
-) -> Sums:
+def next_token_sums(x_BTD, output: Output, targets_BT, weights_BT, *, vocab_size: int, config: LossConfig) -> Sums:
     """Sums of the cross entropy of softmax(x · wᵀ) over all tokens.
 
     The gradient of the objective is computed along with the value, chunk by chunk. So the backward pass neither holds

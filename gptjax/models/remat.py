@@ -8,8 +8,6 @@
   full  only the input of each block stays, and all the rest is computed again
 """
 
-import jax
-
 from gptjax.errors import Refused, nearest
 
 # Of a block, in the order in which they are made. With all of them at hand no matrix product is done twice.
@@ -52,11 +50,15 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 def not_gathered_weights(primitive, *_, **params) -> bool:
     """Saves all but gathered weights, of which each layer's whole copy would stay; `tensor` gathers activations."""
+    import jax  # not at the top: configs are parsed before JAX is imported
+
     return primitive is not jax.lax.all_gather_p or "tensor" in params["axis_name"]
 
 
 def policy(text: str):
     """The policy of `jax.checkpoint` for a setting."""
+    import jax
+
     base, actions = parse(text)
     if base == "none":
         return not_gathered_weights

@@ -1,6 +1,5 @@
 """The device mesh: its axes, their sizes, and which devices are neighbours."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,19 +7,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from gptjax.errors import Refused
+from gptjax.parallel.config import MeshConfig
 
 # `ring` is a part of full sharding: the third side of a torus (see `ring_size`), 1 elsewhere.
 AXES = ("slices", "data", "fsdp", "ring", "tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes what the others leave."""
-
-    data: int = 1  # replicas of the whole model
-    fsdp: int = -1  # weights, gradients and optimizer state cut over this many devices, gathered for use
-    tensor: int = 1  # heads, MLP, vocabulary and the sequence between blocks cut over this many devices
-    slices: int = 0  # replicas joined by the data-centre network; 0: as many as the TPU slices, 1 on other devices
 
 
 def num_slices(devices: list[jax.Device]) -> int:

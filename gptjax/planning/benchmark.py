@@ -91,12 +91,13 @@ def bench(config: Config, steps: int) -> dict:
 
 def synthetic(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Batch:
     """One batch of random tokens, each row a document of its own."""
-    rows = batches.local_rows(mesh, config.batch_size, config.grad_accum_steps)
+    layout = batches.BatchLayout(mesh, config.batch_size, config.grad_accum_steps)
+    rows = batches.local_rows(layout)
     shape = len(rows), config.seq_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), config.seq_len + 1), np.int32)
     positions = np.broadcast_to(np.arange(config.seq_len, dtype=np.int32), shape)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, np.ones(shape, np.int32), np.ones(shape, np.float32))
-    return batches.place(batch, rows, mesh, config.batch_size, config.grad_accum_steps)
+    return batches.place(batch, rows, layout)
 
 
 def seconds(function, *arguments, steps: int) -> float:

@@ -1,6 +1,9 @@
 """Small files: replaced whole or not at all, and flat views of what JSON holds."""
 
+import contextlib
+import io
 import os
+import pathlib
 import re
 import tempfile
 
@@ -22,11 +25,28 @@ def check_writable(folder: epath.Path, flag: str = "--workdir") -> None:
         raise Refused(f"{flag}={folder} can't be written to ({inside}: {error.strerror}): give another.") from error
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file that is either the old one or the new one, whenever the process is killed."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
+def write_whole(path: epath.Path | pathlib.Path, content: bytes, suffix: str = "partial", sync: bool = False) -> None:
+    """Replaces a small file so that a kill at any moment leaves the old content or the new.
+
+    Args:
+      path: the file; on gs:// too.
+      content: the new bytes.
+      suffix: ends the name of the file written first; writers that may overlap each need their own.
+      sync: whether the bytes must be on the disk before the file takes its name.
+    """
+    beside = path.with_name(f"{path.name}.{suffix}")
+    with beside.open("wb") as file:
+        file.write(content)
+        if sync:
+            to_disk(file)
     beside.replace(path)
+
+
+def to_disk(file) -> None:
+    """Flushes an open file to its disk; a full or lost file system may report its failure only here."""
+    file.flush()
+    with contextlib.suppress(io.UnsupportedOperation):  # gs:// has no fsync
+        os.fsync(file.fileno())
 
 
 def reason(error: Exception) -> str:

@@ -242,9 +242,9 @@ def _write(folder) -> None:
     global _stacks
     folder.mkdir(exist_ok=True)
     path = folder / f"{_heart.process}.json"
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(dataclasses.asdict(beat())) + "\n")
-    beside.replace(path)
+    from gptjax.runtime.files import write_whole  # here, since this module imports only the standard library
+
+    write_whole(path, (json.dumps(dataclasses.asdict(beat())) + "\n").encode())
     if _stacks is None and "://" not in str(folder) and not faulthandler.is_enabled():
         _stacks = open(folder / f"{_heart.process}.stacks.txt", "a")
         faulthandler.enable(_stacks)  # where JAX itself ends the process, by an abort

@@ -18,7 +18,7 @@ from gptjax.data.stream import curriculum, stream
 from gptjax.data.stream.mixture import Corpus
 from gptjax.errors import Failed, Preempted, Refused
 from gptjax.parallel import hardware
-from gptjax.parallel.batches import local_rows, place
+from gptjax.parallel.batches import BatchLayout, local_rows, place
 from gptjax.parallel.mesh import make_mesh
 from gptjax.runtime import distributed, heartbeat, preemption, profiling, progress
 from gptjax.training import corpus as corpus_
@@ -306,6 +306,7 @@ def train_batches(
     """The batches of steps `start` to `num_steps`, read ahead in threads, on the mesh; all of `ledger` is before."""
     index = skipped_batches.batch_index(ledger, start)
     for phase, first, stop in curriculum.parts(data.phases, index, index + config.num_steps - start):
-        rows = local_rows(mesh, phase.batch_size, config.grad_accum_steps)
+        layout = BatchLayout(mesh, phase.batch_size, config.grad_accum_steps)
+        rows = local_rows(layout)
         for batch in stream.iterate(functools.partial(data.batch, rows=rows), first, stop):
-            yield place(batch, rows, mesh, phase.batch_size, config.grad_accum_steps)
+            yield place(batch, rows, layout)

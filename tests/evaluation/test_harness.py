@@ -16,7 +16,7 @@ from test_hf_tokenizer import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gptjax.evaluation import lm_eval
-from gptjax.evaluation.heldout import TasksConfig
+from gptjax.evaluation.config import TasksConfig
 from gptjax.interop.huggingface import convert
 from gptjax.training import loading
 

@@ -75,7 +75,7 @@ def test_surprise_is_the_loss_by_token():
         rows = np.tile(np.array(TOKENS, np.int32), (4, 1))
         inputs, ones = rows[:, :-1], np.ones((4, count), np.int32)
         batch = Batch(inputs, rows[:, 1:], ones * np.arange(count, dtype=np.int32), ones, ones.astype(np.float32))
-        batch = jax.tree.map(lambda array: array[0], batches.place(batch, np.arange(4), mesh, 4, 1))
+        batch = jax.tree.map(lambda array: array[0], batches.place(batch, np.arange(4), batches.BatchLayout(mesh, 4)))
         sums = jax.jit(
             lambda: objective.batch_sums(model, batch, None, vocab_size=257, loss=LossConfig(num_chunks=1))
         )()
@@ -102,10 +102,11 @@ def test_the_parts_of_a_weight_are_where_its_sharding_says(shape):
 
 def test_gradient_norms_add_up_to_that_of_the_step(store):
     mesh, config = training.mesh_of(2, 2, 1), training.tiny(dataclasses.replace(training.GPT2, dropout=0.0))
-    rows = batches.local_rows(mesh, config.batch_size, 1)
+    layout = batches.BatchLayout(mesh, config.batch_size)
+    rows = batches.local_rows(layout)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: step.init_state(config, store.tokenizer.vocab_size))()
-        batch = batches.place(training.data_of(config, store).batch(0, rows), rows, mesh, config.batch_size, 1)
+        batch = batches.place(training.data_of(config, store).batch(0, rows), rows, layout)
         own = jax.tree.map(lambda array: array[0], batch)
         norms = interpretability.gradient_norms(
             state.model, own, vocab_size=store.tokenizer.vocab_size, loss=config.loss

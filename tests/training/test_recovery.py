@@ -26,6 +26,7 @@ from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop
 from gptjax.training import step as update
 from gptjax.training.monitoring import rollback, skipped_batches
+from gptjax.training.monitoring.config import check_recovery
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
 from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index
 from gptjax.training.optim.config import OptimizerConfig
@@ -192,7 +193,7 @@ def test_bad_settings_are_refused():
         (dict(sdc_check_every=-1), "recovery.sdc_check_every=-1 must not be negative"),
     ):
         with pytest.raises(Refused, match=words):
-            rollback.check(RecoveryConfig(**changes))
+            check_recovery(RecoveryConfig(**changes))
 
 
 def gone_back(first, last, ledger=(), since=0):

@@ -13,7 +13,8 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from etils import epath
 
-    from gptjax.evaluation.heldout import TasksConfig, Unreadable, check, evaluate
+    from gptjax.evaluation.config import TasksConfig, check
+    from gptjax.evaluation.heldout import Unreadable, evaluate
     from gptjax.models import int8
     from gptjax.runtime import distributed
 

@@ -28,6 +28,7 @@ from etils import epath
 
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import optional
+from gptjax.runtime.files import write_whole
 
 SECONDS = 0.5  # from one look at the workers, and one of their notes, to the next
 GRACE = 10.0  # seconds in which the pool ends that is done with its workers
@@ -184,6 +185,4 @@ def _note(notes: pathlib.Path, more: tuple[int, ...] = ()) -> None:
     _done = Told(*map(sum, zip(_done, more))) if more else _done
     if not more or time.monotonic() - _noted > SECONDS:
         _noted = time.monotonic()
-        beside = notes / f"{os.getpid()}.partial"
-        beside.write_text(json.dumps(_done))
-        beside.replace(notes / f"{os.getpid()}.json")
+        write_whole(notes / f"{os.getpid()}.json", json.dumps(_done).encode())

@@ -18,6 +18,7 @@ from gptjax.data.sources import sources
 from gptjax.data.sources.documents import Damages, DataConfig, Document, Part
 from gptjax.data.sources.formats import lines
 from gptjax.data.store import store
+from gptjax.runtime.files import write_whole
 from gptjax.tokenizers import tokenizer as tokenizers
 
 # How much text is tokenized at a time: enough to occupy the cores, and what is held in memory.
@@ -217,9 +218,7 @@ def done(folder: epath.Path, task: int) -> bool:
 
 def finish(folder: epath.Path, task: int, result: dict) -> None:
     """Leaves the result of a task, after all else that it wrote."""
-    beside = path(folder, task, f"json.{os.getpid()}")
-    beside.write_text(json.dumps(result))
-    beside.replace(path(folder, task, "json"))
+    write_whole(path(folder, task, "json"), json.dumps(result).encode(), suffix=str(os.getpid()))
 
 
 def result(folder: epath.Path, task: int):

@@ -10,6 +10,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from gptjax.runtime.files import write_whole
+
 BLUE, GREY, RED, INK = "#3b6fb6", "#c9d3df", "#c8553d", "#24303c"
 PANELS = 12  # at most; in a space of more keys the last ones are left out
 COLUMNS = 4
@@ -67,9 +69,7 @@ def draw(trials: list[FrozenTrial], space: dict[str, BaseDistribution], path: pa
     FigureCanvasAgg(figure)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(picture.getvalue())
-    beside.replace(path)
+    write_whole(path, picture.getvalue())
 
 
 def _dots(panel, complete: list[tuple], pruned: list[tuple], high: float) -> None:

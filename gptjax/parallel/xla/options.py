@@ -4,10 +4,12 @@ A part of the config and not of the environment, so that `gptjax plan` compiles 
 """
 
 import re
-
-import jax
+from typing import TYPE_CHECKING
 
 from gptjax.errors import Refused
+
+if TYPE_CHECKING:  # configs are parsed before JAX is imported
+    import jax
 
 PREFIXES = {"tpu": "xla_tpu_", "gpu": "xla_gpu_", "cuda": "xla_gpu_", "cpu": "xla_cpu_"}  # by JAX's platform
 
@@ -28,11 +30,13 @@ def options(text: str) -> dict[str, str]:
     return found
 
 
-def compile(lowered: jax.stages.Lowered, text: str, platform: str) -> jax.stages.Compiled:
+def compile(lowered: "jax.stages.Lowered", text: str, platform: str) -> "jax.stages.Compiled":
     """The program with these options, but for those with the prefix of another platform: a config is for all.
 
     Raises: Refused, for an option or a value that the compiler does not know.
     """
+    import jax
+
     elsewhere = tuple(prefix for prefix in PREFIXES.values() if prefix != PREFIXES.get(platform))
     its = {name: value for name, value in options(text).items() if not name.startswith(elsewhere)}
     try:
@@ -49,6 +53,8 @@ def check(text: str, platform: str) -> None:
 
     Raises: Refused.
     """
+    import jax
+
     cache = jax.config.jax_compilation_cache_dir
     if text:
         try:

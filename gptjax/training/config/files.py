@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gptjax.errors import Refused, nearest
 from gptjax.runtime import untrusted
-from gptjax.runtime.files import flatten
+from gptjax.runtime.files import flatten, write_whole
 from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, parse
 
 
@@ -140,10 +140,9 @@ def write(path: pathlib.Path, original: str, docstring: str, values: dict[str, o
     """Writes a config file that is `original`, as of `config.split`, with these values by key, whole or not at all."""
     file, arguments = split(original)
     lines = "".join(f"    config.{key} = {value!r}\n" for key, value in values.items())
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(
+    text = (
         f'"""{docstring}"""\n\nimport runpy\n\n\ndef get_config():\n'
         f'    config = runpy.run_path({str(pathlib.Path(file).resolve())!r})["get_config"](*{arguments!r})\n'
         f"{lines}    return config\n"
     )
-    beside.replace(path)
+    write_whole(path, text.encode())

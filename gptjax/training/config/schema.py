@@ -7,37 +7,38 @@ where it is written. Inside it is a tree of frozen dataclasses (`parse()`).
 import dataclasses
 import json
 import math
+from typing import TYPE_CHECKING
 
-import jax
 from ml_collections import ConfigDict
 
-from gptjax.checkpoints.manager import CheckpointConfig
+from gptjax.checkpoints.config import CheckpointConfig
 from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
-from gptjax.data.preparation.prepare import DataConfig
+from gptjax.data.sources.documents import DataConfig
 from gptjax.data.stream import augment, curriculum, packing
 from gptjax.data.stream.augment import AugmentConfig
 from gptjax.data.stream.curriculum import CurriculumConfig, Phase
 from gptjax.data.stream.mixture import MixtureConfig
 from gptjax.data.stream.packing import PackingConfig
 from gptjax.errors import Refused, nearest, shown
-from gptjax.evaluation import heldout
-from gptjax.evaluation.heldout import TasksConfig
-from gptjax.models import build, lora
+from gptjax.evaluation import config as tasks
+from gptjax.evaluation.config import TasksConfig
+from gptjax.models import build
 from gptjax.models.config import ModelConfig
-from gptjax.models.lora import LoraConfig
-from gptjax.models.loss import LossConfig
-from gptjax.parallel import batches
-from gptjax.parallel.mesh import MeshConfig
+from gptjax.models.sections import LoraConfig, LossConfig, check_lora
+from gptjax.parallel.config import MeshConfig
 from gptjax.parallel.xla import options
 from gptjax.runtime.files import flatten
 from gptjax.runtime.watchdog import WatchdogConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
-from gptjax.training.monitoring import early_stopping, rollback
+from gptjax.training.monitoring import early_stopping
+from gptjax.training.monitoring.config import RecoveryConfig, check_recovery
 from gptjax.training.monitoring.early_stopping import StoppingConfig
-from gptjax.training.monitoring.rollback import RecoveryConfig
-from gptjax.training.optim import optimizers
+from gptjax.training.optim import config as optimizer
 from gptjax.training.optim.config import OptimizerConfig
+
+if TYPE_CHECKING:  # configs are parsed before JAX is imported
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +213,16 @@ def resolve(config: Config) -> Config:
             "would not know where prompts end: put it off."
         )
     options.options(config.compiler_options)
-    lora.check(config.lora, config.init_from)
-    optimizers.check(config.optimizer, config.num_steps)
+    check_lora(config.lora, config.init_from)
+    optimizer.check(config.optimizer, config.num_steps)
     if config.model.mup_base_width and config.optimizer.name == "adafactor":
         raise Refused(
             f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: how its rate depends on "
             "the width is not worked out; choose adamw, lion or muon."
         )
-    heldout.check(config.tasks)
+    tasks.check(config.tasks)
     early_stopping.check(config.stopping)
-    rollback.check(config.recovery)
+    check_recovery(config.recovery)
     pipeline.check(config.clean)
     packing.check(config.packing)
     augment.check(config.augment)
@@ -230,13 +231,15 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: Config, mesh: "jax.sharding.Mesh") -> None:
     """The batch of every phase divides over the mesh. Raises: Refused."""
     for phase in config.phases:
         _check_batch(config.at(phase), mesh)
 
 
-def _check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+def _check_batch(config: Config, mesh: "jax.sharding.Mesh") -> None:
+    from gptjax.parallel import batches
+
     shards = batches.row_shards(mesh)
     if config.micro_batch_size % shards:
         raise Refused(

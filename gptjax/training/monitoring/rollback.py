@@ -11,7 +11,6 @@ the very same decisions again.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import statistics
@@ -21,43 +20,9 @@ from etils import epath
 
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed, untrusted
+from gptjax.runtime.files import write_whole
+from gptjax.training.monitoring.config import RecoveryConfig
 from gptjax.training.monitoring.skipped_batches import batch_index
-
-POLICIES = ("skip", "stop", "off")
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoveryConfig:
-    """When a run goes back and skips (`skip`), or ends (`stop`); `off` is neither.
-
-    A spike is a loss above median + max(spike_deviations × 1.4826 × median absolute deviation, spike_floor), of the
-    spike_window losses before the last spike_steps, that many times in a row; 1.4826 makes it standard deviations where
-    losses are normally distributed. By the defaults no healthy run has one: bad batches and short spikes, which mend
-    themselves, end before 16 steps, and 16 losses in a row both 12 deviations and half a nat above are no chance.
-    """
-
-    on_nonfinite: str = "skip"
-    nonfinite_steps: int = 3  # in a row, of which the loss or the gradient's norm is not finite
-    on_spike: str = "skip"
-    spike_steps: int = 16
-    spike_window: int = 256  # steps; there are no spikes before it is full
-    spike_deviations: float = 12.0
-    spike_floor: float = 0.5  # nats a token
-    max_returns: int = 3  # to one checkpoint; then the run stops
-    sdc_check_every: int = 0  # each so many steps one is computed twice and compared, which holds two states; 0 is off
-
-
-def check(config: RecoveryConfig) -> None:
-    """Raises: Refused, for an unknown word or a number out of range."""
-    for key in ("on_nonfinite", "on_spike"):
-        if getattr(config, key) not in POLICIES:
-            raise Refused(f'recovery.{key}="{getattr(config, key)}" is unknown: choose one of {", ".join(POLICIES)}.')
-    for key in ("nonfinite_steps", "spike_steps", "spike_window", "max_returns"):
-        if getattr(config, key) < 1:
-            raise Refused(f"recovery.{key}={getattr(config, key)} must be at least 1.")
-    for key in ("spike_deviations", "spike_floor", "sdc_check_every"):
-        if getattr(config, key) < 0:
-            raise Refused(f"recovery.{key}={getattr(config, key)} must not be negative.")
 
 
 class GoBack(Exception):
@@ -202,8 +167,6 @@ class Watch:
                     if row["step"] <= start or any(row["batch"] in batches for batches in skipped):
                         kept.append(line)
             if self._path.exists():
-                beside = self._path.with_name(self._path.name + ".partial")
-                beside.write_bytes(b"".join(kept))
-                beside.replace(self._path)
+                write_whole(self._path, b"".join(kept))
         except Exception as error:  # of whatever file system
             print(f"warning: {self._path} can't be brought up to date ({error})", flush=True)

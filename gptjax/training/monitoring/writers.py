@@ -9,6 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from gptjax.runtime import heartbeat
+from gptjax.runtime.files import write_whole
 from gptjax.training.monitoring.records import rows_until
 
 # Where torch is installed tensorboardX imports it, which takes two seconds of each start, for nothing that is used here;
@@ -40,9 +41,7 @@ class Writers:
         with self._or_warn(self._metrics):
             self.rows = rows_until(self._metrics, start)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
-            beside = folder / "metrics.jsonl.partial"
-            beside.write_bytes(lines)
-            beside.replace(self._metrics)
+            write_whole(self._metrics, lines)
             self._file = _Rewritten(self._metrics, lines) if self._on_a_bucket else self._metrics.open("ab")
         with self._or_warn(self._tensorboard):
             self._board = Board(self._tensorboard, start)

@@ -3,28 +3,9 @@
 import jax
 import optax
 
-from gptjax.errors import Refused
 from gptjax.parallel.trees import is_param
-from gptjax.training.optim.config import STATE_DTYPES, OptimizerConfig
-from gptjax.training.optim.schedules import SCHEDULES, learning_rate
-
-
-def check(config: OptimizerConfig, num_steps: int) -> None:
-    """Raises: Refused, for an unknown name or a number out of range."""
-    for key, words in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("state_dtype", STATE_DTYPES)):
-        if getattr(config, key) not in words:
-            raise Refused(f'optimizer.{key}="{getattr(config, key)}" is unknown: choose one of {", ".join(words)}.')
-    for key in ("decay_fraction", "final_fraction"):
-        if not 0 <= getattr(config, key) <= 1:
-            raise Refused(f"optimizer.{key}={getattr(config, key)} must lie between 0 and 1.")
-    for key in ("beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(config, key) < 1:
-            raise Refused(f"optimizer.{key}={getattr(config, key)} must be at least 0 and below 1.")
-    for key in ("peak_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
-        if getattr(config, key) < 0:
-            raise Refused(f"optimizer.{key}={getattr(config, key)} must not be negative.")
-    if config.warmup_steps > num_steps:
-        raise Refused(f"optimizer.warmup_steps={config.warmup_steps} is more than num_steps={num_steps}: lower it.")
+from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.optim.schedules import learning_rate
 
 
 def decays(model) -> object:
