@@ -1,4 +1,4 @@
-"""Causal self-attention within documents: the only file that looks at the platform.
+"""Causal self-attention within documents. Only this file looks at the platform.
 
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head dimension.
 """
@@ -12,10 +12,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from gptjax.parallel.sharding import spec
 
-# Smaller blocks skip more of the upper triangle and stay in the cache; below 64 rows, and with more than 8 programs to
-# compile, that no longer pays (benchmarks/NOTES.md, Attention).
+# Smaller blocks skip more of the upper triangle and stay in the cache. Below 64 rows, or with more than 8 programs to
+# compile, they no longer pay (benchmarks/NOTES.md, Attention).
 MIN_BLOCK, MAX_BLOCKS = 64, 8
-# Rows and columns of a tile in the TPU's kernel: a multiple of its 128 lanes, as large as its fast memory likes.
+# Rows and columns of a tile in the TPU's kernel: multiples of the 128 lanes, as large as the fast memory takes well.
 TILES = (512, 256, 128)
 
 
@@ -23,9 +23,11 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
     """Softmax attention in which position t sees positions s ≤ t of its own segment (Vaswani et al. 2017, 3.2.1).
 
     Args:
-      q_BTNH: queries, unscaled; k_BTKH, v_BTKH: keys and values, with K dividing N (grouped-query attention, Ainslie
-        et al. 2023). segments_BT: int32 document numbers. window: how many positions up to its own a query sees
-        (Beltagy et al. 2020), 0 for all.
+      q_BTNH: queries, unscaled.
+      k_BTKH: keys, with K dividing N (grouped-query attention, Ainslie et al. 2023).
+      v_BTKH: values.
+      segments_BT: int32 document numbers.
+      window: positions that a query sees, the last one being the query's own (Beltagy et al. 2020); 0 for all.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Softmax is in float32.
@@ -38,24 +40,26 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
         local = splash_attention
     elif platform in ("gpu", "cuda") and fits_cudnn(q_BTNH):
         local = cudnn_attention
-    # Kernels don't say over which axes their results vary. Every float that enters is cut over all of them, so that no
-    # gradient is left to be summed.
+    # Kernels don't declare over which axes their results vary. Every float that enters is cut over all of these axes, so
+    # no gradient is left to be summed.
     a_BTNH = jax.shard_map(
         functools.partial(local, window=window),
         in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")),
         out_specs=q_spec,
         check_vma=local is blocked_attention,
     )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    # Splash names its own results; to name this transposed copy too would save both.
+    # Splash names its results itself; naming this transposed copy too would save both.
     return a_BTNH if local is splash_attention else checkpoint_name(a_BTNH, "context")
 
 
 def cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
-    """Attention of one new position a row, T = 1, over the row's cached ones and itself.
+    """Attention of one new position a row, T = 1, over the row's cached positions and the new position.
 
     Args:
-      cache: keys and values, each [B, K, S, H], so that a head's lie together; positions_B: the slot that the new one
-        takes, those before it being filled. window: as in `attention`.
+      q_BTNH: queries, unscaled; k_BTKH and v_BTKH: keys and values of the new position.
+      cache: keys and values, each [B, K, S, H], so that those of a head lie together.
+      positions_B: the slot of the new position; all slots before are filled.
+      window: as in `attention`.
 
     Returns:
       ([B, 1, N, H], the cache with the new position in it).
@@ -71,12 +75,12 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
 
 
 def cached(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
-    """`cached_attention` of this device's rows and heads."""
+    """`cached_attention` for this device's rows and heads."""
     B, _, N, H = q_BTNH.shape
     K, S = cache[0].shape[1:3]
     rows = jnp.arange(B)
     keys_BKSH, values_BKSH = (
-        array.at[rows, :, positions_B].set(new_BTKH[:, 0]) for array, new_BTKH in zip(cache, (k_BTKH, v_BTKH))
+        array.at[rows, :, positions_B].set(new_BTKH[:, 0]) for array, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
     )
     back_BS = positions_B[:, None] - jnp.arange(S)
     mask_BS = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
@@ -91,7 +95,7 @@ def cached(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
 def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret: bool = False):
     """The Pallas flash attention of TPUs (Dao 2023), which skips tiles that the mask empties.
 
-    `interpret` runs the kernel's own program on any platform, slowly.
+    interpret: runs the kernel's program on any platform, slowly.
     """
     B, T, N, H = q_BTNH.shape
     mask = splash_attention_mask.CausalMask((T, T))
@@ -105,7 +109,7 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret
         block_sizes=splash_attention_kernel.BlockSizes(
             block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
         ),
-        residual_checkpoint_name="context",  # so that remat keeps what the backward kernel needs, or does not
+        residual_checkpoint_name="context",  # so that remat decides about the backward kernel's inputs
         interpret=interpret,
     )
     q_BNTH, k_BKTH, v_BKTH = (
@@ -137,7 +141,7 @@ def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
 
 
 def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
-    """Plain XLA, in blocks of queries that each meet only the keys from their window's first to their own last."""
+    """Plain XLA in blocks of queries. A block meets only the keys from the start of its window to its last query."""
     length = q_BTNH.shape[1]
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     outputs = []
@@ -152,9 +156,9 @@ def blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
 
 
 def masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Softmax attention under an explicit mask (True where a query may look); the reference of all the others.
+    """Softmax attention under an explicit mask (True where a query may look): the reference for all the others.
 
-    Values may be of another width than queries and keys.
+    Values may have another width than queries and keys.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]

@@ -3,20 +3,20 @@
 `model.remat` is a base (`none`, `dots`, `full`), then exceptions by tensor, as in
 `dots,mlp_up=recompute,mlp_gate=recompute` or `full,block_input=offload,query=offload`:
 
-  none  everything stays but the gathered weights; the fastest where it fits
-  dots  the named tensors below stay, which are the results of matrix products and of attention
-  full  only the input of each block stays, and all the rest is computed again
+  none  keeps everything but the gathered weights; the fastest base, if memory suffices
+  dots  keeps the tensors named below, which are the results of matrix products and of attention
+  full  keeps only the input of each block, and computes the rest again
 """
 
 from gptjax.errors import Refused, nearest
 
-# Of a block, in the order in which they are made. With all of them at hand no matrix product is done twice.
+# The activations of a block, in the order of computation. If all are kept, no matrix product is done twice.
 NAMES = (
     "block_input",
-    "query",  # as attention takes it: normalized and turned
+    "query",  # as attention takes them: normalized and turned
     "key",
     "value",
-    "context",  # attention's output, and the log of its partition function where a kernel keeps that
+    "context",  # attention's output, and the log of the partition function if the kernel keeps that
     "attention_out",
     "mlp_gate",
     "mlp_up",
@@ -49,7 +49,7 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def not_gathered_weights(primitive, *_, **params) -> bool:
-    """Saves all but gathered weights, of which each layer's whole copy would stay; `tensor` gathers activations."""
+    """Saves all but gathered weights, which would stay whole for each layer. Gathers over `tensor` are activations."""
     import jax  # not at the top: configs are parsed before JAX is imported
 
     return primitive is not jax.lax.all_gather_p or "tensor" in params["axis_name"]

@@ -29,7 +29,7 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(devices, dtype: str) -> float | None:
-    """FLOP/s of all the devices together; None where it is not known, and for other dtypes than bfloat16."""
+    """FLOP/s of all the devices together; None for unknown devices and for dtypes other than bfloat16."""
     peak = PEAK_BF16_FLOPS.get(devices[0].device_kind) if dtype == "bfloat16" else None
     return peak and peak * len(devices)
 
@@ -39,16 +39,16 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of accelerator, by device as JAX counts them. None where no source was found."""
+    """A kind of accelerator; all numbers are per device as JAX counts devices. None if no source was found."""
 
     device_kind: str  # as JAX calls it
-    hbm_bytes: int  # what a program can have
+    hbm_bytes: int  # memory that a program can use
     clock: float | None  # Hz, of the compiler's cycle estimates
-    ici_bytes: float  # a second out of a device to others of its slice (of its host, for GPUs), over all its links
-    dcn_bytes: float | None  # a second out of a device between slices (between hosts, for GPUs)
+    ici_bytes: float  # per second out of a device into its slice (GPUs: its host), over all links
+    dcn_bytes: float | None  # per second out of a device between slices (GPUs: between hosts)
     devices_per_chip: int = 1
-    shapes: tuple[str, ...] = ()  # of TPU slices: below a cube of 4x4x4, or all of them where the torus is flat
-    max_chips: int = 0  # of TPU slices that are made of cubes
+    shapes: tuple[str, ...] = ()  # of TPU slices below a cube of 4x4x4, or of all slices if the torus is flat
+    max_chips: int = 0  # of TPU slices made of cubes
 
     @property
     def peak_flops(self) -> float:
@@ -82,7 +82,7 @@ KINDS = {
 }
 
 
-# What the compiler has to know of a card (CUDA C++ programming guide, "Compute capabilities", and the data sheets):
+# Facts of a card that the compiler needs (CUDA C++ programming guide, "Compute capabilities", and the data sheets):
 # compute capability, streaming multiprocessors, their float32 lanes and shared memory, level-2 cache,
 # memory's bytes a second, GHz.
 CARDS = {

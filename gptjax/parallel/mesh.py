@@ -1,4 +1,4 @@
-"""The device mesh: its axes, their sizes, and which devices are neighbours."""
+"""The device mesh: the axes, their sizes, and which devices are neighbours."""
 
 import math
 
@@ -14,7 +14,7 @@ AXES = ("slices", "data", "fsdp", "ring", "tensor")
 
 
 def num_slices(devices: list[jax.Device]) -> int:
-    """TPU slices among the devices. GPUs have a slice index too, one a host: that is no reason to replicate."""
+    """The number of TPU slices among the devices. GPUs have a slice index too, one a host, which does not count here."""
     return len({slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
@@ -26,8 +26,8 @@ def mesh_shape(config: MeshConfig, num_devices: int, tpu_slices: int) -> tuple[i
     """The sizes of (slices, data, fsdp, tensor) on `num_devices` in `tpu_slices`, with 0 and -1 filled in.
 
     Raises:
-      Refused: more than one -1, a size below 1, a product other than the number of devices, or other slices than
-        they are in.
+      Refused: more than one -1, a size below 1, a product other than the number of devices, or a number of slices
+        other than `tpu_slices`.
     """
     sizes = {"slices": config.slices or tpu_slices} | {
         axis: getattr(config, axis) for axis in ("data", "fsdp", "tensor")
@@ -35,7 +35,7 @@ def mesh_shape(config: MeshConfig, num_devices: int, tpu_slices: int) -> tuple[i
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     for axis, size in sizes.items():
         if size < 1 and size != -1:
-            raise Refused(f"mesh.{axis}={size} is no size: give at least 1, or -1 for what the other axes leave.")
+            raise Refused(f"mesh.{axis}={size} must be at least 1, or -1 for the devices that the other axes leave.")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise Refused(f"Only one mesh axis may be -1, but {' and '.join('mesh.' + a for a in open_axes)} are.")
@@ -56,10 +56,10 @@ def mesh_shape(config: MeshConfig, num_devices: int, tpu_slices: int) -> tuple[i
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh over these devices: slices outermost, and within one the order of the hardware's links.
+    """The mesh over these devices: slices outermost, and inside a slice the order of the hardware's links.
 
     Raises:
-      Refused: sizes that do not make up the devices, or other slices than they have.
+      Refused: sizes whose product is not the number of devices, or a wrong number of slices.
     """
     found = num_slices(devices)
     slices, *inside = mesh_shape(config, len(devices), found)
@@ -72,10 +72,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mes
 
 
 def ring_size(devices: np.ndarray) -> int:
-    """Of devices that share a model, how many make up one side of the torus, if they fill all three sides of one.
+    """If the devices of one model fill a 3D torus, the length of its side; otherwise 1.
 
-    For a whole three-dimensional torus XLA makes an all-gather of an all-reduce, at twice the bytes; along one side and
-    then along the other two it gathers (benchmarks/NOTES.md, Collectives).
+    Over a whole 3D torus XLA makes an all-gather of an all-reduce, at twice the bytes. Along one side and then along the
+    other two XLA gathers (benchmarks/NOTES.md, Collectives).
     """
     if devices[0].platform != "tpu":
         return 1
@@ -90,15 +90,15 @@ def ring_size(devices: np.ndarray) -> int:
 
 
 def sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """A mesh's axes as the config has them: `ring` is a part of `fsdp`."""
+    """The sizes of a mesh as a config gives them: `ring` is a part of `fsdp`."""
     shape = dict(mesh.shape)
     ring = shape.pop("ring")
     return shape | {"fsdp": shape["fsdp"] * ring}
 
 
 def linked(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """One slice's devices in this shape, its last axis on the shortest rings that there are."""
+    """The devices of one slice in this shape, the last axis on the shortest rings."""
     try:
         return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # an axis that is no product of whole physical ones
+    except NotImplementedError:  # an axis that is not a product of whole physical axes
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def named_leaves(tree) -> dict:
-    """A tree's leaves by path: {"model.blocks.query": leaf, …}."""
+    """The leaves of a tree by path: {"model.blocks.query": leaf, …}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
@@ -14,7 +14,7 @@ def named_leaves(tree) -> dict:
 
 
 def placed(shapes, mesh: jax.sharding.Mesh):
-    """Of an abstract tree: the same on the devices of `mesh`; a leaf without a sharding is whole on each."""
+    """Places an abstract tree on the devices of `mesh`. A leaf without a sharding is whole on each device."""
 
     def put(leaf):
         spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
@@ -28,5 +28,5 @@ def is_param(leaf) -> bool:
 
 
 def put(array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds whole, over devices that may be of several processes."""
+    """Places an array that every process holds whole on devices, which may belong to several processes."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -52,18 +52,25 @@ def test_two_segments_train_as_one(model, shape, store):
     assert losses[0][2] < losses[0][0]
 
 
+@jax.jit
+def read(model):
+    """Hidden states of 12 tokens: by a full pass, of the 9th after a prefill, and of the 10th after a decoded token."""
+    ids = jnp.arange(12)[None]
+    whole_BTD = model.hidden(Inputs(ids, ids, jnp.zeros_like(ids)), None).x_BTD
+    decoder = model.for_decoding()
+    x_RD, state = decoder.prefill(ids, jnp.array([9]))
+    padded = jax.tree.map(lambda old, new: old.at[:, :, :12].set(new), decoder.empty_state(1, 16), state)
+    return whole_BTD, x_RD, decoder.decode(jnp.array([9]), jnp.array([9]), padded)[0]
+
+
 def test_two_segments_decode_as_one():
     mesh, found = mesh_of(1, 1, 1), []
     for _, model in pair(LLAMA, mesh):
         with jax.set_mesh(mesh):
-            decoder = model.for_decoding()
-            assert len(decoder.blocks) == LAYERS and decoder.for_decoding() is decoder
-            x_RD, state = decoder.prefill(jnp.arange(12)[None], jnp.array([9]))
-            whole = model.hidden(Inputs(*(jnp.arange(32)[None],) * 2, jnp.zeros((1, 32), jnp.int32)), None).x_BTD
-            np.testing.assert_allclose(x_RD[0], whole[0, 8], atol=1e-4)
-            padded = jax.tree.map(lambda old, new: old.at[:, :, :12].set(new), decoder.empty_state(1, 16), state)
-            found.append(decoder.decode(jnp.array([9]), jnp.array([9]), padded)[0])
-            np.testing.assert_allclose(found[-1][0], whole[0, 9], atol=1e-4)
+            whole, prefilled, decoded = jax.device_get(read(model))
+            found.append(whole)
+        np.testing.assert_allclose(prefilled[0], whole[0, 8], atol=1e-4)
+        np.testing.assert_allclose(decoded[0], whole[0, 9], atol=1e-4)
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
@@ -76,7 +83,8 @@ def test_names_of_weights():
 
 
 def test_every_weight_declares_its_inputs_and_stacked_axes():
-    model = jax.eval_shape(lambda: LLAMA.resolved().build(257, 32, nnx.Rngs(0)))
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = jax.eval_shape(lambda: LLAMA.resolved().build(257, 32, nnx.Rngs(0)))
     for param in jax.tree.leaves(model, is_leaf=is_param):
         assert set(param.inputs) < set(param.axes) and not set(param.inputs) & set(param.stacked)
         assert param.decay == bool(param.inputs)
