@@ -1,13 +1,13 @@
-"""What follows a prompt, as it comes: tokens, and their text as far as nothing that may come can change it."""
+"""The continuation of a prompt as it is drawn: tokens, and the text that no later token can change."""
 
-UNSURE = 3  # a character's bytes are at most 4, and before the last of them each may be shown as U+FFFD
+UNSURE = 3  # a character has at most 4 bytes, and until the last byte comes each may decode to U+FFFD
 
 
 class Continuation:
-    """Of one row.
+    """The continuation of one row.
 
-    tokens: those made; without the end of the text, and with the token in which a stop string ends.
-    finish: why there will be no more: `stop` (the text has ended, or a stop string has come), `length`, or "" for now.
+    tokens: the tokens drawn, without the end of the text, and with the token in which a stop string ends.
+    finish: why the row is done: `stop` (the text or a stop string ended it), `length`, or "" while the row goes on.
     """
 
     def __init__(self, tokenizer, max_tokens: int, stop: tuple[str, ...] = ()):
@@ -16,7 +16,7 @@ class Continuation:
         self._given = 0
 
     def push(self, tokens: list[int]) -> None:
-        """Takes what was made next; after the row's end nothing is taken."""
+        """Appends the next tokens; after the end of the row they are dropped."""
         for token in tokens:
             if self.finish:
                 return
@@ -30,21 +30,21 @@ class Continuation:
                 self.finish = "length"
 
     def text(self) -> str:
-        """All of it before the first stop string; while there may be more, without what may begin one."""
+        """The text before the first stop string. While the row goes on, a tail that may start a stop string is held back."""
         text = self._tokenizer.decode(self.tokens) if self.finish else self._whole_characters()
         end = self._stops_at(text)
         if end < 0:
             end = len(text)
             if not self.finish:
-                begun = range(min(end, max((len(stop) for stop in self._stop), default=1) - 1), 0, -1)
-                end -= next((n for n in begun if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+                tails = range(min(end, max((len(stop) for stop in self._stop), default=1) - 1), 0, -1)
+                end -= next((n for n in tails if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
         return text[:end]
 
     def news(self) -> str:
-        """What of the text was not told yet."""
+        """The text since the last call."""
         text = self.text()
-        told, self._given = self._given, len(text)
-        return text[told:]
+        start, self._given = self._given, len(text)
+        return text[start:]
 
     def _whole_characters(self) -> str:
         text = self._tokenizer.decode(self.tokens)

@@ -1,4 +1,4 @@
-"""OpenAI's completions protocol as plain data: what a request may say, and what it is answered."""
+"""OpenAI's completions protocol as plain data: the parameters of a request, and the objects of an answer."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from gptjax.inference.sampling import Sampling
 from gptjax.runtime import untrusted
 from gptjax.tokenizers.tokenizer import encode_prompt
 
-MAX_BYTES = 4 << 20  # of a request
+MAX_BYTES = 4 << 20  # bytes of a request
 MAX_TEXTS, MAX_STOPS = 128, 4
-DEFAULT_TOKENS = 16  # as OpenAI's
+DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 class Bad(Exception):
-    """A request that can't be answered: what to say, of which parameter, and the status of HTTP."""
+    """A request that can't be answered: the message, the parameter to blame, and the HTTP status."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -29,18 +29,18 @@ class Bad(Exception):
 
 
 class Completion(NamedTuple):
-    """A request, checked; each prompt stands in it `n` times in a row."""
+    """A checked request; each prompt is repeated `n` times."""
 
     model: str
     prompts: list[Prompt]
     stop: tuple[str, ...]
     stream: bool
     usage: bool  # whether the stream ends with the counts
-    echoed: list[str]  # what a choice's text begins with
+    echoed: list[str]  # the start of each choice's text
 
 
 def number(low: float, high: float, whole: bool = False):
-    """A check of a number between two, both included."""
+    """A check of a number from `low` to `high`, and the words of the error."""
 
     def fits(value) -> bool:
         kinds = (int,) if whole else (int, float)
@@ -54,20 +54,33 @@ def one_of(kind: type, what: str):
 
 
 def nothing(*same):
-    """A check of a parameter that is not supported: only what changes nothing."""
+    """A check of an unsupported parameter, which accepts only values that change nothing."""
     return (lambda value: value in same and type(value) is not bool), "left out, because it is not supported here"
 
 
 ID = (1 << 31) - 1
-IDS = lambda value: type(value) is list and bool(value) and all(type(id) is int and 0 <= id <= ID for id in value)
-TEXTS = lambda value: type(value) is list and bool(value) and all(type(text) is str for text in value)
-# A parameter: what it is without being given, a check, and what to say that it must be. A null is as if not given.
+
+
+def is_ids(value) -> bool:
+    return type(value) is list and bool(value) and all(type(id) is int and 0 <= id <= ID for id in value)
+
+
+def is_texts(value) -> bool:
+    return type(value) is list and bool(value) and all(type(text) is str for text in value)
+
+
+# Each parameter: the default, a check, and the words for "must be" in the error. A null counts as not given.
 PARAMETERS = {
     "model": (None, *one_of(str, "a string")),
     "prompt": (
         "",
         lambda value: (
-            type(value) is str or IDS(value) or TEXTS(value) or type(value) is list and value and all(map(IDS, value))
+            type(value) is str
+            or is_ids(value)
+            or is_texts(value)
+            or type(value) is list
+            and value
+            and all(map(is_ids, value))
         ),
         "a string, a list of token ids, or a list of strings or of such lists",
     ),
@@ -81,7 +94,7 @@ PARAMETERS = {
     "stop": (
         [],
         lambda value: (
-            type(value) is str and value or value == [] or TEXTS(value) and len(value) <= MAX_STOPS and all(value)
+            type(value) is str and value or value == [] or is_texts(value) and len(value) <= MAX_STOPS and all(value)
         ),
         f"a string, or a list of up to {MAX_STOPS}, none of them empty",
     ),
@@ -104,10 +117,14 @@ PARAMETERS = {
 
 
 def parse(body: bytes, model: str, tokenizer, seq_len: int, free_seed: int) -> Completion:
-    """What a request asks for, of the one model there is. Raises: Bad.
+    """Parses and checks a request. Raises: Bad.
 
     Args:
-      free_seed: of a request that gives none.
+      body: JSON.
+      model: the name of the only model.
+      tokenizer: the model's tokenizer.
+      seq_len: the context.
+      free_seed: the seed of a request that gives none.
     """
     try:
         given = untrusted.json_object(body, "The request", "send one JSON object")
@@ -158,7 +175,7 @@ def parse(body: bytes, model: str, tokenizer, seq_len: int, free_seed: int) -> C
 
 
 class Answer:
-    """The objects that answer a request."""
+    """Builds the objects that answer a request."""
 
     def __init__(self, completion: Completion):
         self._head = {
@@ -170,17 +187,19 @@ class Answer:
         self._prompts = completion.prompts
 
     def choices(self, *choices: tuple[int, str, str]) -> dict:
-        """Of (index, text, why it finished, or "")."""
+        """The choices, each given as (index, text, finish reason or "")."""
         keys = "index", "text", "finish_reason"
-        shown = [dict(zip(keys, (*choice[:2], choice[2] or None))) | {"logprobs": None} for choice in choices]
+        shown = [
+            dict(zip(keys, (*choice[:2], choice[2] or None), strict=True)) | {"logprobs": None} for choice in choices
+        ]
         return self._head | {"choices": shown}
 
     def usage(self, made: int) -> dict:
-        """Of so many tokens that were made; a prompt counts once, however often it is continued."""
+        """The token counts for `made` new tokens. A prompt counts once, however often it is continued."""
         asked = sum(len(ids) - 1 for ids in {id(prompt.ids): prompt.ids for prompt in self._prompts}.values())
         return {"usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}}
 
 
 def event(data: dict | str) -> bytes:
-    """As a server-sent event."""
+    """Encodes a server-sent event."""
     return b"data: " + (data if isinstance(data, str) else json.dumps(data)).encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""How the next token is drawn. What is asked for are arrays, a number a row, so that no request compiles anything anew."""
+"""Draws the next token. Settings are arrays with one value per row, so a new request never recompiles."""
 
 import dataclasses
 import math
@@ -12,20 +12,19 @@ from gptjax.errors import Refused
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a row's next token is drawn; in the order in which it is done, but that the temperature comes second."""
+    """How the next token of a row is drawn, in the order of the steps; the temperature acts second, after the penalty."""
 
     temperature: float = 1.0  # 0 takes the most likely token
-    top_k: int = 0  # only among the k most likely; 0 is off
-    top_p: float = 1.0  # only among the most likely that hold this much probability (Holtzman et al. 2020, section 3.1)
-    min_p: float = (
-        0.0  # only among those at least this many times as likely as the first (Nguyen et al. 2024, section 3)
-    )
-    # Divides the positive scores of what the row has, prompt and made, and multiplies the negative ones (Keskar et al.
-    # 2019, section 4.1, for scores of one sign); 1 is off.
+    top_k: int = 0  # draws among the k most likely; 0 is off
+    top_p: float = 1.0  # draws among the most likely that hold this probability (Holtzman et al. 2020, section 3.1)
+    # Draws among tokens at least this many times as likely as the most likely (Nguyen et al. 2024, section 3).
+    min_p: float = 0.0
+    # Divides the positive scores of tokens that the row has, and multiplies negative scores (Keskar et al. 2019, section
+    # 4.1, for scores of one sign); 1 is off.
     repetition_penalty: float = 1.0
 
     def check(self) -> None:
-        """Raises: Refused."""
+        """Checks the ranges. Raises: Refused."""
         if not 0 <= self.temperature < math.inf:
             raise Refused(f"--temperature={self.temperature} is below 0 or not finite: 0 takes the most likely token.")
         if self.top_k < 0:
@@ -38,7 +37,7 @@ class Sampling:
             raise Refused(f"--repetition_penalty={self.repetition_penalty} must be more than 0 and finite: 1 is off.")
 
     def row(self) -> "Settings":
-        """The same in a device's dtypes."""
+        """The same settings in a device's dtypes."""
         most = np.iinfo(np.int32).max
         return Settings(
             np.float32(self.temperature),
@@ -52,7 +51,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`Sampling` of several rows, each field [B]; a top_k that is off is more than any vocabulary."""
+    """`Sampling` of several rows, each field [B]. A top_k that is off is larger than any vocabulary."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -62,24 +61,27 @@ class Settings:
 
 
 def sample(logits_BV, seen_BV, keys_B, settings: Settings):
-    """One id a row, int32 [B].
+    """Draws one id a row, int32 [B].
 
     Args:
-      logits_BV: float32. seen_BV: whether the row has the token already. keys_B: of `jax.random`.
+      logits_BV: float32.
+      seen_BV: whether the row has the token already.
+      keys_B: keys of `jax.random`.
+      settings: of each row.
     """
     s = settings
     logits_BV = when((s.repetition_penalty != 1).any(), penalized, logits_BV, seen_BV, s.repetition_penalty)
     greedy_B = logits_BV.argmax(-1).astype(jnp.int32)
 
     def drawn(logits_BV):
-        logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that none is divided to infinity
+        logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no logit is divided to infinity
         logits_BV = logits_BV / jnp.where(s.temperature > 0, s.temperature, 1)[:, None]
         logits_BV = when((s.top_k < logits_BV.shape[-1]).any(), among_the_first, logits_BV, s.top_k)
         logits_BV = when((s.top_p < 1).any(), among_the_nucleus, logits_BV, s.top_p)
         logits_BV = jnp.where(logits_BV >= jnp.log(s.min_p)[:, None], logits_BV, -jnp.inf)
         probability_BV = jax.nn.softmax(logits_BV)
-        # The first whose sum with those before it exceeds a number between 0 and all. One of no probability is never
-        # it, also where a sum is rounded; and of V numbers one is drawn, where Gumbel noise takes V.
+        # Takes the first token at which the cumulative sum exceeds a random share of the whole sum. A token of no
+        # probability is never taken, even if a sum is rounded. One random number suffices; Gumbel noise takes V.
         sum_BV = jnp.cumsum(probability_BV, -1)
         share_B = jax.vmap(jax.random.uniform)(keys_B)
         below_B = jnp.minimum(share_B * sum_BV[:, -1], jnp.nextafter(sum_BV[:, -1], 0))
@@ -90,7 +92,7 @@ def sample(logits_BV, seen_BV, keys_B, settings: Settings):
 
 
 def when(condition, function, array, *more):
-    """`function` of an array where a condition holds that is known when it runs, else the array."""
+    """`function` of an array if a condition holds at run time, else the array."""
     return jax.lax.cond(condition, function, lambda array, *_: array, array, *more)
 
 
@@ -100,20 +102,20 @@ def penalized(logits_BV, seen_BV, penalty_B):
 
 
 def among_the_first(logits_BV, k_B):
-    """Those with fewer than k above them, and -inf for the rest."""
+    """The logits with fewer than k above them, and -inf for the rest."""
     return least(logits_BV, jnp.ones_like(logits_BV), k_B.astype(jnp.float32))
 
 
 def among_the_nucleus(logits_BV, p_B):
-    """Those above which there is less probability than p, so that the most likely always stays, and -inf for the rest."""
+    """The logits with less probability than p above them, and -inf for the rest. The most likely always stays."""
     return least(logits_BV, jax.nn.softmax(logits_BV), jnp.where(p_B < 1, p_B, jnp.inf))
 
 
 def least(logits_BV, weights_BV, most_B):
-    """The logits above which there is less weight than `most_B`, and -inf for the rest.
+    """The logits with less weight than `most_B` above them, and -inf for the rest.
 
-    The least of them is found by bisection of the 32 bits that a float has, in one pass over the vocabulary a bit; to
-    sort 50,000 numbers takes XLA some 50 times as long on a CPU (benchmarks/NOTES.md, Generation).
+    Bisects the 32 bits of a float to find the least such logit, with one pass over the vocabulary per bit. Sorting 50,000
+    numbers takes XLA some 50 times as long on a CPU (benchmarks/NOTES.md, Generation).
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # as integers, in the order of the floats

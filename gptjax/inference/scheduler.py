@@ -1,4 +1,4 @@
-"""One thread that decodes for many: whoever asks gets rows of one batch, as they become free."""
+"""A thread that decodes for many requests: each gets rows of one batch as rows become free."""
 
 import collections
 import threading
@@ -12,32 +12,35 @@ from gptjax.inference.decoder import Decoder, Prompt
 from gptjax.inference.detokenizer import Continuation
 from gptjax.inference.sampling import Sampling
 
-STEPS = 4  # between two looks at who has come, who has gone, and what there is to tell
+STEPS = 4  # between two looks at new requests, cancelled requests and new text
 MAX_WAITING = 256  # jobs
 
 
 class News(NamedTuple):
-    """Of one row of a job."""
+    """New text of one row of a job."""
 
     index: int
     text: str
     finish: str  # as `Continuation.finish`
-    tokens: int  # that the row has by now
+    tokens: int  # tokens of the row so far
 
 
 class Job:
-    """Prompts of one who asks, and what has been made of them.
+    """The prompts of one request.
 
-    tell: called by the decoding thread, with News, or None where the thread ends before the job does.
+    Args:
+      prompts: each takes a row.
+      stop: strings that end a row.
+      notify: called by the decoding thread with News, or with None if the thread ends before the job does.
     """
 
-    def __init__(self, prompts: list[Prompt], stop: tuple[str, ...], tell: Callable[[News | None], None]):
-        self.prompts, self.stop, self.tell = prompts, stop, tell
-        self.begun, self.cancelled = 0, False
+    def __init__(self, prompts: list[Prompt], stop: tuple[str, ...], notify: Callable[[News | None], None]):
+        self.prompts, self.stop, self.notify = prompts, stop, notify
+        self.started, self.cancelled = 0, False  # prompts that have a row; whether nobody waits for the rest
 
 
 class Batching(threading.Thread):
-    """The thread. Jobs get rows in turn, one by one, so that one of many prompts does not keep the others waiting."""
+    """The decoding thread. Jobs get rows in turn, so a job with many prompts does not keep the others waiting."""
 
     def __init__(self, decoder: Decoder, mesh: jax.sharding.Mesh, tokenizer, failed: Callable[[], None]):
         super().__init__(name="decoding", daemon=True)
@@ -49,7 +52,7 @@ class Batching(threading.Thread):
         self._tokens = 0
 
     def submit(self, job: Job) -> bool:
-        """Whether there is room for a job."""
+        """Queues a job. Returns False if the queue is full or the thread stops."""
         with self._changed:
             if len(self._waiting) >= MAX_WAITING or self._stopping:
                 return False
@@ -58,11 +61,11 @@ class Batching(threading.Thread):
         return True
 
     def load(self) -> dict[str, int]:
-        """Rows that are being decoded, jobs that wait for more, and the tokens made so far."""
+        """Counts of the rows being decoded, the jobs waiting for rows, and the tokens drawn so far."""
         return {"decoding": len(self._rows), "waiting": len(self._waiting), "tokens": self._tokens}
 
     def stop(self) -> None:
-        """Ends it at the next look; those who wait are told."""
+        """Ends the thread at the next look, and notifies the jobs that wait."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -79,17 +82,17 @@ class Batching(threading.Thread):
             with self._changed:
                 self._stopping = True
                 for job in {*self._waiting, *(job for job, _, _ in self._rows.values())}:
-                    job.tell(None)
+                    job.notify(None)
 
     def warm_up(self) -> None:
-        """Compiles what a first short prompt needs."""
+        """Compiles the programs of a first short prompt."""
         prompt = Prompt([self._tokenizer.begin], 2, Sampling(), 0, 0)
         with jax.set_mesh(self._mesh):
             self._decoder.begin({0: prompt})
             self._decoder.step([], STEPS)
 
     def _look(self) -> bool:
-        """Ends rows that nobody wants any more, begins new ones, and goes on with all. Returns False to stop."""
+        """Drops cancelled rows, starts new rows, and decodes all rows a few steps. Returns False to stop."""
         with self._changed:
             self._rows = {row: each for row, each in self._rows.items() if not each[0].cancelled}
             self._waiting = collections.deque(job for job in self._waiting if not job.cancelled)
@@ -99,32 +102,32 @@ class Batching(threading.Thread):
                 return False
             fresh = self._next_rows()
         if fresh:
-            self._tell(self._decoder.begin(fresh))
-        if self._rows:  # all of them, since a row that a step leaves out is done
-            self._tell(self._decoder.step(list(self._rows), STEPS))
+            self._deliver(self._decoder.begin(fresh))
+        if self._rows:  # all rows, because a row that a step leaves out is done
+            self._deliver(self._decoder.step(list(self._rows), STEPS))
         return True
 
     def _next_rows(self) -> dict[int, Prompt]:
-        """Free rows, and what they begin with."""
+        """Gives free rows to waiting jobs in turn. Returns the prompts by row."""
         fresh = {}
         for row in (row for row in range(self._decoder.rows) if row not in self._rows):
             if not self._waiting:
                 break
             job = self._waiting.popleft()
-            prompt = fresh[row] = job.prompts[job.begun]
-            self._rows[row] = job, job.begun, Continuation(self._tokenizer, prompt.max_tokens, job.stop)
-            job.begun += 1
-            if job.begun < len(job.prompts):
+            prompt = fresh[row] = job.prompts[job.started]
+            self._rows[row] = job, job.started, Continuation(self._tokenizer, prompt.max_tokens, job.stop)
+            job.started += 1
+            if job.started < len(job.prompts):
                 self._waiting.append(job)
         return fresh
 
-    def _tell(self, made: dict[int, list[int]]) -> None:
+    def _deliver(self, made: dict[int, list[int]]) -> None:
         for row, tokens in made.items():
             job, index, continuation = self._rows[row]
             continuation.push(tokens)
             self._tokens += len(tokens)
             text = continuation.news()
             if text or continuation.finish:
-                job.tell(News(index, text, continuation.finish, len(continuation.tokens)))
+                job.notify(News(index, text, continuation.finish, len(continuation.tokens)))
             if continuation.finish:
                 del self._rows[row]

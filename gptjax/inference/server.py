@@ -1,4 +1,4 @@
-"""A server of OpenAI's completions protocol: Starlette's words for HTTP, uvicorn's sockets, one thread that decodes."""
+"""A server of OpenAI's completions protocol: Starlette for HTTP, uvicorn for sockets, one decoding thread."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ from gptjax.inference.model import Run
 from gptjax.inference.openai_protocol import Answer, Bad, Completion
 from gptjax.inference.scheduler import Batching, Job, News
 
-CONTEXT = 4096  # tokens of a row, where no number is given: 131,072 of 8 rows of Llama 3.1 8B would take 137 GB
-LAST_SECONDS = 3.0  # for the decoding thread to end; it may be in the midst of compiling
+CONTEXT = 4096  # default tokens of a row: 8 rows of Llama 3.1 8B with all 131,072 would take 137 GB
+LAST_SECONDS = 3.0  # grace for the decoding thread, which may be compiling
 
 
 class Server(uvicorn.Server):
-    """Ends at SIGINT and SIGTERM, once, with exit code 0; what is being decoded ends with it."""
+    """Ends at SIGINT and SIGTERM, once, with exit code 0; decoding ends too."""
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket, before anything is loaded. Raises: Refused, where the address can't be had."""
+    """Opens the socket, before anything is loaded. Raises: Refused, if the address is not free or unknown."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -51,17 +51,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def context(asked: int, seq_len: int) -> int:
-    """The tokens that a text may have; of a long context only a part, unless it is asked for. Raises: Refused."""
+    """The tokens of a row: `asked`, or else the model's context up to CONTEXT. Raises: Refused."""
     if not 0 <= asked <= seq_len:
         raise Refused(f"--context={asked} must be from 1 to the model's seq_len={seq_len}; 0 is {CONTEXT} at most.")
     return asked or min(seq_len, CONTEXT)
 
 
 def serve(run: Run, name: str, where: socket.socket, rows: int, context: int) -> None:
-    """Answers until it is told to end. Raises: Failed, where the decoding does.
+    """Answers requests until a signal comes. Raises: Failed, if decoding fails.
 
     Args:
-      rows, context: texts that are decoded at once, and the tokens of each, for which memory is taken at the start.
+      run: the model.
+      name: the model's name in the protocol.
+      where: the socket.
+      rows: texts that are decoded at once; their memory is taken at the start.
+      context: tokens of each text.
     """
     host, port = where.getsockname()[:2]
     server = Server(uvicorn.Config(None, log_level="warning", timeout_graceful_shutdown=1, lifespan="off"))
@@ -83,20 +87,20 @@ def serve(run: Run, name: str, where: socket.socket, rows: int, context: int) ->
     batching.stop()
     batching.join(LAST_SECONDS)
     if failed:
-        raise Failed("The decoding failed, as told above: start the server again.")
+        raise Failed("Decoding failed with the error above: start the server again.")
     if batching.is_alive():
-        os._exit(0)  # nothing is to be saved, and Python would wait for what XLA compiles
+        os._exit(0)  # there is nothing to save, and Python would wait for XLA to compile
 
 
 def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
-    """What answers each path."""
-    began = int(time.time())
+    """The application: a function for each path."""
+    started = int(time.time())
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"} | batching.load())
 
     async def models(request: Request) -> Response:
-        model = {"id": name, "object": "model", "created": began, "owned_by": "gptjax"}
+        model = {"id": name, "object": "model", "created": started, "owned_by": "gptjax"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def completions(request: Request) -> Response:
@@ -105,11 +109,11 @@ def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
         asked = await run_in_threadpool(openai_protocol.parse, body, name, run.tokenizer, context, seed)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
-        def tell(each: News | None) -> None:
-            with contextlib.suppress(RuntimeError):  # where the loop ended before the thread that decodes
+        def notify(each: News | None) -> None:
+            with contextlib.suppress(RuntimeError):  # if the loop ended before the decoding thread
                 loop.call_soon_threadsafe(news.put_nowait, each)
 
-        job = Job(asked.prompts, asked.stop, tell)
+        job = Job(asked.prompts, asked.stop, notify)
         if not batching.submit(job):
             raise Bad("The server has no room for more requests: try again later.", status=429)
         if asked.stream:
@@ -127,7 +131,7 @@ def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
 
 
 async def content(request: Request) -> bytes:
-    """A request's body. Raises: Bad, where it is too large."""
+    """Reads the body of a request. Raises: Bad, if the body is too large or cut short."""
     parts, size = [], 0
     try:
         async for part in request.stream():
@@ -141,7 +145,7 @@ async def content(request: Request) -> bytes:
 
 
 async def streamed(asked: Completion, job: Job, news: asyncio.Queue) -> AsyncIterator[bytes]:
-    """The answer as server-sent events. Whatever ends it, a client that went away for one, ends the decoding."""
+    """The answer as server-sent events. When the stream ends, also because the client left, decoding ends."""
     answer, open_rows, made = Answer(asked), len(asked.prompts), [0] * len(asked.prompts)
     try:
         for index, text in enumerate(asked.echoed):
@@ -163,7 +167,7 @@ async def streamed(asked: Completion, job: Job, news: asyncio.Queue) -> AsyncIte
 
 
 async def whole(request: Request, asked: Completion, job: Job, news: asyncio.Queue) -> Response:
-    """The answer in one piece. Where the client goes away before, the decoding ends."""
+    """The answer in one piece. If the client leaves before, decoding ends."""
     texts, finishes, made = asked.echoed, [""] * len(asked.prompts), [0] * len(asked.prompts)
 
     async def watch() -> None:
@@ -185,7 +189,7 @@ async def whole(request: Request, asked: Completion, job: Job, news: asyncio.Que
         with contextlib.suppress(asyncio.CancelledError):
             await watching
     answer = Answer(asked)
-    choices = answer.choices(*zip(range(len(texts)), texts, finishes))
+    choices = answer.choices(*zip(range(len(texts)), texts, finishes, strict=True))
     return JSONResponse(choices | answer.usage(sum(made)))
 
 

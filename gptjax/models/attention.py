@@ -80,7 +80,8 @@ def cached(q_BTNH, k_BTKH, v_BTKH, cache, positions_B, window: int):
     K, S = cache[0].shape[1:3]
     rows = jnp.arange(B)
     keys_BKSH, values_BKSH = (
-        array.at[rows, :, positions_B].set(new_BTKH[:, 0]) for array, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
+        array.at[rows, :, positions_B].set(new_BTKH[:, 0])
+        for array, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
     )
     back_BS = positions_B[:, None] - jnp.arange(S)
     mask_BS = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0

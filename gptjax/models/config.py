@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from gptjax.models.transformer import Transformer
 
+ACTIVATION_NAMES = remat.NAMES  # inside the class below, `remat` is a key
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
@@ -59,7 +60,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
     param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, then rounded
 
-    activation_names: ClassVar[tuple[str, ...]] = remat.NAMES
+    activation_names: ClassVar[tuple[str, ...]] = ACTIVATION_NAMES
     # The config key to blame when a weight's dimension does not divide over the mesh. The first is named that does not;
     # num_kv_heads may only follow num_heads.
     axis_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -72,8 +73,8 @@ class ModelConfig:
         }
     )
 
-    # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8) makes the learning rate that is
-    # best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are the
+    # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8) makes the learning rate that
+    # is best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are the
     # logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
     # embeddings, are the same without this parametrization. At the base width nothing differs.
 
@@ -155,8 +156,8 @@ class ModelConfig:
                 raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
         if self.mup_base_head_dim and not self.mup_base_width:
             raise Refused(
-                f"model.mup_base_head_dim={self.mup_base_head_dim} needs model.mup_base_width too: give the embed_dim of that "
-                "model."
+                f"model.mup_base_head_dim={self.mup_base_head_dim} needs model.mup_base_width too: give the embed_dim "
+                "of that model."
             )
         remat.parse(self.remat)
         pattern.parse(self.layers, self.num_layers)
