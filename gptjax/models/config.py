@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 from gptjax.errors import Refused
 from gptjax.models import pattern, remat
 from gptjax.models.interface import Parameters
+from gptjax.models.remat import NAMES as ACTIVATION_NAMES
 
 if TYPE_CHECKING:
     from flax import nnx
 
     from gptjax.models.transformer import Transformer
 
-ACTIVATION_NAMES = remat.NAMES  # inside the class below, `remat` is a key
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
