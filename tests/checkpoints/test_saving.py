@@ -283,7 +283,7 @@ def test_memory_stays_over_two_hundred_saves(tmp_path):
     code = """
 import pathlib, sys
 import jax.numpy as jnp
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoints.manager import Checkpoints
 with Checkpoints(sys.argv[1]) as checkpoints:
     for step in range(1, 201):
         checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, {"config": {}})

@@ -289,8 +289,8 @@ def test_what_is_off_needs_no_package_and_changes_nothing(tmp_path, monkeypatch)
     data = corpus(tmp_path / "corpus", monkeypatch)
     program = f"""import sys
 sys.modules["datatrove"] = None
-from gptjax.data.prepare import DataConfig, prepare
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.preparation.prepare import DataConfig, prepare
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 store = prepare({data!r}, TokenizerConfig(kind="byte"), {str(tmp_path / "store")!r})
 assert "cleaning" not in store.manifest
 """

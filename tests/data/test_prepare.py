@@ -19,6 +19,7 @@ from gptjax.data.preparation import tasks
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import is_whole
 from gptjax.errors import Failed, Refused
+from gptjax.runtime import lock
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training.corpus import make_corpus
 
@@ -137,16 +138,16 @@ def test_a_store_of_other_settings_is_refused_by_key(tmp_path, data):
 
 def test_a_store_that_another_run_finished_meanwhile(tmp_path, data, monkeypatch):
     """It is compared with the settings, and no refusal removes it."""
-    lock, where = module.owner.locked, tmp_path / "run" / "store"
+    real, where = lock.locked, tmp_path / "run" / "store"
 
     @contextlib.contextmanager
     def locked(*arguments):
         monkeypatch.undo()
         prepare(dataclasses.replace(data, heldout_fraction=0.5), BYTE, where)
-        with lock(*arguments):
+        with real(*arguments):
             yield
 
-    monkeypatch.setattr(module.owner, "locked", locked)
+    monkeypatch.setattr(lock, "locked", locked)
     with pytest.raises(Refused, match=r"data.heldout_fraction \(0.5 there, 0.2 now\)"):
         make_corpus(tiny(data=data), epath.Path(tmp_path / "run"))
     assert is_whole(where) and [path.name for path in where.parent.iterdir()] == ["store"]
@@ -198,8 +199,8 @@ def test_files_that_change_while_read_are_refused(tmp_path, data, monkeypatch):
 
 def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path, data):
     program = f"""import time
-from gptjax.data import prepare as module
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.preparation import prepare as module
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 def stop(*arguments):
     print("writing", flush=True)
     time.sleep(60)

@@ -15,6 +15,7 @@ from support.command import DEBUG, tree
 from test_saving import disk, filled  # noqa: F401
 
 from gptjax.data.cleaning.pipeline import CleanConfig
+from gptjax.data.preparation import merge
 from gptjax.data.preparation import prepare as module
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import Store, is_whole
@@ -93,7 +94,7 @@ def test_other_files_or_settings_begin_anew(lines, tmp_path, monkeypatch, capsys
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.merging, "merge", stop)
+    monkeypatch.setattr(merge, "merge", stop)
     for data, goes_on in [
         (lines, False),
         (lines, True),
@@ -111,7 +112,7 @@ def test_what_was_done_is_kept_where_the_text_is_away_for_a_while(lines, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.merging, "merge", stop)
+        patch.setattr(merge, "merge", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(lines, BYTE, tmp_path / "store")
     before = tree(tmp_path / "store.partial")
@@ -160,7 +161,7 @@ def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.merging, "merge", stop)
+        patch.setattr(merge, "merge", stop)
         prepare(lines, BYTE, tmp_path / "store")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kind, "rmtree", removed)

@@ -12,6 +12,7 @@ from etils import epath
 from gptjax.errors import Preempted, Refused
 from gptjax.experiments.scaling import study
 from gptjax.experiments.scaling.laws import Law, Point
+from gptjax.runtime import subprocesses
 from gptjax.training.config.files import load
 
 FAMILY = str(pathlib.Path(study.__file__).parents[3] / "benchmarks" / "family.py")
@@ -97,7 +98,7 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     point = study.measured(trial, epath.Path(tmp_path / "run"), overrides)
     assert point.size == "16" and 1 < point.loss < 6 and point.D == trial.tokens
     with monkeypatch.context() as patch:
-        patch.setattr(study.child, "Process", None)
+        patch.setattr(subprocesses, "Process", None)
         assert study.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
     longer = overrides | {"num_steps": "20000", "checkpoint_every": "20000"}
     folder = tmp_path / "longer"

@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 from support.command import training, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
+from gptjax.checkpoints import chunked
 from gptjax.errors import Refused
 from gptjax.inference.decoder import Decoder, Prompt
 from gptjax.inference.generate import Request, Sampling, generate
 from gptjax.inference.model import Run
-from gptjax.interop.huggingface import convert
+from gptjax.interop.huggingface import config as architectures
+from gptjax.interop.huggingface import convert, safetensors, weights
+from gptjax.interop.huggingface import tokenizer as carried
 from gptjax.models.interface import Inputs
 from gptjax.models.loss import next_token_logits
 from gptjax.parallel import sharding
+from gptjax.tokenizers.tokenizer import ByteTokenizer
 from gptjax.training import loading
 from gptjax.training.config import files, schema
 
@@ -79,7 +83,7 @@ def saved(name: str, folder: pathlib.Path, dtype=torch.float32, **more):
     return model
 
 
-def weights(folder: pathlib.Path) -> dict:
+def tensors(folder: pathlib.Path) -> dict:
     """What is in all safetensors of a folder."""
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
@@ -126,7 +130,7 @@ def test_parity(name, tmp_path):
 
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1, shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-    assert same(weights(tmp_path / "back"), weights(tmp_path / "theirs"))
+    assert same(tensors(tmp_path / "back"), tensors(tmp_path / "theirs"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(loaded) is type(theirs) and loaded.dtype == torch.float32
     assert np.array_equal(logits(loaded, ids), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids))
@@ -142,7 +146,7 @@ def test_half_precision_is_kept_exactly(dtype, ours, tmp_path):
     run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert run.config.model.param_dtype == run.config.model.dtype == ours
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
-    there, back = weights(tmp_path / "theirs"), weights(tmp_path / "back")
+    there, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
     assert same({name: value.float() for name, value in there.items()}, {n: v.float() for n, v in back.items()})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == getattr(torch, ours)
 
@@ -156,8 +160,8 @@ def test_older_files_are_read(tmp_path):
     rope["type"] = rope.pop("rope_type")
     path.write_text(json.dumps(described | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}))
     file = tmp_path / "llama" / "model.safetensors"
-    tensors = load_file(file)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    loaded = load_file(file)
+    save_file(loaded | {"lm_head.weight": loaded["model.embed_tokens.weight"].clone()}, file)
     convert.from_hf(str(tmp_path / "llama"), str(tmp_path / "ours"))
     model = loading.load(epath.Path(tmp_path / "ours"), -1).config.model
     assert (model.rope_scaling, model.rope_factor, model.rope_theta, model.rope_original_len) == ("llama3", 4, 1000, 32)
@@ -182,9 +186,9 @@ def changed(folder, **keys):
 
 
 def with_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    loaded = load_file(folder / "model.safetensors")
+    change(loaded)
+    save_file(loaded, folder / "model.safetensors")
 
 
 def as_a_pickle(folder):
@@ -197,8 +201,8 @@ def cut_short(folder):
 
 
 def with_a_larger_tokenizer(folder):
-    known = convert.tokenizer.ByteTokenizer("", [f"<{i}>" for i in range(400 - 257)])
-    (folder / "tokenizer.json").write_text(json.dumps(convert.carried._bytes(known)))
+    known = ByteTokenizer("", [f"<{i}>" for i in range(400 - 257)])
+    (folder / "tokenizer.json").write_text(json.dumps(carried._bytes(known)))
 
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -290,7 +294,7 @@ def test_a_header_that_does_not_fit_is_refused(what, tmp_path):
     content = length.to_bytes(8, "little") + text + bytes(16)
     (tmp_path / "model.safetensors").write_bytes(content[:5] if what == "a short file" else content)
     with pytest.raises(Refused, match="is damaged"):
-        convert.safetensors.found(tmp_path)
+        safetensors.found(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "missing.safetensors", "config.json", 3])
@@ -298,20 +302,20 @@ def test_an_index_that_leads_elsewhere_is_refused(file, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "theirs")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
     with pytest.raises(Refused):
-        convert.safetensors.found(folder)
+        safetensors.found(folder)
 
 
 def test_a_disk_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, gptjax_main):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.piecewise, "write", full)
+    monkeypatch.setattr(chunked, "write", full)
     code, _, error = gptjax_main("convert", "from-hf", f"--source={llama}", f"--workdir={tmp_path / 'ours'}")
     assert code == 1 and "No space left on device" in error and not list(tmp_path.iterdir())
 
 
 def test_a_path_that_tensorstore_can_not_use_is_a_sentence(llama, converted, tmp_path, monkeypatch, gptjax_main):
-    folder, given = shutil.copytree(converted, tmp_path / "spoiled"), convert.carried.given
+    folder, given = shutil.copytree(converted, tmp_path / "spoiled"), carried.given
 
     def spoiled(*arguments):
         """As on a disk that fails after the checkpoint was verified."""
@@ -320,10 +324,10 @@ def test_a_path_that_tensorstore_can_not_use_is_a_sentence(llama, converted, tmp
         return given(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.carried, "given", spoiled)
+        patch.setattr(carried, "given", spoiled)
         code, _, error = gptjax_main("convert", "to-hf", f"--workdir={folder}", f"--target={tmp_path / 'theirs'}")
     assert code == 1 and "Traceback" not in error and "theirs can't be written (" in error, error
-    monkeypatch.setattr(convert.piecewise, "_url", lambda folder: "file:///proc/none/")
+    monkeypatch.setattr(chunked, "_url", lambda folder: "file:///proc/none/")
     code, _, error = gptjax_main("convert", "from-hf", f"--source={llama}", f"--workdir={tmp_path / 'ours'}")
     assert code == 1 and "ours can't be written (" in error
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled"]
@@ -384,7 +388,7 @@ def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_pat
 )
 def test_a_model_that_nobody_else_has_is_refused(model, key):
     with pytest.raises(Refused, match=key):
-        convert.architectures.family_of(schema.parse({"model": model}).model)
+        architectures.family_of(schema.parse({"model": model}).model)
 
 
 def test_the_readme_says_what_can_go_out():
@@ -393,9 +397,9 @@ def test_the_readme_says_what_can_go_out():
         own, config_path = path.stem in ("quickstart", "dial"), f"{path}:4" if path.stem == "dial" else str(path)
         if own:
             with pytest.raises(Refused, match="model.activation=relu2 stands in the way"):
-                convert.architectures.family_of(files.load(config_path, {}).model)
+                architectures.family_of(files.load(config_path, {}).model)
         changes = {"model.activation": "swiglu"} if own else {}
-        assert convert.architectures.family_of(files.load(config_path, changes).model)
+        assert architectures.family_of(files.load(config_path, changes).model)
 
 
 def test_the_ends_that_a_model_names(llama, tmp_path):
@@ -424,10 +428,10 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end, 256]
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "{{ messages }}"
     (folder / "generation_config.json").write_text("{}")
-    assert convert.architectures.read(folder).ends == [3]
+    assert architectures.read(folder).ends == [3]
     changed(folder, eos_token_id=300)
     with pytest.raises(Refused, match=r"eos_token_id=\[300\], and a vocabulary of 300 ids"):
-        convert.architectures.read(folder)
+        architectures.read(folder)
 
 
 def test_a_target_that_exists_is_refused(converted, llama, refused):
@@ -439,8 +443,9 @@ MEASURED = """
 import resource, sys
 sys.path.insert(0, {root!r})
 from etils import epath
-from gptjax import convert, piecewise
-piecewise.PIECE_BYTES = 4 << 20
+from gptjax.checkpoints import chunked
+from gptjax.interop.huggingface import convert
+chunked.PIECE_BYTES = 4 << 20
 convert.jax.config.update("jax_platforms", "cpu")
 convert.from_hf({small!r}, {small!r} + ".ours")
 convert.to_hf(epath.Path({small!r} + ".ours"), {small!r} + ".back", -1)
@@ -465,12 +470,12 @@ def test_memory_is_that_of_pieces(llama, tmp_path):
         intermediate_size=8192,
         num_hidden_layers=1,
     )
-    described = convert.architectures.read(large)
+    described = architectures.read(large)
     shapes = convert._shapes(schema.parse({"model": described.model}), described.vocab_size)
-    parts = convert.layout.parts(False, shapes, described.vocab_size)
+    parts = weights.parts(False, shapes, described.vocab_size)
     wanted = {each.tensor: ("F32", each.tensor_shape) for name in parts for each in parts[name]}
     (large / "model.safetensors").unlink()
-    convert.safetensors.create(large, wanted, 1 << 40)
+    safetensors.create(large, wanted, 1 << 40)
     assert (large / "model.safetensors").stat().st_size > 190 << 20
     code = MEASURED.format(root=str(pathlib.Path(convert.__file__).parents[3]), small=str(llama), large=str(large))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

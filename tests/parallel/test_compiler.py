@@ -78,10 +78,10 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
 def test_what_is_compiled_after_the_check_is_kept(tmp_path):
     program = f"""
 import jax
-from gptjax import compiler
+from gptjax.parallel.xla import options
 jax.config.update("jax_compilation_cache_dir", "{tmp_path}/kept")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-compiler.check("xla_backend_optimization_level=1", "cpu")
+options.check("xla_backend_optimization_level=1", "cpu")
 assert jax.jit(lambda x: x + 1)(1) == 2
 """
     subprocess.run([sys.executable, "-c", program], check=True)

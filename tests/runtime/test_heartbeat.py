@@ -38,8 +38,9 @@ SMALL = (
 PROGRAM = """
 import sys, time
 from jax._src import compiler
-from gptjax import cli, train
-real_write, real_batches = compiler._cache_write, train.train_batches
+from gptjax.cli import main
+from gptjax.training import loop
+real_write, real_batches = compiler._cache_write, loop.train_batches
 def write(*args):
     state = compiler.distributed.global_state
     process, state.process_id = state.process_id, 0
@@ -49,8 +50,8 @@ def batches(*args):
     for number, batch in enumerate(real_batches(*args)):
         time.sleep(1000 if number == HANGS_AT else 0)
         yield batch
-compiler._cache_write, train.train_batches = write, batches
-cli.main()
+compiler._cache_write, loop.train_batches = write, batches
+main.main()
 """
 
 

@@ -70,12 +70,12 @@ def test_what_was_exchanged_does_not_stay():
     code = """
 import sys
 import jax
-from gptjax import hosts
+from gptjax.runtime import distributed
 jax.distributed.initialize(sys.argv[1], 1, 0)
-assert [hosts.exchange(number) for number in range(50)] == [[number] for number in range(50)]
-assert hosts.exchange("in a thread", "save-1/written") == ["in a thread"]
-hosts.exchange("the last")
-print(*(key for key, _ in hosts.global_state.client.key_value_dir_get("gptjax/")))
+assert [distributed.exchange(number) for number in range(50)] == [[number] for number in range(50)]
+assert distributed.exchange("in a thread", "save-1/written") == ["in a thread"]
+distributed.exchange("the last")
+print(*(key for key, _ in distributed.global_state.client.key_value_dir_get("gptjax/")))
 """
     argv = [sys.executable, "-c", code, f"127.0.0.1:{free_port()}"]
     done = subprocess.run(argv, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)

@@ -25,7 +25,7 @@ from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop
 from gptjax.training import step as update
-from gptjax.training.monitoring import rollback, skipped_batches
+from gptjax.training.monitoring import skipped_batches
 from gptjax.training.monitoring.config import check_recovery
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
 from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index

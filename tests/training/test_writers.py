@@ -102,5 +102,5 @@ def test_a_failure_while_starting_keeps_the_old_rows(tmp_path):
 
 def test_no_start_pays_for_torch():
     pytest.importorskip("torch")
-    script = "import sys, gptjax.train; assert 'torch' not in sys.modules; import torch"
+    script = "import sys, gptjax.training.loop; assert 'torch' not in sys.modules; import torch"
     subprocess.run([sys.executable, "-c", script], check=True)
