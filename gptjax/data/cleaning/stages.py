@@ -36,7 +36,7 @@ from etils import epath
 from gptjax.data.cleaning.filters import steps
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.cleaning.report import Account, merged
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation.tasks import Corpus, done, finish, lost, result
 from gptjax.data.sources import documents as origin
 from gptjax.data.sources.documents import Damages, DataConfig
 from gptjax.errors import Refused
@@ -56,14 +56,14 @@ class Kept:
 
     def documents(self, task: int, damages: Damages) -> Iterator[origin.Document]:
         """What is left of a task; `damages` becomes what was met when it was first read."""
-        account = pieces.result(self.first, task)
+        account = result(self.first, task)
         damages.count, damages.places = account["damaged"], account["places"]
         damages.without_text = account["without_text"]
         for row in _rows(self.folder, task):
             yield origin.Document(row["name"], row["offset"], row["text"])
 
 
-def clean(config: CleanConfig, corpus: pieces.Corpus, tasks: int, folder: epath.Path, run: Callable):
+def clean(config: CleanConfig, corpus: Corpus, tasks: int, folder: epath.Path, run: Callable):
     """Cleans a corpus; what is complete already is not done again.
 
     Args:
@@ -90,7 +90,7 @@ def clean(config: CleanConfig, corpus: pieces.Corpus, tasks: int, folder: epath.
             _file(kept, task).unlink(missing_ok=True)
         kept = left
         accounts.append(left)
-    results = (pieces.result(account, task) for account in accounts for task in range(tasks))
+    results = (result(account, task) for account in accounts for task in range(tasks))
     return Kept(corpus.data, kept, accounts[0]), *merged(results, config.steps())
 
 
@@ -115,17 +115,17 @@ class Filter:
     """
 
     config: CleanConfig
-    corpus: pieces.Corpus
+    corpus: Corpus
     folder: epath.Path
     following: "Exact | Near | None"
 
     def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if pieces.done(self.folder, task):
+        if done(self.folder, task):
             return
         account, damages = Account(), Damages(self.corpus.data.damaged)
         found = self.corpus.documents(task, damages)
         _write(self._kept(_documents(found, told, task), account), task, self.folder, self.following)
-        pieces.finish(self.folder, task, account.result() | pieces.lost(damages))
+        finish(self.folder, task, account.result() | lost(damages))
 
     def _kept(self, documents: Iterable[Document], account: Account) -> Iterator[Document]:
         judges = steps(self.config)
@@ -150,10 +150,10 @@ class Compare:
     folder: epath.Path
 
     def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if not pieces.done(self.folder, task):
+        if not done(self.folder, task):
             with _quiet():
                 self.step.run(None, task, self.tasks)
-            pieces.finish(self.folder, task, {})
+            finish(self.folder, task, {})
         told(0, 0, 0)  # it went on, though with no more documents
 
 
@@ -170,14 +170,14 @@ class Remove:
     following: "Exact | Near | None"
 
     def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if pieces.done(self.folder, task):
+        if done(self.folder, task):
             return
         account = Account()
         documents = _documents((row.values() for row in _rows(self.kept, task)), told, task)
         with _quiet():
             left = self.stage.filter(_Removed(self.stage.name, account)).run(documents, task)
             _write(left, task, self.folder, self.following)
-        pieces.finish(self.folder, task, account.result())
+        finish(self.folder, task, account.result())
 
 
 class _Removed:
