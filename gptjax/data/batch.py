@@ -14,6 +14,7 @@ class Batch(NamedTuple):
     segments: number of the document within the window, from 1; 0 is padding.
     weights: 1 where the target counts, 0 on padding and on targets inside a prompt.
     """
+
     inputs: np.ndarray
     targets: np.ndarray
     positions: np.ndarray

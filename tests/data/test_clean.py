@@ -311,13 +311,13 @@ def test_a_store_of_other_cleaning_is_refused_by_key(cleaned):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(language_score=1.0), "clean.language_score=1.0 is no probability"),
+        (dict(language_score=1.0), "clean.language_score=1.0 must be at least 0 and below 1"),
         (dict(gopher_min_words=0), "clean.gopher_min_words=0 must be at least 1, and at most .*=100000"),
         (dict(gopher_min_words=9, gopher_max_words=8), "gopher_min_words=9 .*gopher_max_words=8"),
-        (dict(minhash_buckets=0), "clean.minhash_buckets=0 is not from 1 to"),
-        (dict(languages="en, xq"), 'clean.languages has "xq", which is no known language'),
+        (dict(minhash_buckets=0), "clean.minhash_buckets=0 must be from 1 to"),
+        (dict(languages="en, xq"), 'clean.languages has "xq", which must be a known language'),
         (dict(gopher=True, word_language="klingon"), 'clean.word_language has "klingon"'),
-        (dict(gopher=True, word_language="ur"), "clean.word_language=ur is split .* downloaded"),
+        (dict(gopher=True, word_language="ur"), "clean.word_language=ur needs a model of Stanza .* downloaded"),
         (dict(gopher=True, word_language="th"), "clean.word_language=th needs a package .*: pip install"),
         (dict(blocked_words="nowhere"), "nowhere is missing: give a file of words"),
         (dict(blocked_words="empty"), "clean.blocked_words=.*empty has 0 words, and at least 1"),

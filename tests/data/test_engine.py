@@ -90,10 +90,10 @@ def test_workers_end_with_who_waits_for_them(tmp_path, end):
 import pathlib, sys, time
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
 from etils import epath
-from gptjax.data import engine
+from gptjax.data.preparation import executor
 import test_engine
 if __name__ == "__main__":
-    engine.run(test_engine.Endless(pathlib.Path({str(tmp_path)!r})), 2, 2, epath.Path({str(tmp_path)!r}) / "e", print)
+    executor.run(test_engine.Endless(pathlib.Path({str(tmp_path)!r})), 2, 2, epath.Path({str(tmp_path)!r}) / "e", print)
 """
     (tmp_path / "main.py").write_text(program)
     with (tmp_path / "error").open("w") as error:

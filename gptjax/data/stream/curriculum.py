@@ -125,7 +125,7 @@ def going_on(history: list[Phase], planned: list[Phase], batch: int) -> list[Pha
 def parts(phases: list[Phase], first: int, stop: int) -> Iterator[tuple[Phase, int, int]]:
     """The phases that cover batches `first` to `stop`, each with its own first batch and stop within that range."""
     ends = [phase.first for phase in phases[1:]] + [stop]
-    for phase, end in zip(phases, ends, strict=True):
+    for phase, end in zip(phases, ends, strict=False):
         begin, end = max(first, phase.first), min(stop, end)
         if begin < end:
             yield phase, begin, end
@@ -138,7 +138,7 @@ def starts(phases: list[Phase]) -> list[dict[str, int]]:
     is left out.
     """
     found, at = [], dict.fromkeys((name for phase in phases for name in phase.shares), 0)
-    for phase, following in zip(phases, [*phases[1:], None], strict=True):
+    for phase, following in zip(phases, [*phases[1:], None], strict=False):
         at = {name: -(-tokens // phase.seq_len) * phase.seq_len for name, tokens in at.items()}
         found.append(at)
         if following:
