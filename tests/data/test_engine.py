@@ -67,7 +67,7 @@ def test_a_refusal_comes_through(tmp_path, workers, capfd):
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_that_is_killed_is_noticed(tmp_path, by):
     began = time.monotonic()
-    with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: the same command goes on"):
+    with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: run the same command to resume"):
         run(tmp_path, 4, 2, kill=1, by=by)
     assert time.monotonic() - began < 30
     assert run(tmp_path, 4, 2)[1]

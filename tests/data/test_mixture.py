@@ -152,22 +152,22 @@ def test_a_schedule_of_weights(folders):
 
 
 @pytest.mark.parametrize("stores, weights, words", [
-    ("code", "code 1", '"code", which is no NAME=FOLDER'),
+    ("code", "code 1", '"code", which must be NAME=FOLDER'),
     ("code=/a, code=/b", "code 1", "names code twice, /a and /b"),
-    ("a b=/a", "code 1", "which is no NAME=FOLDER"),
-    ("code=/a", "", "mixture.weights is empty"),
-    ("", "code 1", "mixture.stores is empty"),
-    ("code=/a, web=/b", "code 1, wbe 2", 'wbe, which is none of the stores code, web. Did you mean "web"?'),
-    ("code=/a, web=/b", "code 1, web 0", "has web 0: a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web -0.5", "has web -0.5: a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web nan", "a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web inf", "a weight is more than 0"),
+    ("a b=/a", "code 1", "which must be NAME=FOLDER"),
+    ("code=/a", "", 'mixture.weights="" must give'),
+    ("", "code 1", 'mixture.stores="" must name'),
+    ("code=/a, web=/b", "code 1, wbe 2", 'wbe, which must be one of the stores code, web. Did you mean "web"?'),
+    ("code=/a, web=/b", "code 1, web 0", "has web 0; a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web -0.5", "has web -0.5; a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web nan", "a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web inf", "a weight must be above 0"),
     ("code=/a, web=/b", "code 1, code 2", "has code twice, 1 and 2"),
-    ("code=/a, web=/b", "code 1, web", 'has "web", which is no NAME NUMBER'),
+    ("code=/a, web=/b", "code 1, web", 'has "web", which must be NAME NUMBER'),
     ("code=/a, web=/b", "code 1, web 0.00001", "less than one window in 10000"),
-    ("code=/a, web=/b", "0: code 1; 0: web 1", 'has "0: web 1", where "BATCH: VALUE" was expected'),
-    ("code=/a, web=/b", "5: code 1", "where"),
-    ("code=/a, web=/b", "0: code 1; x: web 1", "where"),
+    ("code=/a, web=/b", "0: code 1; 0: web 1", 'has "0: web 1"; "BATCH: VALUE" must start at 0 and ascend'),
+    ("code=/a, web=/b", "5: code 1", '"BATCH: VALUE" must start at 0'),
+    ("code=/a, web=/b", "0: code 1; x: web 1", '"BATCH: VALUE" must start at 0'),
 ])  # fmt: skip
 def test_what_is_refused(stores, weights, words):
     with pytest.raises(Refused) as refusal:
@@ -333,7 +333,7 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
     assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
     with pytest.raises(
-        Refused, match="batch 0 has rows of the store code, which mixture.stores does not have any more"
+        Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"
     ):
         batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]

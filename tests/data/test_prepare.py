@@ -168,7 +168,7 @@ def test_refusals_leave_nothing(tmp_path, data, texts):
     refused("has 1 documents and 1 different ones, and at least 2", corpus(tmp_path / "one", texts[:1]))
     refused("has 3 documents and 1 different ones", corpus(tmp_path / "same", texts[:1] * 3))
     for fraction in (0.0, 1.0, -0.1):
-        refused("not between 0 and 1", dataclasses.replace(data, heldout_fraction=fraction))
+        refused("must be above 0 and below 1", dataclasses.replace(data, heldout_fraction=fraction))
     refused("kind", tokenizer=TokenizerConfig(kind="bytes"))
     refused("vocab_size is 9999, but this corpus has pieces for at most", tokenizer=TokenizerConfig(vocab_size=9999))
 
@@ -204,7 +204,7 @@ from gptjax.tokenizers.tokenizer import TokenizerConfig
 def stop(*arguments):
     print("writing", flush=True)
     time.sleep(60)
-module.stores.write_manifest = stop
+module.write_manifest = stop
 module.prepare(module.{data!r}, TokenizerConfig(kind="byte"), "{tmp_path}/out/store")
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
