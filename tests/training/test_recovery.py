@@ -219,7 +219,7 @@ def test_it_does_not_go_back_for_ever():
     ledger = []
     for _ in range(2):
         ledger = skipping(gone_back(24, 26, ledger), [20], 2)
-    with pytest.raises(Failed, match="because why, although it went back to step 20 recovery.max_returns=2 times"):
+    with pytest.raises(Failed, match="because why, although it rolled back to step 20 recovery.max_returns=2 times"):
         skipping(gone_back(24, 26, ledger), [20], 2)
     with pytest.raises(Failed, match="the oldest checkpoint is that of step 24"):
         skipping(gone_back(24, 26), [24, 25], 2)
@@ -372,7 +372,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
     assert [(row["step"], row["batch"]) for row in skipped_rows(tmp_path / "run")] == [(11, 10), (12, 11)]
     printed = capsys.readouterr().out
     assert (
-        "going back to step 8, past batches 8 to 11" in printed and "of the way that is left are removed: 10" in printed
+        "going back to step 8, past batches 8 to 11" in printed and "; removed the later checkpoints: 10" in printed
     )
     assert "going on from the checkpoint of step 8" in printed
     assert list(losses(tmp_path / "run")) == list(range(1, 17))
@@ -380,7 +380,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
 
 def test_with_nothing_to_go_back_to_it_begins_anew_and_not_for_ever(corpus, tmp_path, monkeypatch, capsys):
     poisoned.poison(range(2, 100), poisoned.not_finite, monkeypatch.setattr)
-    with pytest.raises(Failed, match="although it went back to step 0 recovery.max_returns=2 times"):
+    with pytest.raises(Failed, match="although it rolled back to step 0 recovery.max_returns=2 times"):
         loop.train(run_of(corpus, recovery=RecoveryConfig(max_returns=2)), epath.Path(tmp_path / "run"))
     printed = capsys.readouterr().out
     assert "going back to step 0, past batches 0 to 4" in printed

@@ -58,7 +58,7 @@ def test_a_tracker_that_fails_is_one_warning(module, gptjax_main, corpus, copied
     """In a run that goes on, with a tracker that it did not have before."""
     argv = training(corpus, copied, "--config.tracker=my_tracker:broken", "--config.num_steps=6")
     code, out, _ = gptjax_main(*argv)
-    warning = "warning: the tracker can't be written (ConnectionError: no line); the run goes on without"
+    warning = "warning: the tracker can't be written (ConnectionError: no line); the run goes on without it"
     assert code == 0 and out.count(warning) == 1
 
 
