@@ -186,9 +186,9 @@ def test_tasks_and_probes_on_the_command_line(folder, finished, gptjax_main):
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=lables"], 'Task "lables" is unknown. Did you mean "labels"?'),
     (["--tasks=labels", "--limit=-2"], "limit=-2 must be at least 0"),
-    (["--tasks=labels", "--tasks_folder=nowhere"], "nowhere is no folder of tasks"),
-    (["--tasks=long"], "Task long generates 256 tokens, and the context holds 32"),
-    (["--tasks=beams"], "Task beams generates with num_beams, and here there are do_sample"),
+    (["--tasks=labels", "--tasks_folder=nowhere"], "tasks.folder=nowhere must be a folder with lm-eval's YAML files"),
+    (["--tasks=long"], "Task long: generation_kwargs.max_gen_toks=256 must be below the context of 32 tokens"),
+    (["--tasks=beams"], "Task beams: generation_kwargs must be among do_sample"),
     (["--tasks=odd"], "Tasks odd can't be loaded (ValueError: Got invalid output_type 'guess'"),
 ], ids=str)  # fmt: skip
 def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words):
