@@ -53,9 +53,7 @@ def load(config: TasksConfig, seq_len: int) -> dict:
     """
     names = [name.strip() for name in config.names.split(",")]
     if config.folder and not pathlib.Path(config.folder).is_dir():
-        raise Refused(
-            f"tasks.folder={config.folder} must be a folder with lm-eval's YAML files; found no folder there."
-        )
+        raise Refused(f"tasks.folder={config.folder} must be a folder with lm-eval's YAML files; no folder is there.")
     try:
         manager = TaskManager(include_path=[bias_pairs.FOLDER, *filter(None, [config.folder])], include_defaults=False)
         if not set(names) <= set(manager.all_tasks):  # scanning lm-eval's own tasks takes 20 s
@@ -90,8 +88,8 @@ def _check(name: str, task, seq_len: int) -> None:
         )
     if asked["max_gen_toks"] >= seq_len:
         raise Refused(
-            f"Task {name}: generation_kwargs.max_gen_toks={asked['max_gen_toks']} must be below the context of {seq_len} "
-            "tokens."
+            f"Task {name}: generation_kwargs.max_gen_toks={asked['max_gen_toks']} must be below the context of "
+            f"{seq_len} tokens."
         )
 
 
@@ -206,7 +204,7 @@ class LanguageModel(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Returns (log-likelihood of the continuation in nats, whether the model ranks each token first) by request.
 
-        A context that is too long loses its beginning. The longest requests come first, so a lack of memory shows early.
+        A context that is too long loses its beginning. The longest requests come first: a lack of memory shows early.
         """
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         batches = [order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size)]
