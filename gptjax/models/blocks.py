@@ -43,15 +43,16 @@ class Attention:
         self.value_bias = w.zeros((L, K, H), "layers kv_heads head_dim") if c.biases else None
         self.output_bias = w.zeros((L, D), "layers norm") if c.biases else None
 
-    def mixed(self, x_BTD, rotation, attend, sequence: str):
-        """The mixer's term of the residual stream."""
+    def mixed(self, x_BTD, rotation, key, attend, sequence: str):
+        """x plus attention(norm(x)); arguments as of `Block.__call__`."""
         queries, keys = "act_batch act_seq act_heads act_head_dim", "act_batch act_seq act_kv_heads act_head_dim"
         heads = manual(functools.partial(Attention.heads, sequence=sequence), queries, keys, keys)
         mix = manual(functools.partial(Attention.mix, sequence=sequence), f"act_batch {sequence} act_embed")
         with jax.named_scope("attention"):
             qkv, names = heads(self, x_BTD, rotation), ("query", "key", "value")
             q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, name) for x, name in zip(qkv, names, strict=True))
-            return checkpoint_name(mix(self, attend(q_BTNH, k_BTKH, v_BTKH)), "attention_out")
+            a_BTD = checkpoint_name(mix(self, attend(q_BTNH, k_BTKH, v_BTKH)), "attention_out")
+            return x_BTD + dropout(a_BTD, self.config.dropout, key, 0)
 
     def heads(self, x_BTD, rotation, sequence: str):
         """Inside `manual`: queries, keys and values of every position, for this device's heads."""
@@ -96,12 +97,13 @@ class Mlp:
         self.up_bias = w.zeros((L, F), "layers mlp") if c.biases else None
         self.down_bias = w.zeros((L, D), "layers norm") if c.biases else None
 
-    def fed_forward(self, x_BTD, sequence: str):
-        """The feed-forward's term of the residual stream."""
+    def fed_forward(self, x_BTD, key, sequence: str):
+        """x plus mlp(norm(x)); arguments as of `Block.__call__`."""
         widen = manual(functools.partial(Mlp.widen, sequence=sequence), "act_batch act_seq act_mlp")
         narrow = manual(functools.partial(Mlp.narrow, sequence=sequence), f"act_batch {sequence} act_embed")
         with jax.named_scope("mlp"):
-            return checkpoint_name(narrow(self, widen(self, x_BTD)), "mlp_out")
+            m_BTD = checkpoint_name(narrow(self, widen(self, x_BTD)), "mlp_out")
+            return x_BTD + dropout(m_BTD, self.config.dropout, key, 1)
 
     def widen(self, x_BTD, sequence: str):
         """Inside `manual`: the hidden units of this device's part of the MLP."""
@@ -141,8 +143,7 @@ class Block(nnx.Module):
           sequence: the logical name of the sequence axis of x_BTD.
         """
         x_BTD = checkpoint_name(x_BTD, "block_input")
-        x_BTD = x_BTD + dropout(self.mixed(x_BTD, rotation, attend, sequence), self.config.dropout, key, 0)
-        return x_BTD + dropout(self.fed_forward(x_BTD, sequence), self.config.dropout, key, 1)
+        return self.fed_forward(self.mixed(x_BTD, rotation, key, attend, sequence), key, sequence)
 
 
 @functools.cache

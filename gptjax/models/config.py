@@ -184,6 +184,7 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim or self.embed_dim // self.num_heads,
             mlp_dim=self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim),
+            layers="" if self.segments == pattern.parse("", self.num_layers) else self.layers,
         )
         if config.num_heads % config.num_kv_heads:
             raise Refused(

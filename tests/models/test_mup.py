@@ -78,7 +78,7 @@ def test_weight_decay_takes_the_same_share_at_any_width():
 @pytest.mark.parametrize("changes, words", [
     (dict(model=dict(mup_base_width=64), optimizer=dict(name="adafactor")), "model.mup_base_width=64 with optimizer.name"),
     (dict(model=dict(mup_base_width=-1)), "model.mup_base_width=-1 must not be negative"),
-    (dict(model=dict(mup_base_head_dim=32)), "model.mup_base_head_dim=32 without model.mup_base_width"),
+    (dict(model=dict(mup_base_head_dim=32)), "model.mup_base_head_dim=32 needs model.mup_base_width too"),
 ])  # fmt: skip
 def test_refused(changes, words):
     with pytest.raises(Refused, match=words):

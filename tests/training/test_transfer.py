@@ -139,7 +139,7 @@ def test_what_is_no_model_to_begin_with(base, others, refused, tmp_path):
         tmp_path, *training(others, tmp_path / "run", "--config.init_step=4")
     )
     alone = training(others, tmp_path / "run", "--config.lora.rank=2")
-    assert "lora.rank=2 trains what is added to a model, and init_from is empty" in refused(tmp_path, *alone)
+    assert "lora.rank=2 adds adapters to an existing model, and init_from is empty" in refused(tmp_path, *alone)
 
 
 def test_another_tokenizer_is_refused(base, others):

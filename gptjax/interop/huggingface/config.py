@@ -184,7 +184,7 @@ def family_of(c: ModelConfig) -> str:
     Raises: Refused, with the key that no family supports.
     """
     gpt2 = c.norm == "layernorm"
-    wanted = {"logits_softcap": 0.0}
+    wanted = {"logits_softcap": 0.0, "layers": ""}
     if gpt2:
         alike = {"positions": "learned", "biases": True, "qk_norm": False, "sliding_window": 0}
         wanted |= alike | {"num_kv_heads": c.num_heads, "head_dim": c.embed_dim / c.num_heads}
