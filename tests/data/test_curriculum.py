@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from support.command import losses, rows
 from support.runs import mesh_of, tiny
-from test_mixture import losses, rows, write_store
+from support.stores import write_store
 
 from gptjax.data.store.store import Store
 from gptjax.data.stream import curriculum

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 from etils import epath
-from support.command import DEBUG
+from support.command import DEBUG, losses, rows
 from support.runs import tiny
+from support.stores import write_store
 
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.store import store as stores
@@ -19,31 +20,12 @@ from gptjax.data.stream.stream import Stream
 from gptjax.errors import Refused
 from gptjax.models.config import ModelConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.tokenizers.tokenizer import train as train_tokenizer
 from gptjax.training import batch_audit, loop
 from gptjax.training.corpus import check_same_data, make_corpus
 from gptjax.training.optim.config import OptimizerConfig
 
 T = 16
 SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
-
-
-def write_store(folder, tokens, letters="abcdefgh", kind="byte"):
-    """A store of random letters, so that windows are told apart."""
-    folder = epath.Path(folder)
-    made = train_tokenizer(TokenizerConfig(kind=kind), [], folder / "tokenizer")
-    rng, splits = np.random.default_rng(len(letters) + tokens), {}
-    for name in stores.SPLITS:
-        writer = stores.SplitWriter(folder / name, np.uint16)
-        while writer.tokens < tokens:
-            length = min(int(rng.integers(2, 40)), tokens - writer.tokens)
-            text = rng.choice(np.frombuffer(letters.encode(), np.uint8), length - 1).astype(np.int32)
-            writer.append(f"{folder.name}/{writer.documents}.txt", 0, np.append(made.end_of_text, text), length - 1)
-        splits[name] = writer.close()
-    manifest = {"settings": {}, "tokenizer_hash": made.hash, "vocab_size": 257, "text_hash": f"{tokens:064}"}
-    sizes = dict.fromkeys(("compressed_heldout_bytes", "gzip_bytes", "xz_bytes"), 100)
-    stores.write_manifest(folder, manifest | {"splits": splits} | sizes)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -229,14 +211,6 @@ def run_of(folders, **changes):
         mixture=mixed,
     )
     return tiny(ModelConfig(num_layers=1, num_heads=2, embed_dim=16), **(own | changes))
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
 
 
 @pytest.fixture(scope="module")

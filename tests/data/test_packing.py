@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from support.runs import data_of, mesh_of, tiny
-from test_mixture import write_store
+from support.stores import write_store
 
 from gptjax.data.store.store import Store
 from gptjax.data.stream import packing, stream

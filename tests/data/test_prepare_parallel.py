@@ -12,7 +12,8 @@ import time
 import pytest
 from etils import epath
 from support.command import DEBUG, tree
-from test_saving import disk, filled  # noqa: F401
+from support.disks import filled
+from support.source_files import made
 
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation import merge, survey
@@ -200,8 +201,6 @@ def test_a_full_disk(lines, serial, disk, workers, capfd):  # noqa: F811
 
 
 def test_a_warc_is_extracted_once(tmp_path, monkeypatch):
-    from test_sources_formats import made
-
     texts = [f"This is page number {i}, and it has a sentence or two. Here is the second." for i in range(30)]
     store = prepare(made("warc", tmp_path, [*texts, "", ""]), BYTE, tmp_path / "store")
     assert sum(split.documents for split in store.splits.values()) == 30

@@ -12,7 +12,7 @@ from etils import epath
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from support.command import corpus_text, training
-from test_hf_tokenizer import llama_2_json
+from support.tokenizer_files import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gptjax.evaluation import lm_eval

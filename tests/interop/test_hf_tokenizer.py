@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
-from test_huggingface import TEXTS, gpt_2, llama_2
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from support.tokenizer_files import TEXTS, gpt_2, llama_2, llama_2_json
+from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptjax.errors import Refused
@@ -73,14 +73,6 @@ def written(folder, files):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def llama_2_json(folder):
-    made = llama_2(prepend=True)
-    first, back = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
-    made.decoder = decoders.Sequence([first, decoders.ByteFallback(), decoders.Fuse(), back])
-    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def mistral_json(folder):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from etils import epath
 from support import poisoned
-from support.runs import GPT2, LLAMA, data_of, mesh_of, run, tiny
-from test_run import command, environment, losses, rows, small
+from support.command import environment, long_run, losses, rows
+from support.runs import GPT2, LLAMA, data_of, mesh_of, run, small, tiny
 
 from gptjax.checkpoints import manifest
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
@@ -447,7 +447,7 @@ def test_killed_after_it_went_back(corpus, tmp_path):
     """The real command and a real kill, on one device, before a checkpoint knows of it."""
 
     def start(name):
-        python, _, _, *arguments = command(corpus, tmp_path / name, "--config.num_steps=32")
+        python, _, _, *arguments = long_run(corpus, tmp_path / name, "--config.num_steps=32")
         pipes = dict(stdout=(tmp_path / f"{name}.out").open("a"), stderr=subprocess.STDOUT)
         told = environment(1) | {"BATCHES": "23,24,25"}
         return subprocess.Popen([python, poisoned.__file__, *arguments], env=told, **pipes)

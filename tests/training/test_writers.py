@@ -11,13 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
+from support.command import rows
 from tensorboardX.proto.event_pb2 import Event
 
 from gptjax.training.monitoring.writers import Writers
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(folder):
