@@ -1,5 +1,6 @@
 """Held-out loss, bits per byte and accuracy."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence

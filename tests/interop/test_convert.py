@@ -130,7 +130,7 @@ def test_parity(name, tmp_path):
 
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1, shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-    assert same(tensors(tmp_path / "back"), tensors(tmp_path / "theirs"))
+    assert same(weights(tmp_path / "back"), weights(tmp_path / "theirs"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(loaded) is type(theirs) and loaded.dtype == torch.float32
     assert np.array_equal(logits(loaded, ids), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids))
@@ -146,7 +146,7 @@ def test_half_precision_is_kept_exactly(dtype, ours, tmp_path):
     run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert run.config.model.param_dtype == run.config.model.dtype == ours
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
-    there, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+    there, back = weights(tmp_path / "theirs"), weights(tmp_path / "back")
     assert same({name: value.float() for name, value in there.items()}, {n: v.float() for n, v in back.items()})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == getattr(torch, ours)
 
