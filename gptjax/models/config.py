@@ -19,27 +19,27 @@ CHOICES = {
 class ModelConfig:
     """The shape of the model. A size of 0 is worked out: see `resolved`."""
 
-    num_layers: int = 6
-    num_heads: int = 6
-    num_kv_heads: int = 0  # 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
-    head_dim: int = 0  # 0: embed_dim / num_heads
-    embed_dim: int = 384
-    mlp_dim: int = 0  # 0: 4 · embed_dim, or 8/3 of it (to a multiple of 64) for swiglu, which has a third matrix
+    num_layers: int = 6  # number of blocks
+    num_heads: int = 6  # heads of the queries
+    num_kv_heads: int = 0  # heads of keys and values; 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    head_dim: int = 0  # size of a head; 0: embed_dim / num_heads
+    embed_dim: int = 384  # size of the hidden states between blocks
+    mlp_dim: int = 0  # hidden size of the MLP; 0: 4 · embed_dim; swiglu: 8/3 · embed_dim, to a multiple of 64
     dropout: float = 0.0  # of the embedding and of what each half-block adds
-    norm: str = "layernorm"
+    norm: str = "layernorm"  # layernorm or rmsnorm
     norm_eps: float = 1e-5  # added to the mean square under the root
-    positions: str = "learned"
-    rope_theta: float = 10_000.0
+    positions: str = "learned"  # learned, or rope: rotary embeddings (Su et al. 2021)
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: str = ""  # linear (Chen et al. 2023): all positions / rope_factor; llama3: see layers.stretched
-    rope_factor: float = 1.0
+    rope_factor: float = 1.0  # factor by which rope_scaling stretches positions
     rope_low_turns: float = (
         1.0  # of llama3: turns in rope_original_len up to which a pair is slowed, and from which not
     )
-    rope_high_turns: float = 4.0
-    rope_original_len: int = 8192
-    activation: str = "gelu"
-    biases: bool = True
-    tied_embeddings: bool = True
+    rope_high_turns: float = 4.0  # llama3: from this many turns on a pair is not slowed
+    rope_original_len: int = 8192  # llama3: length of the sequences before stretching
+    activation: str = "gelu"  # gelu (tanh approximation), gelu_exact, relu2 or swiglu
+    biases: bool = True  # matrices and layernorm have biases
+    tied_embeddings: bool = True  # the embedding is the unembedding as well
     qk_norm: bool = False  # RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023)
     sliding_window: int = 0  # positions that a query sees, its own included (Beltagy et al. 2020); 0 is all before it
     logits_softcap: float = 0.0  # c · tanh(logits / c) (Gemma 2, 2024); 0 is off

@@ -35,7 +35,8 @@ def keys(section: type = Config, prefix: str = "") -> list[Key]:
 
 def meanings(section: type) -> dict[str, str]:
     """The meaning of each field: the comment behind its default, or its entry `name: meaning` in the docstring."""
-    return _from_docstring(inspect.getdoc(section) or "") | _from_comments(inspect.getsource(section))
+    found = _from_docstring(inspect.getdoc(section) or "") | _from_comments(inspect.getsource(section))
+    return {name: meaning.removesuffix(".") for name, meaning in found.items()}
 
 
 def _from_comments(source: str) -> dict[str, str]:
@@ -76,9 +77,9 @@ def page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of a config with its default, type and meaning. A config file sets `config.KEY = VALUE`; the command",
-        "line sets `--config.KEY=VALUE`. `gptjax config WORD` prints the keys that match a word. This page is generated",
-        "from the source by `python -m gptjax.training.config.reference > docs/config.md`.",
+        "Every key of a config with its default, type and meaning. A config file sets `config.KEY = VALUE`; the",
+        "command line sets `--config.KEY=VALUE`. `gptjax config WORD` prints the keys that match a word. This page is",
+        "generated from the source by `python -m gptjax.training.config.reference > docs/config.md`.",
     ]
     section = None
     for key in sorted(keys(), key=lambda key: "." in key.name):  # stable: the keys without a section first
@@ -92,7 +93,7 @@ def page() -> str:
 
 
 def _cell(meaning: str) -> str:
-    """Text in a Markdown table: code stays as it is, and signs that Markdown would read are escaped elsewhere."""
+    """A meaning in a table: outside of code, characters that Markdown reads are escaped."""
     parts = meaning.split("`")
     parts[::2] = [re.sub(r"([*<_])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts).replace("|", "\\|")
