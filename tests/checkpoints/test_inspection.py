@@ -91,7 +91,7 @@ def test_prune_where_nothing_can_be_removed(refused, copied, monkeypatch, error)
     (["verify", "--step=3"], "--step=3 must be a checkpoint in "),
     (["diff", "--steps=2:3"], "--steps=2:3 must be A:B, two checkpoints in"),
     (["diff", "--steps=2"], "--steps=2 must be A:B, two checkpoints in"),
-    (["ls", "--keep=1"], "--keep is no flag of gptjax checkpoint"),
+    (["ls", "--keep=1"], "--keep is not a flag of gptjax checkpoint"),
 ])  # fmt: skip
 def test_refusals(refused, finished, argv, words):
     assert words in refused(finished, "checkpoint", argv[0], f"--workdir={finished}", *argv[1:])

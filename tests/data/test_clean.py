@@ -340,7 +340,7 @@ def test_refusals_come_before_any_work(tmp_path, keys, message):
 def test_a_missing_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(
-        Refused, match=r"Cleaning needs more packages than there are \(.*spacy.*\): pip install 'gptjax\[data\]'"
+        Refused, match=r"Cleaning needs packages that are not installed \(.*spacy.*\): pip install 'gptjax\[data\]'"
     ):
         prepare(DataConfig(), BYTE, tmp_path / "store", cleaning=CleanConfig(gopher=True))
 

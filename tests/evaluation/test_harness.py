@@ -209,7 +209,7 @@ def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words)
 
 @pytest.mark.parametrize("flag", ["--limit=2", "--num_fewshot=0", "--tasks_folder=."])
 def test_flags_of_tasks_without_tasks_are_refused(finished, refused, flag):
-    assert f"{flag} is about tasks, and --tasks names none" in refused(finished, "eval", f"--workdir={finished}", flag)
+    assert f"{flag} needs --tasks=NAME." in refused(finished, "eval", f"--workdir={finished}", flag)
 
 
 def test_a_run_is_scored_on_its_way(folder, corpus, tmp_path, gptjax_main):

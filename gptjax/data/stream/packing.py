@@ -20,9 +20,9 @@ METHODS = "concat", "best_fit"
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """The layout of documents in rows. method: `concat` or `best_fit`."""
+    """How documents make up rows."""
 
-    method: str = "concat"
+    method: str = "concat"  # concat (end to end) or best_fit (whole documents)
 
 
 def check(config: PackingConfig) -> None:

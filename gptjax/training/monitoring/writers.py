@@ -14,17 +14,18 @@ from gptjax.runtime import heartbeat
 from gptjax.runtime.files import write_whole
 from gptjax.training.monitoring.records import rows_until
 
-# tensorboardX imports torch if torch is installed. That takes two seconds of each start, for nothing used here. With
-# None in sys.modules, Python reports the module as missing.
+# tensorboardX imports torch (two seconds) and Google's client (0.2 s) where they are installed. A local folder needs
+# neither. None is how Python says that a module can't be had.
 MODULES = typing.cast(dict[str, types.ModuleType | None], sys.modules)
-TORCH = MODULES.setdefault("torch", None)
+NEEDLESS = {name: MODULES.setdefault(name, None) for name in ("torch", "google.cloud.storage")}
+from tensorboardX import record_writer  # noqa: E402
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
-from tensorboardX.record_writer import directory_check  # noqa: E402
 
-if TORCH is None:
-    del sys.modules["torch"]
+for name, module in NEEDLESS.items():
+    if module is None:
+        del sys.modules[name]
 
 FLUSH_SECONDS = 120  # between flushes of the event file, and of metrics.jsonl on gs://, where a flush sends all rows
 
@@ -126,7 +127,11 @@ class Board:
 
     def __init__(self, folder: epath.Path, start: int):
         """Makes TensorBoard forget the events of other files after `start`."""
-        directory_check(str(folder))
+        if "://" in str(folder):
+            from google.cloud import storage
+
+            record_writer.storage, record_writer.GCS_ENABLED = storage, True
+        record_writer.directory_check(str(folder))
         self._events = EventsWriter(str(folder / "events"), f".{start}")
         again = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))

@@ -1,5 +1,6 @@
 """Plain text: the source code of the standard library, and files in UTF-8."""
 
+import functools
 import os
 import sysconfig
 import tokenize
@@ -29,9 +30,13 @@ def stdlib_parts(data: DataConfig) -> list[Part]:
     if data.path:
         raise Refused(f'data.path="{data.path}" must be empty with data.source=stdlib: set data.source=text.')
     root = _library()
-    names = sorted(file.relative_to(root) for file in root.rglob("*.py"))
-    sizes = [(name, (root / name).stat().st_size) for name in names if NOT_LIBRARY.isdisjoint(name.parts)]
-    return [Part("stdlib", name.as_posix(), 0, size, size) for name, size in sizes]
+    names = []
+    for folder, inside, files_there in os.walk(root):
+        inside[:] = [name for name in inside if name not in NOT_LIBRARY]  # site-packages alone has ten times the files
+        parts = Path(folder).relative_to(root).parts
+        names += [(*parts, name) for name in files_there if name.endswith(".py")]
+    sizes = [("/".join(parts), root.joinpath(*parts).stat().st_size) for parts in sorted(names)]
+    return [Part("stdlib", name, 0, size, size) for name, size in sizes]
 
 
 def read_stdlib(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
@@ -43,6 +48,7 @@ def read_stdlib(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docu
         yield Document(part.path, 0, text)
 
 
+@functools.cache
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
