@@ -41,15 +41,15 @@ def test_grid():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"sizes": "16,32,48"}, "--sizes has 3 sizes, and a parabola and its uncertainty need 4"),
-    ({"budgets": "1e10"}, "--budgets has 1 budgets, and a line needs 2"),
-    ({"budgets": "1e10,many"}, "--budgets=1e10,many: many is no number above 0"),
-    ({"budgets": "1e10,-1"}, "--budgets=1e10,-1: -1 is no number above 0"),
-    ({"budgets": "1e10,,1e11"}, "an empty text is no number above 0"),
-    ({"budgets": "1e5,1e10"}, "--budgets=1e+05 pays for 1 steps of size 16, and fewer than 10 say nothing"),
-    ({"compute": "nan"}, "--compute=nan: nan is no number above 0"),
+    ({"sizes": "16,32,48"}, "--sizes must have at least 4 different sizes to fit a parabola; found 3"),
+    ({"budgets": "1e10"}, "--budgets must have at least 2 different budgets; found 1"),
+    ({"budgets": "1e10,many"}, "--budgets=1e10,many must be numbers above 0; found many"),
+    ({"budgets": "1e10,-1"}, "--budgets=1e10,-1 must be numbers above 0; found -1"),
+    ({"budgets": "1e10,,1e11"}, "must be numbers above 0; found an empty text"),
+    ({"budgets": "1e5,1e10"}, "--budgets=1e+05 must pay for at least 10 steps of size 16; found 1"),
+    ({"compute": "nan"}, "--compute=nan must be numbers above 0; found nan"),
     ({"sizes": "16,32,48,huge"}, "family.py: ValueError: invalid literal for int"),
-    ({"config": FAMILY + ":16:1e9"}, "the sizes are those of --sizes: write --config="),
+    ({"config": FAMILY + ":16:1e9"}, "must be without arguments, since --sizes gives them; write --config="),
     ({"config": "configs/debug.py"}, "has 2 arguments: write --config=configs/debug.py."),
 ])  # fmt: skip
 def test_refused(refused, tmp_path, change, words):

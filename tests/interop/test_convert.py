@@ -230,7 +230,7 @@ REFUSALS = {
     ),
     "another class": (
         lambda folder: changed(folder, architectures=["LlamaForSequenceClassification"]),
-        "architectures must be ['LlamaForCausalLM'] for llama; found ['LlamaForSequenceClassification']",
+        "architectures must be ['LlamaForCausalLM'] for llama; found ['LlamaForSequ",
     ),
     "biases": (lambda folder: changed(folder, attention_bias=True), "attention_bias=True must be False"),
     "quantization": (
