@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from gptjax.errors import Refused
 from gptjax.models import pattern, remat
 from gptjax.models.interface import Parameters
+from gptjax.models.remat import NAMES as ACTIVATION_NAMES
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -59,7 +60,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and matrix products; softmax, norms and loss are float32
     param_dtype: str = "float32"  # of the stored weights; updates are computed in float32, then rounded
 
-    activation_names: ClassVar[tuple[str, ...]] = remat.NAMES
+    activation_names: ClassVar[tuple[str, ...]] = ACTIVATION_NAMES
     # The config key to blame when a weight's dimension does not divide over the mesh. The first is named that does not;
     # num_kv_heads may only follow num_heads.
     axis_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
