@@ -1,4 +1,4 @@
-"""What ends a run in order: input that can't be used, a failure that a sentence explains, and being asked to stop."""
+"""The orderly ends of a command: refused input, a failure that a sentence explains, and a request to stop."""
 
 import difflib
 import reprlib
@@ -14,7 +14,7 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """A run that can't go on, or was told not to.
+    """A run that can't go on, or must not.
 
     The message is one sentence that says at which step and why, and what to do. The command line prints it and exits
     with code 1. Raise it on all processes alike, with nothing half-written.
@@ -25,7 +25,7 @@ TRY_AGAIN = 75  # exit code; EX_TEMPFAIL in sysexits.h. The launchers run the co
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and can go on. The message says by whom; the exit code is TRY_AGAIN."""
+    """The run was asked to stop, and can resume. The message says by whom; the exit code is TRY_AGAIN."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -35,7 +35,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Cuts a value's repr short; without asking Python for all digits of a very large number, which it refuses."""
+    """Cuts the repr of a value short. Python refuses to print very large numbers, so their bits are given."""
 
     maxstring = maxother = maxlong = 80
 
@@ -44,11 +44,11 @@ class _Short(reprlib.Repr):
 
 
 def shown(value) -> str:
-    """A value of any kind and size, as it may stand in a sentence."""
+    """A value of any kind and size, short enough for a sentence."""
     return _Short().repr(value)
 
 
 def one_line(text: str) -> str:
-    """A message as it may go to a terminal: without what would break the line, move the cursor or fill the screen."""
+    """A message that is safe on a terminal: on one line, without control characters, and short."""
     text = f"{text[:1500]} … {text[-500:]}" if len(text) > 2000 else text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

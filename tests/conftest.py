@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed, JAX would look for TPUs, here and in what the tests start
@@ -52,6 +53,18 @@ def released():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 8 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs can't be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

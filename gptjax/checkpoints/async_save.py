@@ -1,4 +1,4 @@
-"""One save in the background: how files become a checkpoint on all processes, or on none."""
+"""Saves in the background: files become a checkpoint on all processes, or on none."""
 
 import contextlib
 import ctypes
@@ -16,19 +16,25 @@ from gptjax.runtime.files import reason
 
 
 class _Failure(Exception):
-    """Of a save, on whichever process, known to all of them."""
+    """A save failed on some process; raised on every process."""
 
 
 class Save(threading.Thread):
-    """Writes a checkpoint whose arrays are copied off the devices meanwhile.
+    """Thread that writes one checkpoint while the arrays are copied off the devices.
 
-    Every process has one of its own, and they agree on each part, so that none waits for a file that another could not
-    write. Once the thread has ended, `failure` says why the save failed, `seconds` how long it took, and
-    `blocked_seconds` how long the run waited for it: for the save before, and to begin this one.
+    Every process has a `Save`. The processes agree on each part, so none waits for a file that another could not write.
+    Once the thread has ended, `failure` gives the reason of a failure, and `seconds` the duration of the save.
+    `blocked_seconds` is the time that the run waited: for the previous save to end, and for this save to begin.
     """
 
     def __init__(self, folder: epath.Path, step: int, name: str, began: float):
-        """`folder`: of all checkpoints. `name`: of what the processes exchange; new for each save."""
+        """
+        Args:
+          folder: the folder of all checkpoints.
+          step: the checkpoint's step.
+          name: prefix for the exchanges between processes; new for each save.
+          began: time.perf_counter() when the run began to wait.
+        """
         super().__init__(name=name)
         self.step, self.began = step, began
         self.failure, self.blocked_seconds, self.seconds = "", 0.0, 0.0
@@ -46,10 +52,12 @@ class Save(threading.Thread):
         """Starts the thread.
 
         Args:
-          write: begins to write the arrays' files, and returns what is waited for them with, `result()` each.
-          merge: makes one store of what several processes wrote, on process 0. content: of the manifest, without its
-          files. config: a CheckpointConfig. losses: by step; the checkpoint with the lowest stays. rotate: whether any
-          are removed.
+          write: starts writing the arrays' files, and returns futures; each is done when `result()` returns.
+          merge: on process 0, joins the files of several processes into one store.
+          content: the manifest without `files`.
+          config: a CheckpointConfig.
+          losses: held-out losses by step; the checkpoint with the lowest stays.
+          rotate: whether older checkpoints are removed.
         """
         self._write, self._merge, self._content = write, merge, content
         self._config, self._losses, self._rotate = config, losses, rotate
@@ -63,18 +71,18 @@ class Save(threading.Thread):
             self.failure = str(failure)
         except Exception as error:
             self.failure = reason(error)
-        self._write = self._content = None  # they hold a copy of the state, and the tokenizer
-        # glibc keeps for each thread what it freed, and orbax has new threads at each save: 10 % more after 200.
-        with contextlib.suppress(AttributeError):  # where it is not glibc
+        del self._write, self._content  # these hold a copy of the state, and the tokenizer
+        # glibc keeps freed memory for each thread, and orbax starts new threads at each save: 10 % more after 200 saves.
+        with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
         self.seconds = time.perf_counter() - self.began
         if distributed.first():
             with heartbeat.background("rotating"):
                 try:
                     self._tidy()
-                except Exception as error:  # of whatever file system; what can't be removed now is by the next save
-                    told = f"gptjax: warning: {self._checkpoints} can't be tidied up ({reason(error)})"
-                    print(told, file=sys.stderr, flush=True)
+                except Exception as error:  # each file system raises errors of its own; the next save tries again
+                    warning = f"gptjax: warning: {self._checkpoints} can't be tidied up ({reason(error)})"
+                    print(warning, file=sys.stderr, flush=True)
 
     def _commit(self) -> None:
         process, processes = jax.process_index(), jax.process_count()
@@ -88,12 +96,12 @@ class Save(threading.Thread):
                 manifest.write(self._folder, self._content | {"files": dict(files)})
 
     def _agreed(self, part: str, work: Callable[[], object]) -> list:
-        """What `work` returns, by process. Raises: _Failure, on all of them, where it failed on one, now or before."""
+        """Returns each process's result of `work`. Raises: _Failure, on all, if this or an earlier part failed on one."""
         failure, value = self.failure, None
         if not failure:
             try:
                 value = work()
-            except Exception as error:  # TensorStore has no one kind for a full disk
+            except Exception as error:  # TensorStore raises several types for a full disk
                 failure = reason(error)
         found = distributed.exchange([failure, value], f"{self.name}/{part}")
         for process, (failure, _) in enumerate(found):

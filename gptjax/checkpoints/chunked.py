@@ -1,12 +1,13 @@
-"""The arrays of a checkpoint piece by piece, so that a model larger than this machine's memory is written and read.
+"""Reads and writes the arrays of a checkpoint in pieces, for models larger than this machine's memory.
 
-What is written is the other form that orbax's handler restores: a zarr array a leaf, in files of its own. What a run
-saved lies in one key-value store (OCDBT), of which a piece is what one device held of one array.
+The writer uses the other form that orbax's handler restores: one zarr array per leaf, each in separate files. A run
+saves all arrays into one key-value store (OCDBT), where a piece is the part of an array that one device held.
 """
 
 import itertools
 import json
 import time
+import typing
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,9 +23,16 @@ PIECE_BYTES = 64 << 20
 
 
 def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, order: tuple[int, ...]) -> ts.TensorStore:
-    """A new array in the folder of a checkpoint's state. Raises: OSError.
+    """Creates an array in the folder of a checkpoint's state.
 
-    order: its axes, the first to be cut into pieces first.
+    Args:
+      state: the folder.
+      name: the array's name.
+      shape: the array's shape.
+      dtype: the array's type.
+      order: all axes; the first is the first to be cut into pieces.
+
+    Raises: OSError.
     """
     (state / name).mkdir(parents=True)
     piece, size = [1] * len(shape), ts.dtype(dtype).numpy_dtype.itemsize
@@ -37,32 +45,32 @@ def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, ord
 
 
 def write(array: ts.TensorStore, region: tuple[slice, ...], block: np.ndarray) -> None:
-    """Raises: OSError."""
+    """Writes a region of an array. Raises: OSError."""
     _done(array[region].write(block))
 
 
 def piece(array: ts.TensorStore, region: tuple[slice, ...]) -> np.ndarray:
-    """Raises: OSError."""
+    """Reads a region of an array. Raises: OSError."""
     return _done(array[region].read())
 
 
 def _done(future):
-    """What TensorStore was asked for. Raises: OSError."""
+    """Waits for a result from TensorStore. Raises: OSError."""
     try:
         return future.result()
-    except Exception as error:  # TensorStore has no one kind for a full disk
+    except Exception as error:  # TensorStore raises several types for a full disk
         raise OSError(files.reason(error)) from error
 
 
 def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore:
-    """An array of a checkpoint that was verified, not yet read. Raises: Refused, where it is none of this shape."""
-    where = _url(state / name)
+    """Opens an array of a verified checkpoint without reading the values. Raises: Refused, if the shape differs."""
+    where: str | dict[str, str] = _url(state / name)
     if (state / "manifest.ocdbt").exists():
         where = {"driver": "ocdbt", "base": _url(state), "path": f"{name}/"}
     try:
         array = ts.open({"driver": "zarr", "kvstore": where}, open=True, read=True).result()
         if array.shape != shape or array.dtype.name not in ("float32", "bfloat16"):
-            raise ValueError(f"{array.dtype.name} of shape {array.shape}, not {shape}")
+            raise ValueError(f"found {array.dtype.name} of shape {array.shape}, not {shape}")
     except ValueError as error:
         raise Refused(f"{state / name} can't be read ({files.reason(error)}): use another step.") from error
     return array
@@ -73,25 +81,35 @@ def _url(folder: epath.Path) -> str:
 
 
 def regions(array: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
-    """The pieces that an array is stored in."""
-    cuts = zip(array.shape, array.chunk_layout.read_chunk.shape)
+    """Yields the regions of the pieces that an array is stored in."""
+    chunk = typing.cast(tuple[int, ...], array.chunk_layout.read_chunk.shape)
+    cuts = zip(array.shape, chunk, strict=True)
     axes = ([slice(at, min(at + size, length)) for at in range(0, length, size)] for length, size in cuts)
     yield from itertools.product(*axes)
 
 
 def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.TensorStore]) -> None:
-    """Makes a checkpoint of the arrays that were created in a step's state.
+    """Completes the checkpoint of a step from the arrays created in that step's state.
 
     Args:
-      run: what the manifest says of the run, as in `Checkpoints.save`.
+      checkpoints: the folder of all checkpoints.
+      step: the checkpoint's step.
+      run: the manifest's record of the run, as in `Checkpoints.save`.
+      arrays: the arrays by name.
     """
     folder = retention.at(checkpoints, step)
-    leaf = lambda array: {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(array.shape)}
-    tree = {
-        str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": leaf(array)}
+    leaves = {
+        str((name,)): {
+            "key_metadata": [{"key": name, "key_type": 2}],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(array.shape),
+            },
+        }
         for name, array in arrays.items()
-    }  # as orbax describes a dict's entries
-    tree = {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False}
+    }  # orbax's description of a dict's entries
+    tree = {"tree_metadata": leaves, "use_ocdbt": False, "use_zarr3": False}
     tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
     (folder / "state" / "_METADATA").write_text(json.dumps(tree))
     content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}

@@ -1,4 +1,4 @@
-"""The checkpoints of a workdir, looked at and thinned out without a run: `gptjax checkpoint ls|verify|diff|prune`."""
+"""Inspects and prunes the checkpoints of a workdir without a run: `gptjax checkpoint ls|verify|diff|prune`."""
 
 import contextlib
 import time
@@ -13,11 +13,11 @@ from gptjax.runtime import distributed
 from gptjax.runtime.files import flatten, reason
 from gptjax.runtime.progress import duration
 
-NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  # the tokenizer's hash is
+NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  # the tokenizer's hash is compared
 
 
 def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
-    """Their folder, and their steps. Raises: Refused, where there is none."""
+    """Returns the folder and the steps of a workdir's checkpoints. Raises: Refused, if there are none."""
     folder = workdir / "checkpoints"
     steps, _ = retention.found(folder)
     if not steps:
@@ -26,14 +26,14 @@ def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
 
 
 def ls(workdir: epath.Path, config: dict, losses: dict[int, float]) -> list[dict]:
-    """A row a checkpoint: step, saved_at (seconds since 1970), bytes, files, differs, damage, and, if it was evaluated,
-    eval_loss.
+    """Returns one row per checkpoint: step, saved_at (seconds since 1970), bytes, files, differs, damage, eval_loss.
 
-    `differs` are the config's keys that config.json has otherwise, as "key (there, here)"; `damage` is what the
-    manifest and the files' sizes show, and empty for a checkpoint that seems whole.
+    `differs` lists the config keys whose values differ from config.json, as "key (there, here)". `damage` is what the
+    manifest and the files' sizes show; empty for a checkpoint that seems whole. `eval_loss` is there if evaluated.
 
     Args:
-      config: config.json of the workdir, empty where there is none.
+      workdir: the folder of a run.
+      config: config.json of the workdir, empty if missing.
       losses: held-out losses by step.
     """
     folder, steps = checkpoints_of(workdir)
@@ -59,7 +59,7 @@ def _differing(one: dict, other: dict) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of `ls` as text."""
+    """Formats the rows of `ls` as text."""
     best = retention.best(
         {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}, [row["step"] for row in rows]
     )
@@ -77,10 +77,15 @@ def table(rows: list[dict]) -> str:
 
 
 def verify(workdir: epath.Path, step: int) -> None:
-    """Reads every file of all checkpoints, or of that of a step, and prints what is damaged. Raises: Refused, Failed."""
+    """Reads all files of all checkpoints, or of one step (-1: all), and prints the damage.
+
+    Raises:
+      Refused: for an unknown step.
+      Failed: if a checkpoint is damaged.
+    """
     folder, steps = checkpoints_of(workdir)
     if step != -1 and step not in steps:
-        raise Refused(f"{folder} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}.")
+        raise Refused(f"--step={step} must be a checkpoint in {folder}; found {', '.join(map(str, steps))}.")
     chosen = steps if step == -1 else [step]
     damages = {step: _damage(folder, step) for step in chosen}
     for step, damage in damages.items():
@@ -102,19 +107,19 @@ def _damage(folder: epath.Path, step: int) -> str:
 
 
 def diff(workdir: epath.Path, steps: str) -> dict:
-    """What differs between the checkpoints of --steps=A:B: `says`, of the manifests, and `arrays`, by name.
+    """Compares the checkpoints of --steps=A:B: `says` lists differences of the manifests, `arrays` those by array name.
 
-    An array that both have has `norm` of A's, and `difference`, the norm of B - A. Raises: Refused.
+    An array in both checkpoints gets `norm`, the norm of A, and `difference`, the norm of B - A. Raises: Refused.
     """
     folder, there = checkpoints_of(workdir)
     first, _, second = steps.partition(":")
     if not {first, second} <= set(map(str, there)):
-        raise Refused(f"--steps={steps} is no A:B of steps in {folder}: it has {', '.join(map(str, there))}.")
+        raise Refused(f"--steps={steps} must be A:B, two checkpoints in {folder}; found {', '.join(map(str, there))}.")
     with Checkpoints(folder) as checkpoints:
         pair = [(step, checkpoints.run(step)) for step in (int(first), int(second))]
         said = [flatten({key: value for key, value in saved.items() if key not in NOT_COMPARED}) for _, saved in pair]
         for manifests in said:
-            manifests.pop("recovery.losses", None)  # those of the last steps
+            manifests.pop("recovery.losses", None)  # losses of the last steps, which always differ
         one, other = (saved["arrays"] for _, saved in pair)
         arrays = {}
         for name in sorted(one.keys() | other.keys()):
@@ -130,7 +135,7 @@ def diff(workdir: epath.Path, steps: str) -> dict:
 
 
 def differences(found: dict) -> str:
-    """What `diff` found as text."""
+    """Formats the result of `diff` as text."""
     lines = found["says"] or ["the manifests say the same"]
     for name, row in found["arrays"].items():
         if "norm" in row:
@@ -141,15 +146,19 @@ def differences(found: dict) -> str:
 
 
 def prune(workdir: epath.Path, keep: int, dry_run: bool, config: dict, losses: dict[int, float]) -> None:
-    """Removes all but the newest `keep` that verify, also what is damaged, put aside or left by a kill; prints each.
+    """Removes all checkpoints but the newest `keep` that verify, and prints each removed folder.
 
-    The best stays too, if it verifies, where the run keeps it.
+    Damaged checkpoints, those put aside and leftovers of a killed save go too. If the run keeps the best checkpoint,
+    that one stays as long as it verifies.
 
     Args:
-      config: config.json of the workdir, empty where there is none.
+      workdir: the folder of a run.
+      keep: how many checkpoints stay.
+      dry_run: print only, remove nothing.
+      config: config.json of the workdir, empty if missing.
       losses: held-out losses by step.
 
-    Raises: Refused, where none verifies, a run is at work or one can't be removed, or for a `keep` below 1.
+    Raises: Refused, if no checkpoint verifies, a run is at work, a removal fails, or `keep` is below 1.
     """
     if keep < 1:
         raise Refused(f"--keep={keep} must be at least 1: the newest checkpoint that verifies stays.")
@@ -160,7 +169,7 @@ def prune(workdir: epath.Path, keep: int, dry_run: bool, config: dict, losses: d
 
 
 def _best(config: dict, losses: dict[int, float], steps: list[int]) -> int:
-    """The step that a run with early stopping keeps, as `rotate` does; 0 where there is none."""
+    """Returns the step that a run with early stopping keeps, as `rotate` does; 0 if there are none."""
     return retention.best(losses, steps) if config.get("stopping.patience") else 0
 
 
@@ -170,13 +179,13 @@ def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: 
         if (len(kept) < keep or step == best) and not _damage(folder, step):
             kept.append(step)
     if not kept:
-        raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: see them by ls.")
+        raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: list them by ls.")
     _, left = retention.found(folder)
     for path in [*left, *retention.aside(folder), *(retention.at(folder, step) for step in steps if step not in kept)]:
         try:
             if not dry_run:
                 retention.remove(path)
-        except Exception as error:  # of whatever file system
+        except Exception as error:  # each file system raises errors of its own
             raise Refused(f"{path} can't be removed ({reason(error)}): make it writable.") from error
         print(f"{'would remove' if dry_run else 'removed'} {path.name}", flush=True)
     print(f"kept {', '.join(retention.at(folder, step).name for step in sorted(kept))}", flush=True)

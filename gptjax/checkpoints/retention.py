@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is in it, which of them stay, and what is put aside."""
+"""Retention: lists the folder of a run's checkpoints, and decides which stay, go or are put aside."""
 
 import contextlib
 import math
@@ -11,16 +11,19 @@ from gptjax.checkpoints import manifest
 from gptjax.errors import Refused
 from gptjax.runtime import files
 
-UNFINISHED = "unfinished"  # a file in the folder of a checkpoint until it has its manifest
+UNFINISHED = "unfinished"  # name of a file that marks a checkpoint's folder until the manifest is written
 
 
 def at(folder: epath.Path, step: int) -> epath.Path:
-    """The folder of a step's checkpoint."""
+    """Returns the folder of a step's checkpoint."""
     return folder / f"step_{step:08}"
 
 
 def found(folder: epath.Path) -> tuple[list[int], list[epath.Path]]:
-    """Steps of the checkpoints, ascending, whole or damaged, and what saves that were killed left. Raises: Refused."""
+    """Returns the checkpoints' steps, ascending, whole or damaged, and leftover folders of killed saves.
+
+    Raises: Refused.
+    """
     steps, left = [], []
     try:
         for path in folder.iterdir() if folder.exists() else ():
@@ -32,39 +35,39 @@ def found(folder: epath.Path) -> tuple[list[int], list[epath.Path]]:
                 left.append(path)
             else:
                 steps.append(int(named[1]))
-    except Exception as error:  # those of gcsfs and google-auth are no OSError
+    except Exception as error:  # errors of gcsfs and google-auth are not OSError
         raise Refused(f"{folder} can't be read ({files.reason(error)}): give another --workdir.") from error
     return sorted(steps), sorted(left)
 
 
 def aside(folder: epath.Path) -> list[epath.Path]:
-    """What was put aside."""
+    """Lists the checkpoints that were put aside."""
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}\.(damaged|replaced)\d*", path.name))
 
 
 def put_aside(folder: epath.Path, step: int, why: str) -> epath.Path:
-    """Renames a checkpoint to step_….WHY, numbered where there is one; returns where it is now. Raises: OSError."""
+    """Renames a checkpoint to step_….WHY, with a number if that name is taken. Returns the new path. Raises: OSError."""
     taken = {path.name for path in folder.iterdir()}
     names = (f"{at(folder, step).name}.{why}{number}" for number in ("", *range(2, len(taken) + 3)))
     return at(folder, step).rename(folder / next(name for name in names if name not in taken))
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a checkpoint, its manifest first, so that what a kill leaves is never taken for one. Raises: OSError."""
-    with contextlib.suppress(OSError):  # on a full disk it goes without; what a kill leaves then counts as damaged
+    """Removes a checkpoint, the manifest first, so that a kill never leaves a seeming checkpoint. Raises: OSError."""
+    with contextlib.suppress(OSError):  # a full disk takes no mark; the remains of a kill then count as damaged
         (path / UNFINISHED).touch()
     if (path / manifest.NAME).is_file():
         (path / manifest.NAME).unlink()
-    if (path / "state").is_dir():  # before the mark that it is unfinished
+    if (path / "state").is_dir():  # removed before the mark `unfinished`
         (path / "state").rmtree()
     path.rmtree()
 
 
 def clear(path: epath.Path) -> None:
-    """Removes what a save that failed has written. Raises: OSError.
+    """Removes the files of a failed save. Raises: OSError.
 
-    The mark that it is unfinished stays for the next save to remove: TensorStore may still write what it had begun, and
-    makes the folders for it anew.
+    The mark `unfinished` stays for the next save to remove: TensorStore may still complete pending writes, and recreate
+    their folders.
     """
     unfinished = (path / UNFINISHED).exists() and not (path / manifest.NAME).exists()
     if unfinished and (path / "state").is_dir():
@@ -72,15 +75,18 @@ def clear(path: epath.Path) -> None:
 
 
 def rotate(folder: epath.Path, keep: int, keep_every: int, losses: Mapping[int, float]) -> None:
-    """Removes all but the newest `keep`, those of multiples of `keep_every`, and the best by `losses`. Raises: OSError."""
+    """Removes all checkpoints but the newest `keep`, multiples of `keep_every`, and the best by `losses`.
+
+    Raises: OSError.
+    """
     steps, _ = found(folder)
     spared = best(losses, steps)
     for step in steps[:-keep]:
-        if not (step == spared or keep_every and step % keep_every == 0):
+        if not (step == spared or (keep_every and step % keep_every == 0)):
             remove(at(folder, step))
 
 
 def best(losses: Mapping[int, float], steps: Iterable[int]) -> int:
-    """Of these steps the first with the lowest loss; 0 where none was evaluated."""
+    """Returns the first of these steps with the lowest loss; 0 if none was evaluated."""
     known = {step: losses[step] for step in sorted(steps) if step in losses and math.isfinite(losses[step])}
-    return min(known, key=known.get, default=0)
+    return min(known, key=known.__getitem__, default=0)

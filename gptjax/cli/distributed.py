@@ -4,11 +4,11 @@ import argparse
 
 
 def join(args: argparse.Namespace, facts: dict, silence: float = 0) -> None:
-    """Joins the other processes of the run, and keeps its compiled programs in its workdir.
+    """Joins the other processes of the run, and sets the cache of compiled programs to a folder of the workdir.
 
     Args:
-      facts: what all processes must agree on besides the flags, by name.
-      silence: as in `hosts.join`.
+      facts: values that all processes must agree on besides the flags, by name.
+      silence: as in `gptjax.runtime.distributed.join`.
     """
     import jax
 

@@ -8,10 +8,11 @@ import numpy as np
 class Batch(NamedTuple):
     """Rows of a step; each field is [rows, seq_len], weights float32 and the others int32.
 
-    inputs, targets: tokens, and the tokens that follow them.
-    positions: from 0 at each document's start, and at the window's.
+    inputs: tokens.
+    targets: the token that follows each input.
+    positions: count from 0 at each document's start, and at the window's.
     segments: number of the document within the window, from 1; 0 is padding.
-    weights: 1 where the target counts, 0 on padding and where it is of a prompt.
+    weights: 1 where the target counts, 0 on padding and on targets inside a prompt.
     """
 
     inputs: np.ndarray
@@ -22,5 +23,6 @@ class Batch(NamedTuple):
 
 
 def padding(rows: int, seq_len: int) -> Batch:
-    """Rows of nothing that counts."""
-    return Batch(*(np.zeros((rows, seq_len), np.int32) for _ in range(4)), np.zeros((rows, seq_len), np.float32))
+    """Rows of padding only, with weight 0 everywhere."""
+    inputs, targets, positions, segments = (np.zeros((rows, seq_len), np.int32) for _ in range(4))
+    return Batch(inputs, targets, positions, segments, np.zeros((rows, seq_len), np.float32))

@@ -1,22 +1,22 @@
-"""How well a model picks one of several classes: precision, recall, F1, and whether it is as sure as it is right."""
+"""Metrics of a model that picks one of several classes: accuracy, precision, recall, F1, calibration error."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-NUM_BINS = 15  # of confidence, as Guo et al. 2017 have them in their tables
+NUM_BINS = 15  # bins of confidence, as in the tables of Guo et al. 2017
 
 
 def metrics(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> dict[str, float]:
-    """acc, precision_macro, recall_macro, f1_macro and ece of predictions that are each the class of the largest score.
+    """Returns acc, precision_macro, recall_macro, f1_macro and ece; a prediction is the class of the largest score.
 
-    The macro averages count each class the same that is right or predicted somewhere; without any prediction of a class
-    its precision is 0, as it is in scikit-learn.
+    Macro averages give equal weight to every class that occurs as an answer or as a prediction. A class without
+    predictions has precision 0, as in scikit-learn.
 
     Args:
-      scores: log-likelihoods of the classes, by document; documents may have different numbers of them. gold: the class
-        that is right.
+      scores: log-likelihoods of the classes by document; documents may differ in their number of classes.
+      gold: the correct class by document.
     """
     gold, predicted = np.array(gold), np.array([np.argmax(each) for each in scores])
     right = predicted == gold
@@ -26,13 +26,15 @@ def metrics(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> dict[str,
 
 
 def confidence(scores: Sequence[Sequence[float]]) -> np.ndarray:
-    """The probability of the most likely class by document: the largest of the softmax."""
+    """Returns the probability of the most likely class by document: the largest value of the softmax."""
     return np.array([1 / np.exp(np.array(each) - np.max(each)).sum() for each in scores])
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """The expected calibration error (Guo et al. 2017, equation 3): how far accuracy is from confidence, in bins of
-    equal width, weighted by what is in them."""
-    bins = np.ceil(confidence * NUM_BINS)  # a bin has its upper end
+    """Returns the expected calibration error (Guo et al. 2017, equation 3).
+
+    The distance between accuracy and confidence in bins of equal width, weighted by the number of documents in a bin.
+    """
+    bins = np.ceil(confidence * NUM_BINS)  # a bin includes the upper end of its range
     gaps = [abs((right[bins == each] - confidence[bins == each]).sum()) for each in np.unique(bins)]
     return float(sum(gaps) / len(confidence))

@@ -1,5 +1,6 @@
 """Held-out loss, bits per byte and accuracy."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -22,17 +23,28 @@ from gptjax.runtime import distributed, heartbeat, preemption
 
 
 class Unreadable(Exception):
-    """Held-out tokens that could not be read."""
+    """Held-out tokens could not be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """The held-out windows to evaluate, and the rows of each batch that this process reads."""
+
+    mesh: jax.sharding.Mesh
+    rows: np.ndarray
+    seq_len: int
+    batch_size: int  # rows of all processes
+    most: int  # windows of each store; 0 is all
 
 
 class Evaluation(NamedTuple):
-    """Over all tokens that were evaluated."""
+    """Measurements over all evaluated tokens."""
 
-    loss: float  # nats a token
-    bits_per_byte: float  # of UTF-8; the tokens that end documents cost bits and count no bytes
-    accuracy: float  # share of tokens that were the most likely one
+    loss: float  # nats per token
+    bits_per_byte: float  # bytes of UTF-8; the tokens that end documents cost bits and count no bytes
+    accuracy: float  # share of tokens that the model ranked first
     tokens: int
-    sources: Mapping[str, "Evaluation"] = MappingProxyType({})  # the same of each store of a mixture by name
+    sources: Mapping[str, "Evaluation"] = MappingProxyType({})  # each store of a mixture by name
 
     @property
     def perplexity(self) -> float:
@@ -41,7 +53,7 @@ class Evaluation(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "loss"))
 def eval_step(model: LanguageModel, batch: Batch, token_bytes: jax.Array, *, vocab_size: int, loss: LossConfig):
-    """Sums over a batch of [1, rows, seq_len]: nll, correct, tokens, bytes."""
+    """Returns sums over a batch of shape [1, rows, seq_len]: nll, correct, tokens, bytes."""
     batch = jax.tree.map(lambda array: array[0], batch)
     sums = batch_sums(model, batch, None, vocab_size=vocab_size, loss=loss)
     size_BT = token_bytes.at[batch.targets].get(out_sharding=sharding.spec("act_batch", "act_seq"))
@@ -58,15 +70,16 @@ def evaluate(
     max_windows: int,
     loss: LossConfig,
 ) -> Evaluation:
-    """Of a model on the held-out windows of each store, in order; over all of them each token counts the same.
+    """Evaluates a model on the held-out windows of each store. In the total, every token has equal weight.
 
     Args:
-      batch_size: rows at a time, rounded up to what divides over the mesh. max_windows: how many of each; 0 is all.
+      batch_size: rows at a time, rounded up to a multiple of the mesh's row shards.
+      max_windows: windows of each store, the first ones; 0 is all.
 
     Raises:
-      Preempted: where the run is asked to stop meanwhile.
-      Failed: where they have no tokens with a loss, but only prompts.
-      Unreadable: on all processes, where one of them could not read its rows.
+      Preempted: the run is asked to stop meanwhile.
+      Failed: the windows hold prompts only, no tokens with a loss.
+      Unreadable: on all processes, if one process could not read rows.
     """
     shards = row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
@@ -75,24 +88,24 @@ def evaluate(
     try:
         for name, store in corpus.stores.items():
             batches[name] = stream.heldout_batches(store, seq_len=seq_len, batch_size=batch_size, rows=rows)
-    except Exception as error:  # an index that is damaged; the others would wait for this process in the first step
+    except Exception as error:  # a damaged index; the other processes would wait for this one in the first step
         failure = f"{type(error).__name__}: {error}"
     _raise_on_all(failure)
-    sums, failure = _sums(model, corpus, batches, rows, mesh, seq_len, batch_size, max_windows, loss)
+    sums, failure = _sums(model, corpus, batches, _Windows(mesh, rows, seq_len, batch_size, max_windows), loss)
     _raise_on_all(failure)
     with heartbeat.phase("evaluating"), heartbeat.waiting():
         found = {name: np.sum(jax.device_get(each), axis=0, dtype=np.float64) for name, each in sums.items()}
     if min(each[2] for each in found.values()) == 0:
-        raise Failed("The held-out rows that are read have 0 tokens with a loss: read more, by eval_batches.")
+        raise Failed("The held-out rows that are read have 0 tokens with a loss; raise eval_batches.")
     sources = {name: _evaluation(*each) for name, each in found.items() if name}
     return _evaluation(*np.sum(list(found.values()), axis=0))._replace(sources=sources)
 
 
 def _raise_on_all(failure: str) -> None:
-    """Raises: Unreadable, on all processes, where this or another one has a failure."""
-    for process, failure in enumerate(distributed.exchange(failure)):
-        if failure:
-            raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {failure}")
+    """Raises: Unreadable, on all processes, if any process has a failure."""
+    for process, reason in enumerate(distributed.exchange(failure)):
+        if reason:
+            raise Unreadable(f"the held-out rows of process {process} of {jax.process_count()}: {reason}")
 
 
 def _evaluation(nll: float, correct: float, tokens: float, size: float) -> Evaluation:
@@ -103,35 +116,32 @@ def _sums(
     model: LanguageModel,
     corpus: Corpus,
     batches: Mapping[str, Sequence[Batch]],
-    rows: np.ndarray,
-    mesh: jax.sharding.Mesh,
-    seq_len: int,
-    batch_size: int,
-    max_windows: int,
+    windows: _Windows,
     loss: LossConfig,
 ) -> tuple[dict[str, list], str]:
-    """`eval_step` of each batch by store, and why one could not be read, or an empty string."""
+    """Returns the results of `eval_step` by store, and why a batch could not be read, or an empty string."""
+    mesh, rows, batch_size = windows.mesh, windows.rows, windows.batch_size
     token_bytes = trees.put(corpus.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
     vocab_size = corpus.tokenizer.vocab_size
-    windows = {name: max_windows or len(its) * batch_size for name, its in batches.items()}
-    number = {name: min(len(its), -(-windows[name] // batch_size)) for name, its in batches.items()}
+    most = {name: windows.most or len(stored) * batch_size for name, stored in batches.items()}
+    number = {name: min(len(stored), -(-most[name] // batch_size)) for name, stored in batches.items()}
     todo = [(name, index) for name in batches for index in range(number[name])]
     sums, failure, before = {name: [] for name in batches}, "", None
-    # The first call compiles, which may take long; from then on they come at a steady pace.
+    # The first call compiles, which may take long; the later calls come at a steady pace.
     for steady, part in enumerate((todo[:1], todo[1:])):
         with heartbeat.phase("evaluating" if steady else "compiling the evaluation"):
             for name, index in part:
                 try:
                     batch = batches[name][index]
-                except Exception as error:  # TensorStore raises many kinds; the others wait for these rows in the sums
-                    failure, batch = f"{type(error).__name__}: {error}", padding(len(rows), seq_len)
-                # The same windows are read however many fit into a batch.
-                counted = (index * batch_size + rows < windows[name]).astype(np.float32)
+                except Exception as error:  # TensorStore raises many kinds; other processes wait for these rows
+                    failure, batch = f"{type(error).__name__}: {error}", padding(len(rows), windows.seq_len)
+                # Weights of 0 beyond `most` keep the set of windows independent of the batch size.
+                counted = (index * batch_size + rows < most[name]).astype(np.float32)
                 batch = batch._replace(weights=batch.weights * counted[:, None])
                 batch = place(batch, rows, BatchLayout(mesh, batch_size))
                 preemption.tick()
                 with heartbeat.waiting():
-                    its = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)
-                    jax.block_until_ready(before)  # so that two are in flight at most
-                sums[name].append(before := its)
+                    found = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)
+                    jax.block_until_ready(before)  # at most two steps are in flight
+                sums[name].append(before := found)
     return sums, failure

@@ -1,10 +1,10 @@
-"""Tasks of EleutherAI's lm-eval on a model here: `gptjax eval --tasks=…`, and the section `tasks` of a run.
+"""Runs tasks of EleutherAI's lm-eval on a model: `gptjax eval --tasks=…`, and the section `tasks` of a config.
 
-lm-eval makes the requests of a task and its scores of the answers. What is here are the answers: log-likelihoods of
-continuations and whole texts, and generated text, cut and encoded as its back end for Hugging Face models does, so that
-the scores of a converted model are equal. One thing differs: the name of a special token in a text is text here.
+lm-eval makes the requests of a task and scores the answers. This module answers: log-likelihoods of continuations and
+whole texts, and generated text. Texts are cut and encoded as in lm-eval's back end for Hugging Face models, so a
+converted model gets equal scores. One thing differs: here the name of a special token inside a text is plain text.
 
-With several processes each makes the same requests and all compute together.
+With several processes, each process makes the same requests, and all compute together.
 """
 
 import functools
@@ -36,27 +36,27 @@ from gptjax.parallel.batches import row_shards
 from gptjax.runtime import heartbeat, preemption
 from gptjax.tokenizers.tokenizer import encode_prompt
 
-MIN_LENGTH = 64  # of a compiled program; the others have twice that, four times, … up to the context
-FEWSHOT_SEED = 1234  # lm-eval's own, so that the same examples come before a question
-MAX_GENERATED = 256  # tokens, where a task does not say; lm-eval's own
-KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of a task's generation_kwargs
+MIN_LENGTH = 64  # tokens of the shortest compiled program; longer programs double up to the context
+FEWSHOT_SEED = 1234  # lm-eval's default; it chooses the same examples before a question
+MAX_GENERATED = 256  # tokens, unless a task says otherwise; lm-eval's default
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # supported keys of generation_kwargs
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 datasets.disable_progress_bars()
-lm_eval_task.tqdm = lambda documents, **_: documents  # it would draw into a run's own
+lm_eval_task.tqdm = lambda documents, **_: documents  # lm-eval's bar would draw over the run's progress line
 
 
 def load(config: TasksConfig, seq_len: int) -> dict:
-    """The tasks of a config, by lm-eval, with their data.
+    """Loads the tasks of a config and their data by lm-eval.
 
-    Raises: Refused, for a name that is not known, and a task that can't be loaded or is none for this context.
+    Raises: Refused, for an unknown name, and for a task that can't be loaded or does not fit this context.
     """
     names = [name.strip() for name in config.names.split(",")]
     if config.folder and not pathlib.Path(config.folder).is_dir():
-        raise Refused(f"{config.folder} is no folder of tasks: give one with lm-eval's YAML files.")
+        raise Refused(f"tasks.folder={config.folder} must be a folder with lm-eval's YAML files; no folder is there.")
     try:
         manager = TaskManager(include_path=[bias_pairs.FOLDER, *filter(None, [config.folder])], include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):  # to look through lm-eval's own takes it 20 s
+        if not set(names) <= set(manager.all_tasks):  # scanning lm-eval's own tasks takes 20 s
             manager = TaskManager(include_path=manager.include_path)
         for name in names:
             if name not in manager.all_tasks:
@@ -65,14 +65,14 @@ def load(config: TasksConfig, seq_len: int) -> dict:
         for name, task in loaded["tasks"].items():
             _check(name, task, seq_len)
             own = task.get_config("num_fewshot")
-            if own is None or config.num_fewshot >= 0 and own != 0:  # a task's own 0 means that it has to be
+            if own is None or (config.num_fewshot >= 0 and own != 0):  # a task's own 0 is a requirement
                 task.set_config(key="num_fewshot", value=max(config.num_fewshot, 0))
     except Refused:
         raise
-    except Exception as error:  # what is in the files of tasks may be anything, and so may what fails to download
+    except Exception as error:  # files of tasks may raise anything, and so may a failed download
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise Refused(
-            f"Tasks {config.names} can't be loaded ({reason}): correct their files, or leave them out."
+            f"Tasks {config.names} can't be loaded ({reason}); correct their files, or leave the tasks out."
         ) from error
     return loaded
 
@@ -84,26 +84,30 @@ def _check(name: str, task, seq_len: int) -> None:
     unknown = sorted(key for key in asked.keys() - KNOWN if asked[key] is not None)
     if unknown:
         raise Refused(
-            f"Task {name} generates with {', '.join(unknown)}, and here there are {', '.join(sorted(KNOWN))}."
+            f"Task {name}: generation_kwargs must be among {', '.join(sorted(KNOWN))}; found {', '.join(unknown)}."
         )
     if asked["max_gen_toks"] >= seq_len:
         raise Refused(
-            f"Task {name} generates {asked['max_gen_toks']} tokens, and the context holds {seq_len}: give it less in "
-            "generation_kwargs.max_gen_toks."
+            f"Task {name}: generation_kwargs.max_gen_toks={asked['max_gen_toks']} must be below the context of "
+            f"{seq_len} tokens."
         )
 
 
 def scores(
     tasks: dict, model: LanguageModel, tokenizer, *, seq_len: int, batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Of each task and group, its metrics by name, and `samples`, the number of documents. Under the model's mesh.
+    """Returns the metrics of each task and group by name, and `samples`, the number of documents.
+
+    Call this under the model's mesh.
 
     Args:
-      tasks: as of `load`. batch_size: rows at a time, rounded up to what divides over the mesh. limit: documents of a
-        task; 0 is all.
+      tasks: the result of `load`.
+      batch_size: rows at a time, rounded up to a multiple of the mesh's row shards.
+      limit: documents of a task; 0 is all.
 
     Raises:
-      Failed: where a task's own files fail on a document. Preempted: where the run is asked to stop meanwhile.
+      Failed: a task's own files fail on a document.
+      Preempted: the run is asked to stop meanwhile.
     """
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -112,19 +116,19 @@ def scores(
         with heartbeat.phase("evaluating tasks"):
             found = evaluator.evaluate(lm=lm, task_dict=tasks, limit=limit or None, bootstrap_iters=0)
         results = {name: _metrics(row, tasks["tasks"].get(name), found) for name, row in found["results"].items()}
-        return {name: row for name, row in results.items() if row}  # a group need have none of its own
+        return {name: row for name, row in results.items() if row}  # a group may have no metrics
     except (Preempted, Refused, Failed, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise Failed(
-            f"Tasks {', '.join(tasks['tasks'])} can't be evaluated ({reason}): correct their files."
+            f"Tasks {', '.join(tasks['tasks'])} can't be evaluated ({reason}); correct their files."
         ) from error
 
 
 def _metrics(row: dict, task, found: dict) -> dict[str, float]:
-    """Of a row of results, of a task or, for None, of a group."""
-    # "acc,none" is a metric, and the filter that the answers went through before it.
+    """Returns the finite metrics in a row of results; task is None for the row of a group."""
+    # "acc,none" names a metric, then the filter that the answers passed through.
     named = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and "_stderr," not in key}
     numbers = {key: float(value) for key, value in named.items() if isinstance(value, (int, float))}
     numbers |= _classification(task, found["samples"][row["name"]]) if task else {}
@@ -133,9 +137,9 @@ def _metrics(row: dict, task, found: dict) -> dict[str, float]:
 
 
 def _classification(task, samples: list[dict]) -> dict[str, float]:
-    """`classification.metrics` of a multiple-choice task; of others, and where several choices are right, none.
+    """Returns `classification.metrics` of a multiple-choice task with one correct choice, else nothing.
 
-    The classes are the places of the choices: the labels, where all documents have the same choices in the same order.
+    A class is the position of a choice. Positions are labels if all documents list the same choices in the same order.
     """
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results) or task.multiple_target:
         return {}
@@ -149,7 +153,7 @@ def _classification(task, samples: list[dict]) -> dict[str, float]:
 
 
 def table(step: int, found: dict[str, dict[str, float]]) -> str:
-    """What `scores` found at a step, as text."""
+    """Formats the result of `scores` at a step as text."""
     width = max(map(len, found), default=0)
     lines = [f"step {step}"]
     for name, row in found.items():
@@ -159,7 +163,7 @@ def table(step: int, found: dict[str, dict[str, float]]) -> str:
 
 
 class LanguageModel(TemplateLM):
-    """A model as lm-eval asks it."""
+    """A model behind lm-eval's interface."""
 
     def __init__(self, model: LanguageModel, tokenizer, seq_len: int, batch_size: int):
         super().__init__()
@@ -174,7 +178,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text is predicted from."""
+        """The token from which the first token of a text is predicted."""
         return self._text.begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
@@ -185,7 +189,7 @@ class LanguageModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        """Each text in windows that do not overlap, but for the last one's context."""
+        """Scores each text in windows whose scored tokens do not overlap; the last window overlaps in context."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -193,22 +197,22 @@ class LanguageModel(TemplateLM):
             windows += [(None, *utils.make_disjoint_window(pair)) for pair in cut]
             owners += [number] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
-        for number, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows)):
+        for number, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[number] += loglikelihood
         return totals
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation in nats, whether each of its tokens is the most likely one) by request.
+        """Returns (log-likelihood of the continuation in nats, whether the model ranks each token first) by request.
 
-        A context that is too long loses its beginning. Longest first: what does not fit into memory fails at once.
+        A context that is too long loses its beginning. The longest requests come first: a lack of memory shows early.
         """
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         batches = [order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size)]
         found = {}
         for batch in batches:
             preemption.tick()
-            # One at a time: nothing orders programs that don't depend on each other, and the CPU devices of several
-            # processes, each in another one's collectives, would wait for ever.
+            # One program at a time: nothing orders independent programs. CPU devices of several processes could enter
+            # collectives of different programs, and then wait for ever.
             with heartbeat.waiting():
                 loglikelihoods, greedy = jax.device_get(self._scores([requests[i][1:] for i in batch]))
             found |= {i: (float(loglikelihoods[row]), bool(greedy[row])) for row, i in enumerate(batch)}
@@ -216,17 +220,17 @@ class LanguageModel(TemplateLM):
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]]):
         """Dispatches `score_step` for at most a batch of (context, continuation)."""
-        longest = max(len(context) + len(continuation) for context, continuation in bias_pairs) - 1
+        longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
         length = doubled(self._unit, longest, self._seq_len)
         inputs, targets, positions = (np.zeros((self._batch_size, length), np.int32) for _ in range(3))
         weights = np.zeros((self._batch_size, length), np.float32)
         positions[:] = np.arange(length)
-        for row, (context, continuation) in enumerate(bias_pairs):
+        for row, (context, continuation) in enumerate(pairs):
             context = context or [self.prefix_token_id]
             if len(continuation) > length:
                 raise Failed(
-                    f"A continuation has {len(continuation)} tokens, and the context holds {self._seq_len}: leave its "
-                    "task out."
+                    f"A continuation must have at most {self._seq_len} tokens, the context; found {len(continuation)}; "
+                    "leave the task out."
                 )
             ids = (context + continuation)[-(length + 1) :]
             inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
@@ -238,9 +242,9 @@ class LanguageModel(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
         made: dict[int, str] = {}
-        model = self._model.for_decoding()  # once for all batches: a copy of the blocks
+        model = self._model.for_decoding()  # copies the blocks, once for all batches
         ids = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        alike = {}  # by what they ask for
+        alike = {}  # numbers of requests by their settings
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
         eos = next((name for name, i in self._text.special.items() if i == self._text.end_of_text), None)
@@ -261,16 +265,17 @@ class LanguageModel(TemplateLM):
                         self._text,
                         generate.Request(self._seq_len, length, sampling, first, tuple(until), opened=True),
                     )
-                # Of a text that has a space before it, what is decoded has not: of a continuation too.
+                # If the tokenizer adds a leading space, decoding drops it; drop it from continuations too.
                 texts = (self._text.decode(tokens).removeprefix(" " * bool(self._text.prefix)) for tokens in more)
-                made |= dict(zip(batch, (postprocess_generated_text(text, until, None) for text in texts)))
+                answers = (postprocess_generated_text(text, until, None) for text in texts)
+                made |= dict(zip(batch, answers, strict=True))
         return [made[number] for number in range(len(requests))]
 
 
 @functools.partial(jax.jit, static_argnames="vocab_size")
 def score_step(model: LanguageModel, inputs_BT, targets_BT, positions_BT, weights_BT, *, vocab_size: int):
-    """By row the sum of the weighted targets' log probabilities, and whether all of them are the most likely, [B]."""
+    """Returns, each of shape [B], the sum of the weighted targets' log probabilities and whether all rank first."""
     x_BTD = model.hidden(Inputs(inputs_BT, positions_BT, jnp.zeros_like(inputs_BT)), None).x_BTD
     scores_BT, best_BT = next_token_scores(x_BTD, model.output(), targets_BT, vocab_size=vocab_size)
     found = (scores_BT * weights_BT).sum(-1), (best_BT | (weights_BT == 0)).all(-1)
-    return jax.tree.map(lambda each_B: reshard(each_B, PartitionSpec()), found)  # whole on every process
+    return jax.tree.map(lambda each_B: reshard(each_B, PartitionSpec()), found)  # replicated to every process

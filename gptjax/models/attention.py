@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from gptjax.parallel.sharding import spec
 
@@ -99,6 +98,9 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret
     interpret: runs the kernel's program on any platform, slowly.
     """
     B, T, N, H = q_BTNH.shape
+    # Here, because Pallas takes a tenth of a second to import, and only this function needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     mask = splash_attention_mask.CausalMask((T, T))
     if window:
         mask = splash_attention_mask.LocalMask((T, T), window_size=(window - 1, 0), offset=0)

@@ -27,6 +27,6 @@ def check_lora(config: LoraConfig, init_from: str) -> None:
         raise Refused(f"lora.rank={config.rank} must not be negative, and lora.alpha={config.alpha} be more than 0.")
     if config.rank and not init_from:
         raise Refused(
-            f"lora.rank={config.rank} adds adapters to an existing model, and init_from is empty: name a workdir with a "
-            "model."
+            f"lora.rank={config.rank} adds adapters to an existing model, and init_from is empty: name a workdir "
+            "with a model."
         )

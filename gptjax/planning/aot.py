@@ -1,8 +1,8 @@
-"""Compiles a config's train step for devices that are not there: `python -m gptjax.planning.aot FOLDER`.
+"""Compiles a config's train step for devices that are not at hand: `python -m gptjax.planning.aot FOLDER`.
 
-It is a process of its own, because a compiler may abort the whole process. `gptjax plan` starts it: FOLDER/request.json
-has the resolved configs, the topology, the slices and the source ("compiled" or "analytic"); FOLDER/results.json is
-the answer, for each config what `analyze` returns or {"refused": sentence}.
+`gptjax plan` starts this module in a process of its own, because a compiler may abort the whole process.
+FOLDER/request.json holds the resolved configs, the topology, the slices and the source ("compiled" or "analytic").
+FOLDER/results.json is the answer: for each config the result of `analyze`, or {"refused": sentence}.
 """
 
 import json
@@ -17,32 +17,40 @@ from jax.experimental import topologies
 
 from gptjax import __version__
 from gptjax.errors import Refused
-from gptjax.parallel import mesh as meshes
-from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.xla import analysis, communication, hlo
 from gptjax.planning import estimate, topology
 from gptjax.planning.topology import Topology
 from gptjax.tokenizers import tokenizer
-from gptjax.training import step as update
 from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
+from gptjax.training.step import abstract_state, compile_step
 
 NUM_BUFFERS = 10
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Path) -> dict:
-    """All that is known of a config's step on a topology: `theory`'s part, and the compiler's where `source` is
-    "compiled". Bytes are those of one device. Of a curriculum it is the phase with the most tokens a step.
+    """Analyzes a config's step on a topology: the estimate, and the compiler's figures if source is "compiled".
+
+    Bytes are per device. For a curriculum, this is the phase with the most tokens per step.
+
+    Args:
+      config: the config of a run.
+      topology: the machines.
+      source: "compiled" or "analytic".
+      folder: the folder of the compiler's dump.
 
     Raises: Refused.
     """
     tokenizer.check(config.tokenizer)
     if config.lora.rank:
-        raise Refused(f"lora.rank={config.lora.rank} is not planned for: plan with 0, which needs more memory.")
+        raise Refused(
+            f"lora.rank={config.lora.rank} must be 0 for a plan, which then shows more memory than LoRA needs."
+        )
     config = config.largest
     if not topology.is_tpu:
-        # JAX asks for the version of a cuDNN that neither tracing nor compiling needs.
+        # JAX asks for the version of cuDNN, which neither tracing nor compiling needs.
         fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
     mesh = estimate.abstract_mesh(config, topology)
     if source == "compiled":
@@ -59,7 +67,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     }
     result = {
         "source": source,
-        "mesh": meshes.sizes(given.mesh),
+        "mesh": sizes(given.mesh),
         "parameters": config.model.num_parameters(vocab_size, config.seq_len).total,
         "tokens_per_step": tokens,
         "flops_per_step": config.model.flops_per_token(vocab_size, config.seq_len) * tokens,
@@ -94,37 +102,37 @@ def versions() -> dict[str, str]:
 
 
 def described(topology: Topology) -> list:
-    """The devices of a topology, as the compiler's plugin describes them. Raises: Refused."""
+    """Returns the devices of a topology as described by the compiler's plugin. Raises: Refused."""
     try:
         return list(topologies.get_topology_desc(**topology.descriptor).devices)
-    except Exception as error:  # whatever the plugin raises
+    except Exception as error:  # the plugin may raise anything
         if "lockfile" in str(error):
             raise Refused(
-                "Another process on this machine uses libtpu, which serves one: wait until it ends."
+                "Another process on this machine uses libtpu, which serves one process; wait until that process ends."
             ) from error
         raise Refused(
-            f"The compiler knows no {topology.name} × {topology.slices} ({str(error).splitlines()[0][:200]})."
+            f"The compiler does not know {topology.name} × {topology.slices} ({str(error).splitlines()[0][:200]})."
         ) from error
 
 
 def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict:
-    """The compiler's part: memory, collectives, cycles, or how much too big it is."""
+    """Compiles the step and returns memory, collectives and cycles, or the bytes of a step that does not fit."""
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            state = update.abstract_state(config, vocab_size, mesh)
-            step = update.compile_step(config, vocab_size, state, mesh)
+            state = abstract_state(config, vocab_size, mesh)
+            step = compile_step(config, vocab_size, state, mesh)
     except jax.errors.JaxRuntimeError as error:
-        sizes = analysis.out_of_memory(str(error))
-        if sizes is None:
+        needed = analysis.out_of_memory(str(error))
+        if needed is None:
             raise
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         buffers = largest_buffers(folder, text_of(folder, "after_optimizations_before_buffer_assignment"))
-        return {"refused_bytes": sizes, "hbm_bytes": sizes[0], "compile_seconds": seconds, "largest_buffers": buffers}
-    seconds = time.perf_counter() - began
+        return {"refused_bytes": needed, "hbm_bytes": needed[0], "compile_seconds": seconds, "largest_buffers": buffers}
+    seconds = time.perf_counter() - started
     memory = analysis.memory(step)
-    # The text of the finished program fails for some TPU programs, so it is read from the dump; it alone has cycles.
+    # `as_text` fails for some TPU programs and has no cycles, so the text of a TPU program comes from the dump.
     text = text_of(folder, "after_codegen") if topology.is_tpu else step.as_text()
     program = hlo.parse(text)
     axes = communication.numbering(mesh, topology.slices)
@@ -143,7 +151,7 @@ def compile_for(config: Config, topology: Topology, mesh: jax.sharding.Mesh, fol
 
 
 def text_of(folder: pathlib.Path, stage: str) -> str:
-    """The dumped text of the step at a stage of the compiler. Raises: FileNotFoundError."""
+    """Reads the dumped text of the step at a stage of the compiler. Raises: FileNotFoundError."""
     found = sorted((folder / "dump").glob(f"*train_step*.{stage}.txt"))
     if not found:
         raise FileNotFoundError(f"the compiler dumped no *.{stage}.txt of the train step")

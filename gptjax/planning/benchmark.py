@@ -1,4 +1,4 @@
-"""`gptjax bench`: the train step of a config on synthetic data, on the devices of this machine."""
+"""`gptjax bench`: measures a config's train step on synthetic data, on the devices of this machine."""
 
 import statistics
 import time
@@ -16,18 +16,19 @@ from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.xla import analysis
 from gptjax.runtime import profiling
 from gptjax.tokenizers import tokenizer
-from gptjax.training import step as update
 from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
+from gptjax.training.step import compile_step, init_state, optimize, weights
 
 WARMUP = 2
 
 
 def bench(config: Config, steps: int) -> dict:
-    """Measures `steps` train steps after two to warm up, of a curriculum those of its largest phase. Raises: Refused.
+    """Measures `steps` train steps after two warm-up steps. Raises: Refused.
 
-    The breakdown is of programs of their own: the loss alone is the forward pass, the optimizer is fed zeros, and what
-    they leave of the whole step is the backward pass, with what the compiler gains by having all in one.
+    For a curriculum, this is the largest phase. The breakdown comes from separate programs: the loss alone gives the
+    forward pass, and the optimizer runs on zeros. The rest of the step counts as the backward pass, which includes the
+    compiler's gain from one program.
     """
     if steps < 1:
         raise Refused(f"--steps={steps} must be at least 1.")
@@ -48,21 +49,21 @@ def bench(config: Config, steps: int) -> dict:
 
     @jax.jit
     def optimizer(gradient, finite, state):
-        return update.optimize(gradient, finite, state, config)
+        return optimize(gradient, finite, state, config)
 
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: update.init_state(config, vocab_size))()
+        state = jax.jit(lambda: init_state(config, vocab_size))()
         batch = synthetic(config, vocab_size, mesh)
         with profiling.compiling() as facts:
-            step = update.compile_step(config, vocab_size, state, mesh)
+            step = compile_step(config, vocab_size, state, mesh)
         times = []
         for _ in range(WARMUP + steps):
-            began = time.perf_counter()
+            started = time.perf_counter()
             state, step_metrics = step(state, batch)
             jax.block_until_ready(step_metrics)
-            times.append(time.perf_counter() - began)
-        measured = profiling.measured_bytes()  # before the parts, which hold more at once
-        forward = seconds(loss, update.weights(state), batch, steps=steps)
+            times.append(time.perf_counter() - started)
+        measured = profiling.measured_bytes()  # before the separate programs, which hold more at once
+        forward = seconds(loss, weights(state), batch, steps=steps)
         zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model)
         optimizer_seconds = seconds(optimizer, zeros, jnp.array(True), state, steps=steps)
     whole = statistics.median(times[WARMUP:])
@@ -90,7 +91,7 @@ def bench(config: Config, steps: int) -> dict:
 
 
 def synthetic(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Batch:
-    """One batch of random tokens, each row a document of its own."""
+    """Makes one batch of random tokens, each row one document."""
     layout = batches.BatchLayout(mesh, config.batch_size, config.grad_accum_steps)
     rows = batches.local_rows(layout)
     shape = len(rows), config.seq_len
@@ -101,17 +102,17 @@ def synthetic(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Batch
 
 
 def seconds(function, *arguments, steps: int) -> float:
-    """The median of `steps` calls, after those that compile and warm up."""
+    """Returns the median seconds of `steps` calls, after the calls that compile and warm up."""
     times = []
     for _ in range(WARMUP + steps):
-        began = time.perf_counter()
+        started = time.perf_counter()
         jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return statistics.median(times[WARMUP:])
 
 
 def text(result: dict) -> str:
-    """For a terminal."""
+    """Formats a result for a terminal."""
     mfu = "unknown" if result["mfu"] is None else f"{result['mfu']:.1%}"
     measured = result["measured_peak_bytes"]
     parts = {name: result[f"{name}_seconds"] for name in ("forward", "backward", "optimizer")}
@@ -122,7 +123,7 @@ def text(result: dict) -> str:
             f"step        {result['step_seconds'] * 1e3:,.2f} ms, median of {result['steps']} "
             f"(fastest {result['fastest_step_seconds'] * 1e3:,.2f} ms)",
             f"speed       {result['tokens_per_second']:,.0f} tokens/s · MFU {mfu}",
-            f"breakdown   {shares}; by programs of their own",
+            f"breakdown   {shares}; by separate programs",
             f"memory      {result['hbm_bytes'] / 1e6:,.1f} MB a device as compiled, "
             f"{'not measured here' if measured is None else f'{measured / 1e6:,.1f} MB at most as measured'}",
             f"compiled in {result['compile_seconds']:.1f} s (cache: {result['compilation_cache']})",

@@ -1,4 +1,4 @@
-"""What a step should need, from its shapes alone: nothing is compiled, and no device is there.
+"""Estimates the needs of a train step from shapes alone, without compiling and without devices.
 
 The step is traced on an abstract mesh of the topology, so shapes, shardings and the choice of kernels are real.
 """
@@ -25,7 +25,7 @@ from gptjax.training.config.schema import Config
 
 
 class Shapes(NamedTuple):
-    """A step's arguments without their contents."""
+    """The arguments of a step as shapes, without contents."""
 
     mesh: jax.sharding.AbstractMesh
     state: step.TrainState
@@ -33,18 +33,18 @@ class Shapes(NamedTuple):
 
 
 def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMesh:
-    """The mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not make it up."""
+    """Makes the mesh of a config on a topology, without devices. Raises: Refused, for sizes that do not fit."""
     *sizes, tensor = mesh_shape(config.mesh, topology.num_devices, topology.slices)
     device = jax.sharding.AbstractDevice(
         device_kind=topology.figures.device_kind, num_cores=None, platform="tpu" if topology.is_tpu else "gpu"
     )
     explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    # `ring` is a part of `fsdp` that only real devices can tell.
+    # `ring` is a part of `fsdp` that only real devices show.
     return jax.sharding.AbstractMesh((*sizes, 1, tensor), AXES, axis_types=explicit, abstract_device=device)
 
 
 def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
-    """The state and batch of a config on a mesh. Raises: Refused, where they do not divide over it."""
+    """Returns the state and batch of a config on a mesh. Raises: Refused, if they do not divide over the mesh."""
     schema.check_batch(config, mesh)
     build.check_divides(config.model, expected_vocab_size(config.tokenizer), config.seq_len, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -53,10 +53,12 @@ def shapes(config: Config, mesh: jax.sharding.AbstractMesh) -> Shapes:
 
 
 def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
-    """Bytes of a device's part of a tree, in its own memory or in the host's (`pinned_host`).
+    """Returns the bytes of a device's part of a tree, in one kind of memory.
 
     Args:
-      itemsize: bytes an element, where another dtype than the leaf's own is meant.
+      tree: arrays or shapes with shardings.
+      memory: "device", or "pinned_host" for the memory of the host.
+      itemsize: bytes per element; 0 uses the dtype of each leaf.
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
@@ -66,7 +68,7 @@ def shard_bytes(tree, memory: str = "device", itemsize: int = 0) -> int:
 
 
 def step_flops(config: Config, given: Shapes) -> int:
-    """FLOPs of the matrix products of a step over all devices, those done twice included."""
+    """Counts the FLOPs of the matrix products of a step over all devices, recomputation included."""
     with jax.sharding.use_abstract_mesh(given.mesh):
         traced = step.train_step.trace(
             given.state, given.batch, config=config, vocab_size=expected_vocab_size(config.tokenizer)
@@ -75,14 +77,14 @@ def step_flops(config: Config, given: Shapes) -> int:
 
 
 class Kept(NamedTuple):
-    """Bytes a device that a micro-batch's forward pass leaves for the backward pass."""
+    """Bytes per device that the forward pass of a micro-batch leaves for the backward pass."""
 
     device: int
     host: int
 
 
 def kept(config: Config, given: Shapes) -> Kept:
-    """What the rematerialization policy keeps, read off the traced gradient; weights do not count."""
+    """Returns the bytes that the rematerialization policy keeps, from the traced gradient, without weights."""
 
     def leftovers(model, micro):
         def objective(model):
@@ -100,23 +102,23 @@ def kept(config: Config, given: Shapes) -> Kept:
 
 
 def first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One micro-batch of a batch."""
+    """Returns the shape of one micro-batch of a batch."""
     place = jax.NamedSharding(leaf.sharding.mesh, jax.P(*leaf.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 
 def chunk_bytes(config: Config, given: Shapes) -> int:
-    """Bytes a device of the largest float32 logits that the loss holds, and of their gradient."""
+    """Returns the bytes per device of the largest float32 logits in the loss, and of their gradient."""
     rows = config.micro_batch_size // batches.row_shards(given.mesh)
     columns = padded_vocab(expected_vocab_size(config.tokenizer)) // given.mesh.shape["tensor"]
     return 2 * 4 * rows * (config.seq_len // config.loss.num_chunks) * columns
 
 
 def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
-    """(operation, mesh axes) → bytes of the arrays of a step, as `compiled.Collective.bytes` counts them.
+    """Maps (operation, mesh axes) to bytes of the arrays of a step, counted like `communication.Collective.bytes`.
 
-    fsdp: every weight that is cut is gathered in the compute dtype, a block's once forward and once backward, an
-    embedding once; gradients are reduced once (ZeRO-3, Rajbhandari et al. 2020, section 7.2).
+    fsdp: every cut weight is gathered in the compute dtype; blocks once forward and once backward, embeddings once.
+    Gradients are reduced once (ZeRO-3, Rajbhandari et al. 2020, section 7.2).
     data, slices: a device's part of the gradients is summed once.
     The activations' part is the architecture's (`expected_collectives`).
     """
@@ -141,5 +143,5 @@ def collectives(config: Config, given: Shapes) -> dict[tuple[str, str], int]:
 
 
 def shared(param) -> bool:
-    """Whether a weight is cut over `tensor`."""
+    """Tells whether a weight is cut over `tensor`."""
     return any(sharding.LOGICAL_AXES[name] == "tensor" for name in param.axes)

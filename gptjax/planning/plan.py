@@ -1,4 +1,4 @@
-"""`gptjax plan`: what a config needs on machines that are not at hand. Times are bounds, never predictions."""
+"""`gptjax plan`: plans a config on machines that are not at hand. Times are bounds, never predictions."""
 
 import dataclasses
 import fcntl
@@ -17,11 +17,11 @@ from gptjax.parallel.hardware import GIB
 from gptjax.planning.topology import Topology
 from gptjax.training.config.schema import Config
 
-TIMEOUT = 3600  # seconds a compile may take
+TIMEOUT = 3600  # seconds for one compile
 
 
 def plan(config: Config, topology: Topology) -> dict:
-    """The plan of a config, as `--json` prints it. Raises: Refused."""
+    """Returns the plan of a config as printed by `--json`. Raises: Refused."""
     (row,) = analyses([config], topology, "compiled" if has_compiler(topology) else "analytic")
     if "refused" in row:
         raise Refused(row["refused"])
@@ -29,22 +29,22 @@ def plan(config: Config, topology: Topology) -> dict:
 
 
 def has_compiler(topology: Topology) -> bool:
-    """Looks for the package only: a process that imports libtpu would look for TPUs."""
+    """Tells whether the compiler's package is installed, without an import: importing libtpu looks for TPUs."""
     names = ("libtpu",) if topology.is_tpu else ("jax_cuda12_plugin", "jax_cuda13_plugin")
     return any(importlib.util.find_spec(name) for name in names)
 
 
 def how(topology: Topology) -> str:
-    """The way to the compiler's own figures."""
+    """Returns the install command for the compiler's own figures."""
     version = importlib.metadata.version("jax")
     cuda = f"--no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
     return f"For the compiler's own figures: pip install {'libtpu' if topology.is_tpu else cuda}"
 
 
 def analyses(configs: list[Config], topology: Topology, source: str) -> list[dict]:
-    """What `aot.analyze` says of each config, from a process of its own; one at a time on this machine.
+    """Runs `aot.analyze` on each config in a separate process; one such process at a time on this machine.
 
-    Raises: Refused, where that process fails.
+    Raises: Refused, if that process fails.
     """
     with tempfile.TemporaryDirectory(prefix="gptjax_plan_") as name:
         folder = pathlib.Path(name)
@@ -63,7 +63,7 @@ def analyses(configs: list[Config], topology: Topology, source: str) -> list[dic
                 )
             except subprocess.TimeoutExpired as error:
                 raise Refused(
-                    f"Compiling for {topology.name} took more than {TIMEOUT} s and was stopped: try fewer chips or "
+                    f"Compiling for {topology.name} took more than {TIMEOUT} s and was stopped; try fewer chips or "
                     "layers."
                 ) from error
         if ended.returncode:
@@ -72,7 +72,7 @@ def analyses(configs: list[Config], topology: Topology, source: str) -> list[dic
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
-    """Of the process that compiles: no device is looked for, nothing is cached, and the compiler says what it does."""
+    """Returns the environment of the compiling process: no search for devices, no cache, and a compiler's dump."""
     dump = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=train_step"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -84,16 +84,16 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
 
 
 def reason(ended: subprocess.CompletedProcess) -> str:
-    """One line about a process that failed."""
+    """Returns one line about a process that failed."""
     lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
     if ended.returncode < 0:
-        fatal = next((line for line in reversed(lines) if line.startswith("F")), "it said nothing")
-        return f"it aborted with {signal.Signals(-ended.returncode).name} ({fatal[:300]}); choose another shape."
-    return f"{lines[-1][:400] if lines else 'it said nothing'}."
+        fatal = next((line for line in reversed(lines) if line.startswith("F")), "no message")
+        return f"aborted with {signal.Signals(-ended.returncode).name} ({fatal[:300]}); choose another shape."
+    return f"{lines[-1][:400] if lines else 'no message'}."
 
 
 def judged(config: Config, topology: Topology, row: dict) -> dict:
-    """The plan made of an analysis: capacity, bounds, verdict."""
+    """Makes the plan from an analysis: capacity, bounds, verdict."""
     figures, devices = topology.figures, topology.num_devices
     capacity = figures.hbm_bytes
     fits = "refused_bytes" not in row and row["hbm_bytes"] <= capacity
@@ -130,7 +130,7 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
         "interconnect_step_seconds": {"within": within, "between": between},
         "bound_step_seconds": bound,
         "bound_tokens_per_second": bound and row["tokens_per_step"] / bound,
-        # A curriculum's other steps take less than the one that is planned.
+        # The other steps of a curriculum take less than the planned step.
         "bound_days": days if len(config.phases) == 1 else None,
         "bound_chip_hours": days and 24 * days * topology.num_chips if len(config.phases) == 1 else None,
         "collectives": with_expected(row),
@@ -145,16 +145,16 @@ def judged(config: Config, topology: Topology, row: dict) -> dict:
 
 
 def flags(config: Config) -> dict[str, str]:
-    """What the compiler is to be told, by the environment and by the config, for all platforms."""
-    told = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    return {name: text for name, text in (told | {"compiler_options": config.compiler_options}).items() if text}
+    """Returns the compiler's options from the environment and the config, for all platforms."""
+    found = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {name: text for name, text in (found | {"compiler_options": config.compiler_options}).items() if text}
 
 
 def compute_floor(config: Config, topology: Topology, row: dict) -> tuple[float | None, list[str]]:
-    """The least seconds that the compute of a step takes, and warnings.
+    """Returns a lower bound in seconds on the compute of a step, and warnings.
 
-    Compiled: the compiler's cycles, and the FLOPs of Pallas kernels at the peak. Analytic: all FLOPs at the peak. There
-    is none on GPUs, nor where a clock is not known.
+    Compiled: the compiler's cycles, and the FLOPs of Pallas kernels at the peak. Analytic: all FLOPs at the peak. The
+    bound is None on compiled plans for GPUs, and for an unknown clock.
     """
     figures = topology.figures
     if row["source"] == "analytic":
@@ -166,7 +166,7 @@ def compute_floor(config: Config, topology: Topology, row: dict) -> tuple[float 
     seconds = row["cycles"] / figures.clock + sum(kernel["flops"] for kernel in kernels) / figures.peak_flops
     unknown = [kernel["name"] for kernel in kernels if not kernel["flops"]]
     warnings = [f"no FLOPs are known of the kernels {', '.join(unknown)}: they count as nothing"] if unknown else []
-    # 6 FLOPs a weight and token; attention's own are left out. A loop that the reader lost shows here.
+    # 6 FLOPs per weight and token, without attention. A loop that `hlo` misses shows here.
     least = config.model.flops_per_token(0, 0) * row["tokens_per_step"] / topology.num_devices / figures.peak_flops
     if seconds < least:
         warnings.append(
@@ -178,8 +178,10 @@ def compute_floor(config: Config, topology: Topology, row: dict) -> tuple[float 
 
 
 def with_expected(row: dict) -> list[dict]:
-    """The collectives of a plan, each beside the bytes that theory expects of all with its purpose and axes, if any;
-    then what theory expects and the program has not."""
+    """Returns the collectives of a plan with the bytes that the estimate expects for their purpose and axes.
+
+    Collectives that the estimate expects and the program lacks come last.
+    """
     expected = {(e["operation"], e["axes"]): e["bytes"] for e in row["expected_collectives"]}
     rows = [dict(collective) for collective in row.get("collectives") or ()]
     for collective in rows:
@@ -195,7 +197,7 @@ def with_expected(row: dict) -> list[dict]:
 
 
 def verdict(config: Config, topology: Topology, result: dict) -> str:
-    """Whether it fits, by how much, and what is near that might."""
+    """Says whether a step fits, by how much, and what to change if not."""
     used, capacity = result["hbm_bytes"] / GIB, result["hbm_capacity_bytes"] / GIB
     estimate = " by an estimate without the compiler's own temporaries" if result["source"] == "analytic" else ""
     if result["fits"]:

@@ -1,4 +1,4 @@
-"""`gptjax plan --search`: the mesh, rematerialization and accumulation with the lowest bound on time that fit."""
+"""`gptjax plan --search`: finds the mesh, rematerialization and accumulation that fit with the lowest time bound."""
 
 import dataclasses
 import itertools
@@ -8,8 +8,8 @@ from gptjax.errors import Refused
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.planning.plan import analyses, has_compiler, judged
 from gptjax.planning.topology import Topology
-from gptjax.runtime import files
-from gptjax.training.config import files as config_file
+from gptjax.runtime.files import flatten
+from gptjax.training.config import files
 from gptjax.training.config.schema import Config
 
 REMAT = ("none", "dots", "full")
@@ -17,12 +17,12 @@ REPLICAS = (1, 2, 4, 8)
 TENSOR = (1, 2, 4, 8)
 ACCUMULATION = (1, 2, 4, 8)
 MAX_COMPILES = 12
-# The estimate adds up parts that need not be there at once: by so much it may exceed what the compiler finds.
+# The estimate adds up parts that need not exist at once, and so may exceed the compiler's figure by this factor.
 SLACK = 1.25
 
 
 def candidates(config: Config, topology: Topology) -> list[Config]:
-    """Configs to try: `fsdp` takes the devices that replicas and tensor parallelism leave."""
+    """Returns the configs to try; `fsdp` takes the devices that replicas and tensor parallelism leave."""
     inside, found = topology.num_devices // topology.slices, []
     policies = dict.fromkeys((*REMAT, config.model.remat))
     for data, tensor, steps, remat in itertools.product(REPLICAS, TENSOR, ACCUMULATION, policies):
@@ -34,19 +34,20 @@ def candidates(config: Config, topology: Topology) -> list[Config]:
 
 
 def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
-    """The best candidate and its plan. Raises: Refused, where nothing fits.
+    """Returns the best candidate with the plan of that candidate. Raises: Refused, if nothing fits.
 
-    The analytic estimate of each comes first, and those that it finds far too large are out. Its time is less than what
-    the compiler finds, so compiling the others in that order ends as soon as no estimate is below the best bound found,
-    or after MAX_COMPILES.
+    The analytic estimate rules out candidates that are far too large, and orders the others. An estimated time is below
+    the compiler's bound. Compiling ends once no estimate is below the best bound, or after MAX_COMPILES.
 
     Args:
-      tell: takes a line about each step.
+      config: the config to search from.
+      topology: the machines.
+      tell: a function that takes a line about each step.
     """
     tried = candidates(config, topology)
     rows = [
         (candidate, judged(candidate, topology, row))
-        for candidate, row in zip(tried, analyses(tried, topology, "analytic"))
+        for candidate, row in zip(tried, analyses(tried, topology, "analytic"), strict=True)
         if "refused" not in row
     ]
     limit = topology.figures.hbm_bytes * (SLACK if has_compiler(topology) else 1)
@@ -68,7 +69,7 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
             break
         try:
             (row,) = analyses([candidate], topology, "compiled")
-        except Refused as refusal:  # one that the compiler fails on does not end the search
+        except Refused as refusal:  # a failure of the compiler on one candidate does not end the search
             row = {"refused": str(refusal)}
         if "refused" in row:
             tell(f"{shown(candidate)}: {row['refused']}")
@@ -84,7 +85,10 @@ def search(config: Config, topology: Topology, tell) -> tuple[Config, dict]:
 
 
 def cost(plan: dict, topology: Topology) -> tuple[float, float]:
-    """Seconds that rank a plan: its bound, by FLOPs at the peak where no time is told, as on GPUs; then the compute."""
+    """Returns seconds that rank a plan: the bound, then the compute.
+
+    Without a time, as on GPUs, the compute is the FLOPs at the peak.
+    """
     figures = topology.figures
     compute = plan["bound_step_seconds"]
     if compute is None:
@@ -92,7 +96,9 @@ def cost(plan: dict, topology: Topology) -> tuple[float, float]:
     fast = slow = 0
     for row in plan["collectives"]:
         size = row["link_bytes"] or 0
-        if plan["source"] == "analytic":  # of an array gathered among n devices each sends (n - 1) / n: half at least
+        if (
+            plan["source"] == "analytic"
+        ):  # gathering among n devices, each sends (n - 1) / n of the array: at least half
             size = row["expected_bytes"] / 2
         if row["between"] or row["axes"] == "slices":
             slow += size
@@ -104,12 +110,12 @@ def cost(plan: dict, topology: Topology) -> tuple[float, float]:
 def nothing_fits(config: Config, topology: Topology, plans: list[dict]) -> str:
     if not plans:
         return (
-            f"No mesh of {topology.num_devices} devices divides batch_size={config.batch_size} and the model: make "
+            f"No mesh of {topology.num_devices} devices divides batch_size={config.batch_size} and the model; make "
             f"batch_size a multiple of {topology.num_devices}."
         )
     least = min(plans, key=lambda plan: plan["hbm_bytes"])
     tried = f"{len(plans)} meshes, policies and accumulations"
-    return f"None of {tried} fits {topology.name}: the smallest {least['verdict']}."
+    return f"None of {tried} fits {topology.name}; the smallest {least['verdict']}."
 
 
 def shown(config: Config) -> str:
@@ -125,22 +131,23 @@ def time_of(plan: dict) -> str:
 
 
 def output(config_path: str, topology: Topology) -> pathlib.Path:
-    """Where the winner goes: into the working directory. Raises: Refused, where something is there already."""
+    """Returns the path of the winner's config, in the working directory. Raises: Refused, if the path exists."""
     shape = topology.name.replace(":", "_") + (f"_x{topology.slices}" if topology.slices > 1 else "")
-    file, arguments = config_file.split(config_path)
+    file, arguments = files.split(config_path)
     path = pathlib.Path("_".join([pathlib.Path(file).stem, *arguments, shape]) + ".py")
     if path.exists():
-        raise Refused(f"{path} exists, and --search would write it: move it away.")
+        raise Refused(f"{path} exists, and --search would overwrite {path.name}; move the file away.")
     return path
 
 
 def write(best: Config, config_path: str, overrides: dict[str, str], plan: dict, path: pathlib.Path) -> None:
-    """A config file that is the one searched from, with the winner's keys."""
-    keys = files.flatten(dataclasses.asdict(best))
+    """Writes a config file that loads the original config and sets the winner's keys."""
+    keys = flatten(dataclasses.asdict(best))
     changed = [key for key in overrides if key in keys]
     changed += [f"mesh.{axis}" for axis in ("slices", "data", "fsdp", "tensor")] + ["model.remat", "grad_accum_steps"]
+    name = pathlib.Path(files.split(config_path)[0]).name
     docstring = (
-        f"{pathlib.Path(config_file.split(config_path)[0]).name} for {plan['topology']} × {plan['slices']}, by gptjax plan --search "
-        f"({plan['source']}).\n\n{plan['verdict']}.\n"
+        f"{name} for {plan['topology']} × {plan['slices']}, by gptjax plan --search ({plan['source']}).\n\n"
+        f"{plan['verdict']}.\n"
     )
-    config_file.write(path, config_path, docstring, {key: keys[key] for key in changed})
+    files.write(path, config_path, docstring, {key: keys[key] for key in changed})

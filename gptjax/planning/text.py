@@ -1,4 +1,4 @@
-"""The plan of a config, in words for a terminal."""
+"""Formats the plan of a config for a terminal."""
 
 from gptjax.parallel.hardware import GIB
 
@@ -6,7 +6,7 @@ MS = 1e-3
 
 
 def text(plan: dict) -> str:
-    """A plan as `plan.judged` makes it."""
+    """Formats a plan from `plan.judged`."""
     lines = [f"{plan['topology']} × {plan['slices']}: {plan['devices']} devices, mesh {axes(plan['mesh'])}"]
     if plan["source"] == "analytic":
         lines.append(f"ANALYTIC ESTIMATE from shapes, nothing was compiled. {plan['how']}")
@@ -27,7 +27,7 @@ def axes(mesh: dict[str, int]) -> str:
 
 
 def memory(plan: dict) -> list[str]:
-    """Where the bytes of a device go."""
+    """Lists the parts of a device's memory."""
     m = plan["memory"]
     rows = [("parameters", m["parameters"]), ("optimizer state", m["optimizer"])]
     rows += [("moving average", m["average"])] if m["average"] else []
@@ -40,7 +40,7 @@ def memory(plan: dict) -> list[str]:
         rows += [("gradients", m["gradients"]), ("kept activations, as traced", m["kept_activations"])]
         rows += [("logits of a chunk", m["logits"])] if "logits" in m else []
         rows += [("together" if plan["source"] == "analytic" else "needed", plan["hbm_bytes"])]
-    rows += [("there is", plan["hbm_capacity_bytes"])]
+    rows += [("capacity", plan["hbm_capacity_bytes"])]
     rows += [("host memory", plan["host_bytes"])] if plan["host_bytes"] else []
     return ["memory of a device, GiB"] + [f"  {name:<32}{size / GIB:>9.3f}" for name, size in rows]
 
@@ -53,7 +53,7 @@ def buffers(plan: dict) -> list[str]:
 
 
 def collectives(plan: dict) -> list[str]:
-    """A row a sort of collective; sizes are those of whole arrays, and what is expected is of all with that purpose."""
+    """Formats one row per sort of collective; sizes are of whole arrays, and expected bytes cover the whole purpose."""
     head = f"  {'':<30}{'over':<14}{'reach':<9}{'calls':>6}{'GB':>10}{'overlapped':>12}{'on links':>10}{'expected':>10}"
     rows = []
     for row in plan["collectives"]:
@@ -71,7 +71,7 @@ def collectives(plan: dict) -> list[str]:
 
 
 def speed(plan: dict) -> list[str]:
-    """FLOPs, and the bounds."""
+    """Formats FLOPs and bounds on time."""
     model, hardware = plan["flops_per_step"], plan["hardware_flops_per_step"]
     lines = [f"FLOPs of a step   {model:.4g} of the model, {hardware:.4g} done ({hardware / model:.2f} ×)"]
     if plan["compile_seconds"] is not None:
@@ -80,7 +80,7 @@ def speed(plan: dict) -> list[str]:
         return [
             *lines,
             "no bound on time: "
-            + ("no cycles are told, or their clock is not known" if plan["fits"] else "it does not fit"),
+            + ("the compiler gives no cycles, or the clock is not known" if plan["fits"] else "the step does not fit"),
         ]
     by_links = plan["interconnect_step_seconds"]
     lines += ["bounds, not predictions: no step can be faster, and a real one is slower"]

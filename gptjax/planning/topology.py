@@ -1,4 +1,4 @@
-"""Machines that can be rented: their names, shapes, and stated figures, each with its source."""
+"""Machines for rent: names, shapes and descriptors. Figures and their sources are in gptjax/parallel/hardware.py."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ class Topology:
     """Devices to compile for."""
 
     kind: str
-    shape: tuple[int, ...]  # chips along each side of a TPU slice; (cards a host, hosts) of GPUs
+    shape: tuple[int, ...]  # chips along each side of a TPU slice; (cards per host, hosts) of GPUs
     slices: int = 1
 
     @property
@@ -46,45 +46,48 @@ class Topology:
         wanted = {"platform": "tpu", "topology_name": self.name}
         if self.slices > 1:
             wanted["num_slices"] = self.slices
-        if self.kind == "v4":  # both cores of a chip as one device, as on a TPU VM
+        if self.kind == "v4":  # on a TPU VM, both cores of a chip form one device
             wanted["chip_config_name"] = "megacore"
         return wanted
 
 
 def parse(name: str, slices: int) -> Topology:
-    """Of `v5p:8x8x8` (chips of a TPU slice), `h100:8` or `h100:8x4` (cards a host, hosts).
+    """Parses `v5p:8x8x8` (chips of a TPU slice), `h100:8` or `h100:8x4` (cards per host, hosts).
 
-    Raises: Refused, for a kind that is not known or a shape that can't be rented.
+    Raises: Refused, for an unknown kind or a shape that can't be rented.
     """
     kind, colon, shape = name.partition(":")
     if kind not in KINDS:
-        raise Refused(f"--topology={name} is of no known kind: {', '.join(KINDS)} are.{nearest(kind, KINDS)}")
+        raise Refused(f"--topology={name}: unknown accelerator; known are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     if slices < 1:
         raise Refused(f"--slices={slices} must be at least 1.")
     words = shape.split("x") if colon else []
     if not 0 < len(words) <= 3 or not all(re.fullmatch("[1-9][0-9]{0,4}", word) for word in words):
-        raise Refused(f"--topology={name} has no shape: write {kind}:{'8' if kind in CARDS else shapes(kind)[-1]}.")
+        example = f"{kind}:{'8' if kind in CARDS else shapes(kind)[-1]}"
+        raise Refused(f"--topology={name} must name a shape; write for example {example}.")
     sides = tuple(map(int, words))
     if kind in CARDS:
         if len(sides) > 2 or sides[0] > 8:
-            raise Refused(f"--topology={name} is no shape of GPUs: write {kind}:CARDSxHOSTS with at most 8 a host.")
+            raise Refused(f"--topology={name} must be {kind}:CARDSxHOSTS with at most 8 cards per host.")
         if slices > 1:
-            raise Refused(f"--slices={slices} is for TPUs: for GPUs write the hosts as in {kind}:8x{slices}.")
+            raise Refused(
+                f"--slices={slices} must be 1 for GPUs; write the hosts in the shape, as in {kind}:8x{slices}."
+            )
         return Topology(kind, (*sides, 1)[:2])
     if "x".join(words) not in shapes(kind):
         chips = math.prod(sides)
         near = sorted(shapes(kind), key=lambda other: abs(math.log(chips / math.prod(map(int, other.split("x"))))))
         most = max(math.prod(map(int, other.split("x"))) for other in shapes(kind))
-        more = f" A slice has at most {most} chips: for more, give --slices." if chips > most else ""
+        more = f" A slice has at most {most} chips; for more, give --slices." if chips > most else ""
         raise Refused(
-            f"--topology={name} ({chips} chips) can't be rented: near it are "
+            f"--topology={name} ({chips} chips) can't be rented; near shapes are "
             f"{', '.join(f'{kind}:{other}' for other in near[:3])}.{more}"
         )
     return Topology(kind, sides, slices)
 
 
 def shapes(kind: str) -> list[str]:
-    """Slices of a TPU kind that can be rented; whole cubes are put together with sides in ascending order, up to 24."""
+    """Returns the slices of a TPU kind that can be rented; whole cubes combine into ascending sides up to 24."""
     figures = KINDS[kind]
     sides = range(4, 25, 4)
     cubes = [
@@ -94,7 +97,7 @@ def shapes(kind: str) -> list[str]:
 
 
 def target_config(kind: str) -> str:
-    """A card as XLA's GPU compiler wants it: the text of a `GpuTargetConfigProto`."""
+    """Describes a card to XLA's GPU compiler: the text of a `GpuTargetConfigProto`."""
     major, minor, cores, lanes, shared, cache, bandwidth, clock = CARDS[kind]
     return f"""
         platform_name: "CUDA"

@@ -1,4 +1,4 @@
-"""Packages that only some sources, settings and verbs need; `pip install 'gptjax[EXTRA]'` brings them."""
+"""Packages that only some sources, settings and commands need; `pip install 'gptjax[EXTRA]'` installs them."""
 
 import importlib
 from types import ModuleType
@@ -7,12 +7,16 @@ from gptjax.errors import Refused
 
 
 def package(name: str, what: str, extra: str = "data") -> ModuleType:
-    """The module `name`, imported when it is first asked for. Raises: Refused, where it is not installed.
+    """Imports a module on first use. Raises: Refused, if a package is not installed.
 
     Args:
-      what: what needs it, as a key and value, or a command. extra: that of pyproject.toml which has it.
+      name: the module.
+      what: the key and value, or the command, that needs the module.
+      extra: the extra of pyproject.toml that has the package.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Refused(f"{what} needs more packages than there are ({error}): pip install 'gptjax[{extra}]'.") from error
+        raise Refused(
+            f"{what} needs packages that are not installed ({error}): pip install 'gptjax[{extra}]'."
+        ) from error

@@ -9,7 +9,7 @@ from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.batch import Batch
 from gptjax.data.store.store import Split
 from gptjax.data.stream import curriculum, mixture
-from gptjax.data.stream.packing import report, told
+from gptjax.data.stream.packing import report, report_line
 from gptjax.data.stream.stream import Source, Stream
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     ]
     for name, store in data.corpus.stores.items():
         found = report(data.packed[name], store.split("train"), config.seq_len)
-        lines += [f"packing{name and f' of {name}'}: {told(config.packing.method, found)}"]
+        lines += [f"packing{name and f' of {name}'}: {report_line(config.packing.method, found)}"]
     documents = _documents(data, [sources[number] for number in rows])
     for place, number in enumerate(rows):
         its = Batch(*(field[place] for field in batch))

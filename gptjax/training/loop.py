@@ -89,7 +89,7 @@ def run(job: Job, began: float) -> None:
     stopped = stopped and early_stopping.over(config.stopping, workdir.losses(folder, newest))
     if (stopped or newest >= config.num_steps) and distributed.shared((folder / "samples.txt").exists):
         key, value = ("num_steps", newest) if not stopped else ("stopping.patience", config.stopping.patience)
-        early = f", where {early_stopping.told(config.stopping)}" if stopped else f" of num_steps={config.num_steps}"
+        early = f", where {early_stopping.reason(config.stopping)}" if stopped else f" of num_steps={config.num_steps}"
         print(
             f"The run in {folder} is complete at step {newest}{early}. To go on, raise it: --config.{key}={2 * value}",
             flush=True,
@@ -239,7 +239,7 @@ def go_on(job: Job, steps: dict, start: int, state: TrainState, data: stream.Str
                     with log.paused():
                         on_tasks(step)
                 if step in log.losses and early_stopping.over(config.stopping, log.losses):
-                    bar.print(f"step {step}: {early_stopping.told(config.stopping)}; the run ends")
+                    bar.print(f"step {step}: {early_stopping.reason(config.stopping)}; the run ends")
                     last = step
                     break
                 if step in traced[:1]:

@@ -8,7 +8,7 @@ from etils import epath
 from gptjax.checkpoints.manager import VERSIONS
 from gptjax.data.stream.mixture import Corpus
 from gptjax.data.stream.packing import report as report_of
-from gptjax.data.stream.packing import told
+from gptjax.data.stream.packing import report_line
 from gptjax.data.stream.stream import Stream
 from gptjax.evaluation.heldout import Evaluation
 from gptjax.inference import generate
@@ -36,7 +36,7 @@ def packing(config: Config, data: Stream) -> None:
         return
     for name, store in data.corpus.stores.items():
         found = report_of(data.packed[name], store.split("train"), config.seq_len)
-        print(f"packing {told(config.packing.method, found)}{name and f' ({name})'}", flush=True)
+        print(f"packing {report_line(config.packing.method, found)}{name and f' ({name})'}", flush=True)
 
 
 def compilation(

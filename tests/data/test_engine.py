@@ -8,32 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import pytest
 from etils import epath
+from support.tasks import Step
 
 from gptjax.data.preparation import executor
 from gptjax.errors import Failed, Refused
-
-
-@dataclass(frozen=True)
-class Step:
-    """Leaves a file a task, with what it was done by. kill, refuse: tasks at which that happens."""
-
-    folder: pathlib.Path
-    kill: int = -1
-    refuse: int = -1
-    by: signal.Signals = signal.SIGKILL
-
-    def __call__(self, task, told):
-        told(1, 10, 100)
-        if task == self.kill:
-            os.kill(os.getpid(), self.by)
-        if task == self.refuse:
-            raise Refused(f"task {task} is damaged.")
-        told(0, 1, 0)
-        (self.folder / f"{task}.json").write_text(json.dumps([os.getpid(), "jax" in sys.modules]))
 
 
 def run(tmp_path, tasks, workers, **more):
@@ -67,7 +48,7 @@ def test_a_refusal_comes_through(tmp_path, workers, capfd):
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_that_is_killed_is_noticed(tmp_path, by):
     began = time.monotonic()
-    with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: the same command goes on"):
+    with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: run the same command to resume"):
         run(tmp_path, 4, 2, kill=1, by=by)
     assert time.monotonic() - began < 30
     assert run(tmp_path, 4, 2)[1]
@@ -88,12 +69,12 @@ def processes_of(folder):
 def test_workers_end_with_who_waits_for_them(tmp_path, end):
     program = f"""
 import pathlib, sys, time
-sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})
 from etils import epath
-from gptjax.data import engine
-import test_engine
+from gptjax.data.preparation import executor
+from support import tasks
 if __name__ == "__main__":
-    engine.run(test_engine.Endless(pathlib.Path({str(tmp_path)!r})), 2, 2, epath.Path({str(tmp_path)!r}) / "e", print)
+    executor.run(tasks.Endless(pathlib.Path({str(tmp_path)!r})), 2, 2, epath.Path({str(tmp_path)!r}) / "e", print)
 """
     (tmp_path / "main.py").write_text(program)
     with (tmp_path / "error").open("w") as error:
@@ -114,15 +95,3 @@ if __name__ == "__main__":
         time.sleep(0.05)
     if end == signal.SIGKILL:  # the other leaves a traceback of this program's own
         assert (tmp_path / "error").read_text() == ""
-
-
-@dataclass(frozen=True)
-class Endless:
-    """Never tells anything."""
-
-    folder: pathlib.Path
-
-    def __call__(self, task, told):
-        (self.folder / f"{os.getpid()}.pid").touch()
-        while True:
-            time.sleep(0.1)

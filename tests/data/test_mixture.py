@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 from etils import epath
-from support.command import DEBUG
+from support.command import DEBUG, losses, rows
 from support.runs import tiny
+from support.stores import write_store
 
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.store import store as stores
@@ -19,31 +20,12 @@ from gptjax.data.stream.stream import Stream
 from gptjax.errors import Refused
 from gptjax.models.config import ModelConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.tokenizers.tokenizer import train as train_tokenizer
 from gptjax.training import batch_audit, loop
 from gptjax.training.corpus import check_same_data, make_corpus
 from gptjax.training.optim.config import OptimizerConfig
 
 T = 16
 SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
-
-
-def write_store(folder, tokens, letters="abcdefgh", kind="byte"):
-    """A store of random letters, so that windows are told apart."""
-    folder = epath.Path(folder)
-    made = train_tokenizer(TokenizerConfig(kind=kind), [], folder / "tokenizer")
-    rng, splits = np.random.default_rng(len(letters) + tokens), {}
-    for name in stores.SPLITS:
-        writer = stores.SplitWriter(folder / name, np.uint16)
-        while writer.tokens < tokens:
-            length = min(int(rng.integers(2, 40)), tokens - writer.tokens)
-            text = rng.choice(np.frombuffer(letters.encode(), np.uint8), length - 1).astype(np.int32)
-            writer.append(f"{folder.name}/{writer.documents}.txt", 0, np.append(made.end_of_text, text), length - 1)
-        splits[name] = writer.close()
-    manifest = {"settings": {}, "tokenizer_hash": made.hash, "vocab_size": 257, "text_hash": f"{tokens:064}"}
-    sizes = dict.fromkeys(("compressed_heldout_bytes", "gzip_bytes", "xz_bytes"), 100)
-    stores.write_manifest(folder, manifest | {"splits": splits} | sizes)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,22 +134,22 @@ def test_a_schedule_of_weights(folders):
 
 
 @pytest.mark.parametrize("stores, weights, words", [
-    ("code", "code 1", '"code", which is no NAME=FOLDER'),
+    ("code", "code 1", '"code", which must be NAME=FOLDER'),
     ("code=/a, code=/b", "code 1", "names code twice, /a and /b"),
-    ("a b=/a", "code 1", "which is no NAME=FOLDER"),
-    ("code=/a", "", "mixture.weights is empty"),
-    ("", "code 1", "mixture.stores is empty"),
-    ("code=/a, web=/b", "code 1, wbe 2", 'wbe, which is none of the stores code, web. Did you mean "web"?'),
-    ("code=/a, web=/b", "code 1, web 0", "has web 0: a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web -0.5", "has web -0.5: a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web nan", "a weight is more than 0"),
-    ("code=/a, web=/b", "code 1, web inf", "a weight is more than 0"),
+    ("a b=/a", "code 1", "which must be NAME=FOLDER"),
+    ("code=/a", "", 'mixture.weights="" must give'),
+    ("", "code 1", 'mixture.stores="" must name'),
+    ("code=/a, web=/b", "code 1, wbe 2", 'wbe, which must be one of the stores code, web. Did you mean "web"?'),
+    ("code=/a, web=/b", "code 1, web 0", "has web 0; a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web -0.5", "has web -0.5; a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web nan", "a weight must be above 0"),
+    ("code=/a, web=/b", "code 1, web inf", "a weight must be above 0"),
     ("code=/a, web=/b", "code 1, code 2", "has code twice, 1 and 2"),
-    ("code=/a, web=/b", "code 1, web", 'has "web", which is no NAME NUMBER'),
+    ("code=/a, web=/b", "code 1, web", 'has "web", which must be NAME NUMBER'),
     ("code=/a, web=/b", "code 1, web 0.00001", "less than one window in 10000"),
-    ("code=/a, web=/b", "0: code 1; 0: web 1", 'has "0: web 1", where "BATCH: VALUE" was expected'),
-    ("code=/a, web=/b", "5: code 1", "where"),
-    ("code=/a, web=/b", "0: code 1; x: web 1", "where"),
+    ("code=/a, web=/b", "0: code 1; 0: web 1", 'has "0: web 1"; "BATCH: VALUE" must start at 0 and ascend'),
+    ("code=/a, web=/b", "5: code 1", '"BATCH: VALUE" must start at 0'),
+    ("code=/a, web=/b", "0: code 1; x: web 1", '"BATCH: VALUE" must start at 0'),
 ])  # fmt: skip
 def test_what_is_refused(stores, weights, words):
     with pytest.raises(Refused) as refusal:
@@ -229,14 +211,6 @@ def run_of(folders, **changes):
         mixture=mixed,
     )
     return tiny(ModelConfig(num_layers=1, num_heads=2, embed_dim=16), **(own | changes))
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +307,7 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
     assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
     with pytest.raises(
-        Refused, match="batch 0 has rows of the store code, which mixture.stores does not have any more"
+        Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"
     ):
         batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from support.runs import data_of, mesh_of, tiny
-from test_mixture import write_store
+from support.stores import write_store
 
 from gptjax.data.store.store import Store
 from gptjax.data.stream import packing, stream
@@ -136,5 +136,5 @@ def test_evaluation_is_of_windows_however_training_is_packed(split_store):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(Refused, match='packing.method="bestfit" is none of concat, best_fit. Did you mean "best_fit"?'):
+    with pytest.raises(Refused, match='packing.method="bestfit" must be one of concat, best_fit. Did you mean "best_fit"?'):
         tiny(packing=PackingConfig("bestfit"))

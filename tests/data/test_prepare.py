@@ -19,6 +19,7 @@ from gptjax.data.preparation import tasks
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import is_whole
 from gptjax.errors import Failed, Refused
+from gptjax.runtime import lock
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training.corpus import make_corpus
 
@@ -137,16 +138,16 @@ def test_a_store_of_other_settings_is_refused_by_key(tmp_path, data):
 
 def test_a_store_that_another_run_finished_meanwhile(tmp_path, data, monkeypatch):
     """It is compared with the settings, and no refusal removes it."""
-    lock, where = module.owner.locked, tmp_path / "run" / "store"
+    real, where = lock.locked, tmp_path / "run" / "store"
 
     @contextlib.contextmanager
     def locked(*arguments):
         monkeypatch.undo()
         prepare(dataclasses.replace(data, heldout_fraction=0.5), BYTE, where)
-        with lock(*arguments):
+        with real(*arguments):
             yield
 
-    monkeypatch.setattr(module.owner, "locked", locked)
+    monkeypatch.setattr(lock, "locked", locked)
     with pytest.raises(Refused, match=r"data.heldout_fraction \(0.5 there, 0.2 now\)"):
         make_corpus(tiny(data=data), epath.Path(tmp_path / "run"))
     assert is_whole(where) and [path.name for path in where.parent.iterdir()] == ["store"]
@@ -167,7 +168,7 @@ def test_refusals_leave_nothing(tmp_path, data, texts):
     refused("has 1 documents and 1 different ones, and at least 2", corpus(tmp_path / "one", texts[:1]))
     refused("has 3 documents and 1 different ones", corpus(tmp_path / "same", texts[:1] * 3))
     for fraction in (0.0, 1.0, -0.1):
-        refused("not between 0 and 1", dataclasses.replace(data, heldout_fraction=fraction))
+        refused("must be above 0 and below 1", dataclasses.replace(data, heldout_fraction=fraction))
     refused("kind", tokenizer=TokenizerConfig(kind="bytes"))
     refused("vocab_size is 9999, but this corpus has pieces for at most", tokenizer=TokenizerConfig(vocab_size=9999))
 
@@ -198,12 +199,12 @@ def test_files_that_change_while_read_are_refused(tmp_path, data, monkeypatch):
 
 def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path, data):
     program = f"""import time
-from gptjax.data import prepare as module
-from gptjax.tokenizer import TokenizerConfig
+from gptjax.data.preparation import prepare as module
+from gptjax.tokenizers.tokenizer import TokenizerConfig
 def stop(*arguments):
     print("writing", flush=True)
     time.sleep(60)
-module.stores.write_manifest = stop
+module.write_manifest = stop
 module.prepare(module.{data!r}, TokenizerConfig(kind="byte"), "{tmp_path}/out/store")
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

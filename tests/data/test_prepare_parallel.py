@@ -12,9 +12,11 @@ import time
 import pytest
 from etils import epath
 from support.command import DEBUG, tree
-from test_saving import disk, filled  # noqa: F401
+from support.disks import filled
+from support.source_files import made
 
 from gptjax.data.cleaning.pipeline import CleanConfig
+from gptjax.data.preparation import merge, survey
 from gptjax.data.preparation import prepare as module
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import Store, is_whole
@@ -59,7 +61,7 @@ def serial(lines, tmp_path_factory):
 
 
 def test_the_store_is_the_same_whatever_the_workers_and_tasks(lines, serial, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "LEAST_TASK_BYTES", 1000)
+    monkeypatch.setattr(survey, "LEAST_TASK_BYTES", 1000)
     store = prepare(lines, BYTE, tmp_path / "one")
     assert same(tmp_path / "one", serial)
     prepare(lines, BYTE, tmp_path / "three", workers=3)
@@ -81,10 +83,10 @@ def test_killed_it_goes_on(lines, serial, tmp_path):
         running.send_signal(signal.SIGKILL)
         out, _ = running.communicate()
         assert not is_whole(tmp_path / "store")
-    assert "going on with what was prepared" in out
+    assert "resuming the preparation in" in out
     done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "going on with what was prepared" in done.stdout and "train: " in done.stdout
+    assert "resuming the preparation in" in done.stdout and "train: " in done.stdout
     assert same(tmp_path / "store", serial)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
@@ -93,7 +95,7 @@ def test_other_files_or_settings_begin_anew(lines, tmp_path, monkeypatch, capsys
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.merging, "merge", stop)
+    monkeypatch.setattr(merge, "merge", stop)
     for data, goes_on in [
         (lines, False),
         (lines, True),
@@ -102,8 +104,8 @@ def test_other_files_or_settings_begin_anew(lines, tmp_path, monkeypatch, capsys
         with pytest.raises(KeyboardInterrupt):
             prepare(data, BYTE, tmp_path / "store")
         printed = capsys.readouterr().out
-        assert ("going on with" in printed) == goes_on
-    assert "beginning anew in" in printed
+        assert ("resuming the preparation in" in printed) == goes_on
+    assert "starting over in" in printed
 
 
 def test_what_was_done_is_kept_where_the_text_is_away_for_a_while(lines, tmp_path, monkeypatch):
@@ -111,7 +113,7 @@ def test_what_was_done_is_kept_where_the_text_is_away_for_a_while(lines, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.merging, "merge", stop)
+        patch.setattr(merge, "merge", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(lines, BYTE, tmp_path / "store")
     before = tree(tmp_path / "store.partial")
@@ -160,7 +162,7 @@ def test_killed_while_it_begins_anew(lines, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.merging, "merge", stop)
+        patch.setattr(merge, "merge", stop)
         prepare(lines, BYTE, tmp_path / "store")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kind, "rmtree", removed)
@@ -199,8 +201,6 @@ def test_a_full_disk(lines, serial, disk, workers, capfd):  # noqa: F811
 
 
 def test_a_warc_is_extracted_once(tmp_path, monkeypatch):
-    from test_sources_formats import made
-
     texts = [f"This is page number {i}, and it has a sentence or two. Here is the second." for i in range(30)]
     store = prepare(made("warc", tmp_path, [*texts, "", ""]), BYTE, tmp_path / "store")
     assert sum(split.documents for split in store.splits.values()) == 30

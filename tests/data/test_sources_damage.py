@@ -9,7 +9,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources_formats import TEXTS, jsonl, made, wet
+from support.source_files import TEXTS, jsonl, made, wet
 from warcio import warcwriter
 
 from gptjax.data.preparation.prepare import prepare

@@ -137,7 +137,7 @@ def test_refusals(store, tmp_path, refused, gptjax_main, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "gptjax.data.store.stats_plot")
     message = refused(tmp_path, "data", "stats", f"--store={store.folder}")
-    assert "gptjax data stats needs more packages than there are (import of matplotlib" in message
+    assert "gptjax data stats needs packages that are not installed (import of matplotlib" in message
 
 
 def test_the_cleaning_of_a_store_is_in_the_picture(tmp_path):

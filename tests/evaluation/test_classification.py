@@ -15,7 +15,7 @@ def test_metrics_are_those_by_hand():
 
 
 def test_calibration_error_is_that_by_hand():
-    # Of the 15 bins: the 12th is (0.733, 0.8], with two at 0.75 of which one is right; the 6th has 0.4, wrong.
+    # Among the 15 bins, the 12th is (0.733, 0.8] and has two at 0.75, one right; the 6th has 0.4, wrong.
     confidence, right = np.array([0.75, 0.75, 0.4, 1.0]), np.array([True, False, False, True])
     assert classification.calibration_error(confidence, right) == pytest.approx((2 * 0.25 + 0.4 + 0) / 4)
 

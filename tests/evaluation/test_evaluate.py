@@ -37,17 +37,17 @@ def on_mesh(config, store, shape, batch_size=16, max_windows=0, loss=LossConfig(
 
 @pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
 def expected(request, store):
-    """(config, sums over the whole held-out split) by NumPy in float64 from the model's hidden states."""
+    """Returns (config, sums over the whole held-out split) by NumPy in float64 from the model's hidden states."""
     config = request.param.resolved()
     windows = -(-(store.split("heldout").tokens - 1) // SEQ_LEN)
     (batch,) = stream.heldout_batches(store, seq_len=SEQ_LEN, batch_size=windows, rows=np.arange(windows))
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: Transformer(config, 257, SEQ_LEN, nnx.Rngs(0)))()
-        put = lambda array: jax.device_put(array, jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq")))
+        placement = jax.NamedSharding(mesh, sharding.spec("act_batch", "act_seq"))
         forward = jax.jit(lambda model, *fields: (model.hidden(Inputs(*fields), None).x_BTD, model.output().table[...]))
         x, table = jax.device_get(
-            forward(model, *(put(field) for field in (batch.inputs, batch.positions, batch.segments)))
+            forward(model, *jax.device_put((batch.inputs, batch.positions, batch.segments), placement))
         )
     logits = np.asarray(x, np.float64) @ np.asarray(table, np.float64)[:257].T
     if config.logits_softcap:
@@ -71,7 +71,7 @@ def test_numbers_are_those_of_numpy(expected, store, shape, chunks):
 
 
 def test_the_limit_of_a_step_holds_for_its_batches(store):
-    """Each is booked on their phase, and not on the one around."""
+    """Each step counts in the phase of the evaluation, not in the surrounding phase."""
     heartbeat.begin()
     on_mesh(GPT2, store, (1, 1, 1), batch_size=16)
     with heartbeat.phase("evaluating"):
@@ -80,14 +80,14 @@ def test_the_limit_of_a_step_holds_for_its_batches(store):
 
 
 def test_bytes_are_those_of_the_files(store, corpus):
-    """The store's count, which bits per byte divide by, is that of the held-out files on disk."""
+    """The store counts the bytes of the held-out files on disk; bits per byte divide by this count."""
     parts = [json.loads(line) for line in (store.folder / "heldout" / "documents.jsonl").read_text().splitlines()]
     assert {part["offset"] for part in parts} == {0}
     assert store.split("heldout").bytes == sum(len(open(part["name"], "rb").read()) for part in parts)
 
 
 def test_batch_size_does_not_matter(store):
-    """Neither one that the mesh does not divide nor one that the windows don't fill."""
+    """A batch size may not divide over the mesh, or may exceed the windows: the numbers stay."""
     one, other = on_mesh(GPT2, store, (1, 1, 1), batch_size=16), on_mesh(GPT2, store, (2, 2, 2), batch_size=5)
     assert one.tokens == other.tokens
     np.testing.assert_allclose(one[:3], other[:3], rtol=1e-5)

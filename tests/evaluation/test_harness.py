@@ -1,4 +1,4 @@
-"""lm-eval on a model here, beside its own back end for Hugging Face models; all tasks are defined here."""
+"""lm-eval on our models, compared with lm-eval's back end for Hugging Face models; all tasks are defined here."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from etils import epath
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from support.command import corpus_text, training
-from test_hf_tokenizer import llama_2_json
+from support.tokenizer_files import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gptjax.evaluation import lm_eval
@@ -24,7 +24,7 @@ SEQ_LEN = 48
 ALL = "choices,labels,texts,answers,words"
 QUESTIONS = [(a, b) for a in range(3, 9) for b in range(2, 6)]
 TASKS = {
-    # Choices of their own, of different lengths, after two examples.
+    # Each document has other choices, of different lengths, after two examples.
     "choices": (
         "output_type: multiple_choice\nfewshot_split: test\nnum_fewshot: 2\ndoc_to_text: question\n"
         "doc_to_choice: choices\ndoc_to_target: label",
@@ -33,7 +33,7 @@ TASKS = {
             for a, b in QUESTIONS
         ],
     ),
-    # The same choices everywhere, by their text.
+    # All documents have the same choices, given by their text.
     "labels": (
         'output_type: multiple_choice\ndoc_to_text: "{{text}} Is it even? "\ndoc_to_target: label\n'
         'doc_to_choice: ["yes", "no", "maybe"]',
@@ -50,12 +50,12 @@ TASKS = {
         '  until: ["."]\n  max_gen_toks: 12\nmetric_list:\n  - metric: exact_match',
         [{"text": f"{corpus_text()[: 20 * a]}{a} plus {b} is ", "answer": str(a + b)} for a, b in QUESTIONS],
     ),
-    # What can be loaded, but not scored.
+    # A task that loads, but can't be scored.
     "broken": (
         "output_type: multiple_choice\ndoc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: label",
         [{"text": "7 plus", "choices": list(choices), "label": 0} for choices in ("12", "")],
     ),
-    # The last word, after nothing too.
+    # The last word of a text; one text has nothing before that word.
     "words": (
         "output_type: loglikelihood\ndoc_to_text: text\ndoc_to_target: last\nmetric_list:\n  - metric: perplexity\n"
         "    aggregation: perplexity\n  - metric: acc",
@@ -85,7 +85,7 @@ def cache_of_datasets(tmp_path_factory):
 
 
 def byte_level(folder, *special):
-    """Byte-level BPE; of two special tokens the first is put before each text by a template, as Llama 3's."""
+    """Saves byte-level BPE. With two special tokens, a template puts the first before each text, as in Llama 3."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -113,13 +113,13 @@ def llama(folder, vocab_size=301, begin=0, end=1):
     byte_level(folder, "<|begin_of_text|>", "<|end_of_text|>")
     return transformers.LlamaConfig(
         vocab_size=vocab_size, max_position_embeddings=SEQ_LEN, hidden_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, intermediate_size=56, rms_norm_eps=1e-5, initializer_range=0.3, bos_token_id=begin,
-        eos_token_id=end,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=56, rms_norm_eps=1e-5,
+        initializer_range=0.3, bos_token_id=begin, eos_token_id=end,
     )  # fmt: skip
 
 
 def llama_2(folder):
-    """Whose tokenizer puts a space before a text, besides the token that opens it."""
+    """Saves a tokenizer that puts a space before a text, besides the opening token."""
     config = llama(folder, 408, 1, 2)
     llama_2_json(folder)
     return config
@@ -127,7 +127,7 @@ def llama_2(folder):
 
 @pytest.mark.parametrize("make", [gpt2, llama, llama_2])
 def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_path):
-    """On the same converted model; with `-n0 -s` the table of benchmarks/NOTES.md is printed."""
+    """Both back ends score the same model; `-n0 -s` prints the table of benchmarks/NOTES.md."""
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(make(tmp_path / "theirs")).save_pretrained(tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
@@ -145,15 +145,16 @@ def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_pat
     assert set(expected["samples"]) == set(ALL.split(","))
     for name, samples in expected["samples"].items():
         for one, other in zip(samples, found["samples"][name], strict=True):
-            for response, its in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
-                told = name, one["arguments"], response, its
+            for response, ours in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+                case = name, one["arguments"], response, ours
                 if name == "answers":  # generated text
-                    # Around bytes that are no UTF-8, other signs stand for those of a SentencePiece model there.
-                    assert its == response or make is llama_2 and its.startswith(response.partition("\ufffd")[0]), told
+                    # Around invalid UTF-8, the two decoders of a SentencePiece model print different signs.
+                    start = response.partition("\ufffd")[0]
+                    assert ours == response or (make is llama_2 and ours.startswith(start)), case
                 elif name == "texts":
-                    assert its == pytest.approx(response, rel=1e-5), told
+                    assert ours == pytest.approx(response, rel=1e-5), case
                 else:
-                    assert its[0] == pytest.approx(response[0], rel=1e-5, abs=1e-4) and its[1] == response[1], told
+                    assert ours[0] == pytest.approx(response[0], rel=1e-5, abs=1e-4) and ours[1] == response[1], case
         for metric in (key for key in expected["results"][name] if key.endswith(",none") and "stderr" not in key):
             theirs, ours = (each["results"][name][metric] for each in (expected, found))
             print(f"| {make.__name__}, {name}: {metric.removesuffix(',none')} | {theirs:.7g} | {ours:.7g} |")
@@ -186,13 +187,15 @@ def test_tasks_and_probes_on_the_command_line(folder, finished, gptjax_main):
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=lables"], 'Task "lables" is unknown. Did you mean "labels"?'),
     (["--tasks=labels", "--limit=-2"], "limit=-2 must be at least 0"),
-    (["--tasks=labels", "--tasks_folder=nowhere"], "nowhere is no folder of tasks"),
-    (["--tasks=long"], "Task long generates 256 tokens, and the context holds 32"),
-    (["--tasks=beams"], "Task beams generates with num_beams, and here there are do_sample"),
+    (["--tasks=labels", "--tasks_folder=nowhere"], "tasks.folder=nowhere must be a folder with lm-eval's YAML files"),
+    (["--tasks=long"], "Task long: generation_kwargs.max_gen_toks=256 must be below the context of 32 tokens"),
+    (["--tasks=beams"], "Task beams: generation_kwargs must be among do_sample"),
     (["--tasks=odd"], "Tasks odd can't be loaded (ValueError: Got invalid output_type 'guess'"),
 ], ids=str)  # fmt: skip
 def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))  # its own are 14,000 files
+    monkeypatch.setattr(
+        "lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py")
+    )  # lm-eval has 14,000 files of tasks
     head = (folder / "answers.yaml").read_text()
     changes = {
         "long": ("  max_gen_toks: 12\n", ""), "beams": ("max_gen_toks: 12", "num_beams: 2"),
@@ -206,7 +209,7 @@ def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words)
 
 @pytest.mark.parametrize("flag", ["--limit=2", "--num_fewshot=0", "--tasks_folder=."])
 def test_flags_of_tasks_without_tasks_are_refused(finished, refused, flag):
-    assert f"{flag} is about tasks, and --tasks names none" in refused(finished, "eval", f"--workdir={finished}", flag)
+    assert f"{flag} needs --tasks=NAME." in refused(finished, "eval", f"--workdir={finished}", flag)
 
 
 def test_a_run_is_scored_on_its_way(folder, corpus, tmp_path, gptjax_main):

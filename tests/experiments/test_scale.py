@@ -12,6 +12,7 @@ from etils import epath
 from gptjax.errors import Preempted, Refused
 from gptjax.experiments.scaling import study
 from gptjax.experiments.scaling.laws import Law, Point
+from gptjax.runtime import subprocesses
 from gptjax.training.config.files import load
 
 FAMILY = str(pathlib.Path(study.__file__).parents[3] / "benchmarks" / "family.py")
@@ -40,15 +41,15 @@ def test_grid():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"sizes": "16,32,48"}, "--sizes has 3 sizes, and a parabola and its uncertainty need 4"),
-    ({"budgets": "1e10"}, "--budgets has 1 budgets, and a line needs 2"),
-    ({"budgets": "1e10,many"}, "--budgets=1e10,many: many is no number above 0"),
-    ({"budgets": "1e10,-1"}, "--budgets=1e10,-1: -1 is no number above 0"),
-    ({"budgets": "1e10,,1e11"}, "an empty text is no number above 0"),
-    ({"budgets": "1e5,1e10"}, "--budgets=1e+05 pays for 1 steps of size 16, and fewer than 10 say nothing"),
-    ({"compute": "nan"}, "--compute=nan: nan is no number above 0"),
+    ({"sizes": "16,32,48"}, "--sizes must have at least 4 different sizes to fit a parabola; found 3"),
+    ({"budgets": "1e10"}, "--budgets must have at least 2 different budgets; found 1"),
+    ({"budgets": "1e10,many"}, "--budgets=1e10,many must be numbers above 0; found many"),
+    ({"budgets": "1e10,-1"}, "--budgets=1e10,-1 must be numbers above 0; found -1"),
+    ({"budgets": "1e10,,1e11"}, "must be numbers above 0; found an empty text"),
+    ({"budgets": "1e5,1e10"}, "--budgets=1e+05 must pay for at least 10 steps of size 16; found 1"),
+    ({"compute": "nan"}, "--compute=nan must be numbers above 0; found nan"),
     ({"sizes": "16,32,48,huge"}, "family.py: ValueError: invalid literal for int"),
-    ({"config": FAMILY + ":16:1e9"}, "the sizes are those of --sizes: write --config="),
+    ({"config": FAMILY + ":16:1e9"}, "must be without arguments, since --sizes gives them; write --config="),
     ({"config": "configs/debug.py"}, "has 2 arguments: write --config=configs/debug.py."),
 ])  # fmt: skip
 def test_refused(refused, tmp_path, change, words):
@@ -97,7 +98,7 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     point = study.measured(trial, epath.Path(tmp_path / "run"), overrides)
     assert point.size == "16" and 1 < point.loss < 6 and point.D == trial.tokens
     with monkeypatch.context() as patch:
-        patch.setattr(study.child, "Process", None)
+        patch.setattr(subprocesses, "Process", None)
         assert study.measured(trial, epath.Path(tmp_path / "run"), overrides) == point
     longer = overrides | {"num_steps": "20000", "checkpoint_every": "20000"}
     folder = tmp_path / "longer"

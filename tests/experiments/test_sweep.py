@@ -37,7 +37,7 @@ def tiny(corpus, tmp_path_factory):
         f"import runpy\n\n\ndef get_config():\n    config = runpy.run_path({DEBUG!r})['get_config']()\n"
         f"    config.data.source = 'text'\n    config.data.path = {str(corpus)!r}\n    config.num_steps = 3\n"
         "    config.eval_every = 1\n    config.eval_batches = 1\n    config.checkpoint_every = 1\n"
-        "    config.optimizer.warmup_steps = 1\n    config.num_samples = 0\n    config.seq_len = 32\n    return config\n"
+        "    config.optimizer.warmup_steps = 1\n    config.num_samples = 0\n    config.seq_len = 32\n    return config\n"  # noqa: E501
     )
     return path
 
@@ -59,28 +59,28 @@ def sweep(*words) -> list[str]:
 
 
 @pytest.mark.parametrize("text, more, words", [
-    ("{'model.num_layer': [2]}", [], """space.py: 'model.num_layer' is no key of the config. Did you mean "model.num_layers"?"""),
-    ("{'model': [2]}", [], "'model' is no key of the config. It is a section: name model."),
-    ("{3: [2]}", [], "3 is no key of the config."),
-    ("{'seed': []}", [], "seed is an empty list: give at least one value."),
+    ("{'model.num_layer': [2]}", [], """space.py: 'model.num_layer' must be a key of the config. Did you mean "model.num_layers"?"""),  # noqa: E501
+    ("{'model': [2]}", [], "'model' must be a key of the config. It is a section: name model."),
+    ("{3: [2]}", [], "3 must be a key of the config."),
+    ("{'seed': []}", [], "seed must be a list of at least one value; found an empty list."),
     ("{'seed': [1, 1]}", [], "seed has a value twice"),
-    ("{'seed': [1, 2.5]}", [], "seed has 2.5, which is not of type int"),
-    ("{'seed': [True]}", [], "seed has True, which is not of type int"),
+    ("{'seed': [1, 2.5]}", [], "seed must have values of type int; found 2.5"),
+    ("{'seed': [True]}", [], "seed must have values of type int; found True"),
     ("{'seed': (1, 2, 3)}", [], 'seed is (1, 2, 3): write ("log", LOW, HIGH)'),
-    ("{'%s': ('log', 1e-2, 1e-3)}" % RATE, [], "goes from 0.01 to 0.001, which is no range"),
-    ("{'%s': ('log', 0, 1)}" % RATE, [], 'goes from 0.0 on, and "log" takes what is above 0'),
-    ("{'%s': ('linear', 0, float('inf'))}" % RATE, [], "has inf, which is not of type float"),
+    (f"{{'{RATE}': ('log', 1e-2, 1e-3)}}", [], "must have LOW below HIGH; found 0.01 and 0.001"),
+    (f"{{'{RATE}': ('log', 0, 1)}}", [], 'must have LOW above 0 for "log"; found 0.0'),
+    (f"{{'{RATE}': ('linear', 0, float('inf'))}}", [], "must have values of type float; found inf"),
     ("{'model.norm': ('linear', 'a', 'b')}", [], "model.norm is of type str, which has no ranges"),
     ("{'tokenizer.kind': ['byte']}", [], "tokenizer.kind makes the tokens that all trials share"),
     ("{}", [], "get_space() of"),
     ("1 / 0", [], "space.py: ZeroDivisionError: division by zero."),
-    ("{'%s': ('log', 1e-3, 1e-2)}" % RATE, ["--sampler=grid"], "is a range, and a grid takes lists of values"),
+    (f"{{'{RATE}': ('log', 1e-3, 1e-2)}}", ["--sampler=grid"], "is a range, and a grid takes lists of values"),
     ("{'seed': list(range(200)), 'batch_size': list(range(1, 200))}", ["--sampler=grid"], "has 39,800 combinations"),
     ("{'seed': [1, 2]}", ["--config.seed=3"], "both set seed: take one out."),
     ("{'seed': [1, 2]}", ["--workers=0"], "--workers=0 must be at least 1"),
     ("{'seed': [1, 2]}", ["--config.num_step=3"], "--config.num_step is unknown."),
     ("{'seed': [1, 2]}", ["--sampler=bayes"], "argument --sampler: invalid choice: 'bayes'"),
-    ("{'seed': [1, 2]}", ["--workdir=gs://bucket/sweep"], "is no local folder"),
+    ("{'seed': [1, 2]}", ["--workdir=gs://bucket/sweep"], "must be a local folder"),
 ])  # fmt: skip
 def test_a_space_that_is_refused(refused, tmp_path, text, more, words):
     file = file_of(tmp_path / "space", text)
@@ -93,13 +93,13 @@ def test_a_space_or_a_folder_that_is_none(refused, tmp_path):
     file = file_of(tmp_path / "a", "{'seed': [1]}")
     argv = ["sweep", f"--config={DEBUG}", f"--workdir={tmp_path / 'a'}"]
     assert "spaec.py does not exist." in refused(tmp_path, *argv, f"--space={tmp_path}/a/spaec.py")
-    assert "holds space.py, and no sweep.json" in refused(tmp_path, *argv, f"--space={file}")
+    assert "found space.py, and no sweep.json" in refused(tmp_path, *argv, f"--space={file}")
     file.write_text("def space():\n    return {}\n")
     assert "has no get_space()" in refused(tmp_path, *argv, f"--space={file}")
 
 
 def test_ranges_and_choices_as_the_key_has_them(tmp_path):
-    text = "{'%s': ('log', 1e-3, 1), 'model.num_layers': ('linear', 2, 8), 'loss.z_loss': [0, 1e-4]}" % RATE
+    text = f"{{'{RATE}': ('log', 1e-3, 1), 'model.num_layers': ('linear', 2, 8), 'loss.z_loss': [0, 1e-4]}}"
     made = space.load(str(file_of(tmp_path, text)))
     assert made == {
         RATE: optuna.distributions.FloatDistribution(1e-3, 1.0, log=True),
@@ -132,7 +132,7 @@ def test_a_corpus_that_is_refused_leaves_nothing(refused, tmp_path):
 def swept(tiny, tmp_path_factory):
     """(folder, space, what was printed) of a grid whose sweep was killed in its midst, and run again."""
     folder = tmp_path_factory.mktemp("sweeps") / "killed"
-    file = file_of(folder.parent / "space", "{'%s': [1e-2, -1.0, 1e-5]}" % RATE)
+    file = file_of(folder.parent / "space", f"{{'{RATE}': [1e-2, -1.0, 1e-5]}}")
     command = sweep(f"--config={tiny}", f"--space={file}", f"--workdir={folder}", "--sampler=grid", "--workers=2")
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     rows = folder / "trials/000/metrics.jsonl"
@@ -208,7 +208,7 @@ def test_a_complete_sweep_does_nothing_and_another_is_refused(swept, tiny, gptja
     assert code == 0 and "trial 0:" not in printed and states(folder).count("COMPLETE") == 2
     message = refused(folder, *argv, "--config.seed=7")
     assert "belongs to a sweep of another config: seed (0 there, 7 here)" in message
-    file.write_text("def get_space():\n    return {'%s': [1e-2, 1e-4]}\n" % RATE)
+    file.write_text(f"def get_space():\n    return {{'{RATE}': [1e-2, 1e-4]}}\n")
     assert "belongs to a sweep of another space: " in refused(folder, *argv)
 
 
@@ -223,7 +223,7 @@ def test_a_hopeless_trial_is_pruned_and_a_signal_stops_all_in_order(swept, tiny)
     """Of a sweep that already knows five good trials, and runs on."""
     folder = swept[0].parent / "pruned"
     folder.mkdir()
-    file = file_of(folder.parent / "another", "{'%s': ('log', 1e-8, 1e-7)}" % RATE)
+    file = file_of(folder.parent / "another", f"{{'{RATE}': ('log', 1e-8, 1e-7)}}")
     values = files.flatten(json.loads((swept[0] / "sweep.json").read_text())["config"])
     values["data.store"] = str(swept[0] / "store")
     known = {"config": values, "space": {RATE: ["log", 1e-8, 1e-7]}}
@@ -295,7 +295,7 @@ def test_a_sampler_goes_on_with_other_values(tmp_path, sampler, pruner):
     """Its seed depends on how many trials there are, or each start would draw the same again."""
     if sampler == "gp":
         pytest.importorskip("torch")
-    file = str(file_of(tmp_path / "space", "{'%s': ('log', 1e-5, 1e-3)}" % RATE))
+    file = str(file_of(tmp_path / "space", f"{{'{RATE}': ('log', 1e-5, 1e-3)}}"))
     drawn = []
     for _ in range(2):
         made = study.Sweep(DEBUG, {}, file, str(tmp_path / "sweep"))

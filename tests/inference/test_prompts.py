@@ -167,7 +167,7 @@ def test_what_does_not_go_with_prompts(pairs, refused, corpus, tmp_path):
     same = *on, "--config.data.source=jsonl", "--config.data.text_field=question"
     assert "data.source=jsonl and data.text_field=question: change one" in refused(tmp_path, *same)
     assert "clean.c4 are both set" in refused(tmp_path, *on, "--config.clean.c4=true")
-    with pytest.raises(Refused, match="has prompts, and augment=.*token_dropout.* put it off"):
+    with pytest.raises(Refused, match="has prompts, and augment=.*token_dropout.* turn it off"):
         data_of(tiny(GPT2, augment=AugmentConfig(token_dropout=0.1)), pairs)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers carried from Hugging Face's files into ours and back, by what the libraries make of them."""
+"""Tokenizers converted from Hugging Face's files into ours and back, compared with the libraries' own results."""
 
 import io
 import json
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
-from test_huggingface import TEXTS, gpt_2, llama_2
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from support.tokenizer_files import TEXTS, gpt_2, llama_2, llama_2_json
+from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptjax.errors import Refused
-from gptjax.interop.huggingface import tokenizer as carried
+from gptjax.interop.huggingface import tokenizer as hf_tokenizer
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
@@ -23,7 +23,7 @@ TEXT = "def f(x):\n    return  x + 12  # naïve étude, 東京 😀\n"
 
 
 def trained(folder, **options):
-    """A SentencePiece model as Llama 2's is, which puts a space before every text."""
+    """Trains a SentencePiece model like Llama 2's, which puts a space before every text."""
     file, options = io.BytesIO(), {"model_type": "bpe", "byte_fallback": True} | options
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=400, normalization_rule_name="identity",
@@ -35,25 +35,23 @@ def trained(folder, **options):
 
 def test_a_byte_level_tokenizer_is_carried_as_it_is(tmp_path):
     gpt_2().save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 400, [])
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 400, [])
     assert not taken.note and taken.files["huggingface.json"] == (tmp_path / "tokenizer.json").read_bytes()
-    assert taken.tokenizer.vocab_size == 400  # the rest of the embedding as ids that no text has
+    assert taken.tokenizer.vocab_size == 400  # ids that no text has fill the rest of the embedding
     theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert taken.tokenizer.encode(TEXT).tolist() == theirs.encode(TEXT).ids
-    files, ends, note = carried.given(taken.files, taken.tokenizer, 64)
+    files, ends, note = hf_tokenizer.tokenizer_files(taken.files, taken.tokenizer, 64)
     assert not note and ends == dict.fromkeys(("bos_token_id", "eos_token_id"), taken.tokenizer.end_of_text)
     assert library.Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab() == theirs.get_vocab()
 
 
-def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
+def test_nfc_and_a_leading_space_are_left_out_with_a_note(tmp_path):
     made = gpt_2()
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     made.save(str(tmp_path / "tokenizer.json"))
-    taken = carried.taken(tmp_path, 350, [])
-    assert taken.note == (
-        "tokenizer.json normalizes text by NFC and puts a space before every text, and is taken without that."
-    )
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 350, [])
+    assert taken.note == ("tokenizer.json normalizes text by NFC and puts a space before every text; this is left out.")
     assert taken.tokenizer.encode(" e\u0301").tolist() != made.encode("e\u0301").ids
     assert taken.tokenizer.encode(" " + TEXT).tolist() == made.encode(TEXT).ids
     assert taken.tokenizer.decode(taken.tokenizer.encode("e\u0301")) == "e\u0301"
@@ -61,8 +59,8 @@ def test_nfc_and_a_space_before_are_left_out_and_told(tmp_path):
 
 def test_sentencepiece_without_its_space(tmp_path):
     theirs = trained(tmp_path)
-    taken = carried.taken(tmp_path, 512, [])
-    assert taken.note == "tokenizer.model adds or removes spaces, and is taken without that."
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 512, [])
+    assert taken.note == "tokenizer.model adds or removes spaces; this step is left out."
     assert taken.tokenizer.encode(" " + TEXT).tolist() == theirs.encode(TEXT)
     assert taken.tokenizer.decode(taken.tokenizer.encode(TEXT)) == TEXT
 
@@ -75,14 +73,6 @@ def written(folder, files):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def llama_2_json(folder):
-    made = llama_2(prepend=True)
-    first, back = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
-    made.decoder = decoders.Sequence([first, decoders.ByteFallback(), decoders.Fuse(), back])
-    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def mistral_json(folder):
@@ -101,11 +91,11 @@ def normalized_json(folder):
 
 @pytest.mark.parametrize("make", [llama_2_json, mistral_json, normalized_json])
 def test_what_goes_out_reads_as_what_came(make, tmp_path):
-    """Encoded and decoded by `transformers`; and prompts have here the ids that they have there."""
+    """`transformers` encodes and decodes alike before and after; prompts get the same ids here and there."""
     make(tmp_path / "theirs")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
-    taken = carried.taken(tmp_path / "theirs", 512, [])
-    files, _, _ = carried.given(taken.files, taken.tokenizer, 64)
+    taken = hf_tokenizer.read_tokenizer(tmp_path / "theirs", 512, [])
+    files, _, _ = hf_tokenizer.tokenizer_files(taken.files, taken.tokenizer, 64)
     back = written(tmp_path / "back", files)
     for text in ODD:
         ids = theirs(text)["input_ids"]
@@ -117,10 +107,10 @@ def test_what_goes_out_reads_as_what_came(make, tmp_path):
 
 
 def test_a_sentencepiece_model_goes_out_with_its_space_and_its_opening(tmp_path):
-    """By SentencePiece itself, of which `transformers` 5 has another opinion on texts that begin with a space."""
+    """Compares with SentencePiece itself: `transformers` 5 differs on texts that begin with a space."""
     theirs = trained(tmp_path)
-    taken = carried.taken(tmp_path, 512, [])
-    files, ends, _ = carried.given(taken.files, taken.tokenizer, 64)
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 512, [])
+    files, ends, _ = hf_tokenizer.tokenizer_files(taken.files, taken.tokenizer, 64)
     back = written(tmp_path / "back", files)
     assert ends == {"bos_token_id": 1, "eos_token_id": 2}
     for text in (text for text in ODD if "\u2581" not in text and "<s>" not in text):
@@ -133,7 +123,7 @@ def test_a_sentencepiece_model_goes_out_with_its_space_and_its_opening(tmp_path)
 def test_our_sentencepiece_goes_out_with_the_same_ids(model, tmp_path):
     settings = TokenizerConfig(vocab_size=600, model=model, special_tokens="<|user|>", num_reserved=2)
     ours = tokenizer.train(settings, CODE, tmp_path / "ours")
-    files, ends, note = carried.given(tokenizer.read_files(tmp_path / "ours"), ours, 64)
+    files, ends, note = hf_tokenizer.tokenizer_files(tokenizer.read_files(tmp_path / "ours"), ours, 64)
     assert (not note or model == "unigram") and ends["eos_token_id"] == ours.end_of_text
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -141,26 +131,28 @@ def test_our_sentencepiece_goes_out_with_the_same_ids(model, tmp_path):
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).tolist()
     assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
     assert theirs.convert_tokens_to_ids("<|user|>") == ours.special["<|user|>"]
-    back = carried.taken(tmp_path, 600, [])
+    back = hf_tokenizer.read_tokenizer(tmp_path, 600, [])
     assert not back.note and np.array_equal(back.tokenizer.encode(TEXT), ours.encode(TEXT))
 
 
 def test_one_that_would_give_other_ids_is_left_out(tmp_path, monkeypatch):
     ours = tokenizer.train(TokenizerConfig(vocab_size=600), CODE, tmp_path / "ours")
-    monkeypatch.setattr(carried, "_pieces", lambda content, known: [carried._bytes(tokenizer.ByteTokenizer(""))])
-    files, _, note = carried.given(tokenizer.read_files(tmp_path / "ours"), ours, 64)
-    assert files == {} and "no tokenizer is written: as tokenizer.json, it gives other ids for 9" in note
+    monkeypatch.setattr(
+        hf_tokenizer, "_pieces", lambda content, known: [hf_tokenizer._bytes(tokenizer.ByteTokenizer(""))]
+    )
+    files, _, note = hf_tokenizer.tokenizer_files(tokenizer.read_files(tmp_path / "ours"), ours, 64)
+    assert files == {} and "wrote no tokenizer: a tokenizer.json would give other ids for 9" in note
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_valid_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(Refused, match="tokenizer.model is not a SentencePiece model"):
-        carried.taken(tmp_path, 400, [])
+    with pytest.raises(Refused, match="tokenizer.model must be a SentencePiece model"):
+        hf_tokenizer.read_tokenizer(tmp_path, 400, [])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(Refused, match="tokenizer.json"):
-        carried.taken(tmp_path, 400, [])
+        hf_tokenizer.read_tokenizer(tmp_path, 400, [])
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(Refused, match="has no tokenizer.json and no tokenizer.model"):
-        carried.taken(tmp_path, 200, [])
-    assert carried.taken(tmp_path, 300, []).tokenizer.vocab_size == 300
+        hf_tokenizer.read_tokenizer(tmp_path, 200, [])
+    assert hf_tokenizer.read_tokenizer(tmp_path, 300, []).tokenizer.vocab_size == 300

@@ -11,7 +11,7 @@ from flax import nnx
 from support.runs import mesh_of
 
 from gptjax.errors import Refused
-from gptjax.models import blocks, layers, transformer
+from gptjax.models import layers, transformer
 from gptjax.models.config import ModelConfig, padded_vocab
 from gptjax.models.interface import Inputs
 from gptjax.models.loss import LossConfig, next_token_sums

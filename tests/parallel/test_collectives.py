@@ -1,4 +1,4 @@
-"""What the compiled step sends on each mesh, and that it holds nothing whole that should be cut."""
+"""The collectives of the compiled step on each mesh; no array that should be cut is held whole."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ MESHES = [
 
 @pytest.fixture
 def uncached():
-    """A cached program warns of nothing."""
+    """Turns the compilation cache off, since a cached program gives no warnings."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -39,7 +39,7 @@ def uncached():
 
 
 def compile_on(slices, data, fsdp, tensor):
-    """(config, mesh, abstract state, text of the program) of the tiny Llama's step."""
+    """Returns (config, mesh, abstract state, text of the program) of the tiny Llama's step."""
     devices = jax.devices()[: slices * data * fsdp * tensor]
     mesh = make_mesh(MeshConfig(data, fsdp, tensor, slices), devices)
     config = tiny(LLAMA)
@@ -58,7 +58,7 @@ def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached)
     assert all(row.operation == "all-reduce" for row in rows if row.bytes <= SMALL)
 
     params = jax.tree.leaves(state.model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    # Bytes of the weights that full sharding cuts, still cut over `tensor`: of the blocks, and of the two tables.
+    # Bytes of the weights that full sharding cuts, still cut over `tensor`: the blocks, and the two tables.
     block, table = (
         4 * sum(p.size for p in params if "embed" in p.axes and (p.axes[0] == "layers") == layers) // sizes["tensor"]
         for layers in (True, False)
@@ -67,7 +67,7 @@ def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached)
     stream = 4 * config.batch_size // batches.row_shards(mesh) * config.seq_len * config.model.embed_dim
     expected = {}
     if sizes["fsdp"] > 1:
-        expected["all-gather", "fsdp"] = 2 * block + table  # a block's again for the backward pass
+        expected["all-gather", "fsdp"] = 2 * block + table  # blocks again for the backward pass
         expected["reduce-scatter", "fsdp"] = block + table
     if replicas:
         expected["all-reduce", replicas] = (block + table) // sizes["fsdp"]
@@ -83,22 +83,22 @@ WARNING = "Involuntary full rematerialization"
 
 
 def test_the_warning_would_be_seen(capfd, uncached):
-    """A matrix that is cut both ways and is to be cut by rows alone, over axes in another order."""
+    """Moves a matrix from a cut both ways to a cut by rows alone, over axes in another order."""
     mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    place = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
-    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place("c", "b"))
-    jax.jit(lambda matrix: matrix + 1, out_shardings=place(("a", "c", "b"), None)).lower(matrix).compile()
+    before, after = jax.NamedSharding(mesh, jax.P("c", "b")), jax.NamedSharding(mesh, jax.P(("a", "c", "b"), None))
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=before)
+    jax.jit(lambda matrix: matrix + 1, out_shardings=after).lower(matrix).compile()
     assert WARNING in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 2, 2)], ids=str)
 def test_nothing_is_whole_that_is_cut(shape):
-    """No stacked weight, gradient or moment, and no logits of a whole sequence, are in any device's program."""
+    """No device's program holds a whole stacked weight, gradient or moment, or the logits of a whole sequence."""
     config, mesh, state, text = compile_on(*shape)
     for param in jax.tree.leaves(state.model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
         if param.axes[0] == "layers" and "embed" in param.axes:
             cut = [mesh.shape["tensor"] if sharding.LOGICAL_AXES[name] == "tensor" else 1 for name in param.axes]
-            gathered = ",".join(str(size // parts) for size, parts in zip(param.shape, cut))
+            gathered = ",".join(str(size // parts) for size, parts in zip(param.shape, cut, strict=True))
             assert f"[{gathered}]" not in text
             own = ",".join(map(str, param.sharding.shard_shape(param.shape)))
             assert f"[{own}]" in text

@@ -1,4 +1,4 @@
-"""XLA's options: which reach the compiler, and what it is told when they are wrong."""
+"""XLA's options: the options that reach the compiler, and the refusals of wrong options."""
 
 import subprocess
 import sys
@@ -20,16 +20,16 @@ def lowered():
     return jax.jit(lambda x: jnp.sin(x) + jnp.cos(x)).lower(jnp.ones(8))
 
 
-def test_of_a_text():
+def test_options_are_parsed():
     assert options.options("") == {}
     assert options.options("xla_a=1  xla_b=TWO,THREE xla_c=") == {"xla_a": "1", "xla_b": "TWO,THREE", "xla_c": ""}
 
 
 @pytest.mark.parametrize("text, words", [
-    ("--xla_a=1", 'has "--xla_a=1", which is not of the form xla_NAME=VALUE'),
-    ("xla_b=2 xla_a", 'has "xla_a", which is not of the form xla_NAME=VALUE'),
-    ("xla_a=1, a=1", 'has "a=1", which is not of the form xla_NAME=VALUE'),
-    ("xla_a=1 xla_a=2", "has xla_a twice, as 1 and as 2"),
+    ("--xla_a=1", 'must be xla_NAME=VALUE, separated by spaces; found "--xla_a=1"'),
+    ("xla_b=2 xla_a", 'must be xla_NAME=VALUE, separated by spaces; found "xla_a"'),
+    ("xla_a=1, a=1", 'must be xla_NAME=VALUE, separated by spaces; found "a=1"'),
+    ("xla_a=1 xla_a=2", "must name an option once; found xla_a=1 and xla_a=2"),
 ])  # fmt: skip
 def test_bad_forms_are_refused_with_the_config(text, words):
     with pytest.raises(Refused) as refusal:
@@ -55,19 +55,19 @@ def test_those_of_another_platform_are_passed_over(lowered):
 def test_what_the_compiler_does_not_know(lowered, text, words):
     with pytest.raises(Refused) as refusal:
         options.compile(lowered, text, "cpu")
-    assert f'compiler_options="{text}" is refused by the compiler of this cpu' in str(refusal.value)
+    assert f'compiler_options="{text}" is refused by the compiler for cpu' in str(refusal.value)
     assert words in str(refusal.value)
 
 
 def test_a_train_step_is_compiled_with_them():
-    its = training.tiny(compiler_options="xla_cpu_nothing=1")
+    config = training.tiny(compiler_options="xla_cpu_nothing=1")
     mesh = training.mesh_of(1, 1, 1)
     with jax.set_mesh(mesh), pytest.raises(Refused, match="xla_cpu_nothing"):
-        step.compile_step(its, 257, step.abstract_state(its, 257, mesh), mesh)
+        step.compile_step(config, 257, step.abstract_state(config, 257, mesh), mesh)
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path):
-    """In a process of its own, which as a user's keeps its compiled programs in the workdir."""
+    """Runs in a process of its own, which keeps compiled programs in the workdir like a user's process."""
     argv = [sys.executable, "-m", "gptjax", "train", f"--config={DEBUG}", f"--workdir={tmp_path / 'run'}"]
     argv += ["--config.compiler_options=xla_cpu_nothing=1"]
     ended = subprocess.run(argv, capture_output=True, text=True)
@@ -78,10 +78,10 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
 def test_what_is_compiled_after_the_check_is_kept(tmp_path):
     program = f"""
 import jax
-from gptjax import compiler
+from gptjax.parallel.xla import options
 jax.config.update("jax_compilation_cache_dir", "{tmp_path}/kept")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-compiler.check("xla_backend_optimization_level=1", "cpu")
+options.check("xla_backend_optimization_level=1", "cpu")
 assert jax.jit(lambda x: x + 1)(1) == 2
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -13,7 +13,7 @@ def test_bench(gptjax_main):
     assert made["tokens_per_second"] == pytest.approx(16 * 64 / made["step_seconds"])
     assert 0 < made["optimizer_seconds"] < made["step_seconds"]
     assert 0 < made["forward_seconds"] < made["step_seconds"]
-    assert 4 < made["loss"] < 6  # ln 257 = 5.5, and the same batch again and again is learnt
+    assert 4 < made["loss"] < 6  # ln 257 = 5.5, and the model learns the repeated batch
     assert made["mfu"] is None and made["hbm_bytes"] > 100_000
     code, out, _ = gptjax_main(*argv)
     assert code == 0 and "tokens/s" in out and "MFU unknown" in out
@@ -24,6 +24,6 @@ def test_bench_of_no_steps(gptjax_main):
     assert code == 2 and "--steps=0" in error
 
 
-def test_bench_of_a_tokenizer_that_is_none(gptjax_main):
+def test_bench_of_an_unknown_tokenizer(gptjax_main):
     code, _, error = gptjax_main("bench", f"--config={DEBUG}", "--config.tokenizer.kind=sentencepeice")
     assert code == 2 and 'Did you mean "sentencepiece"?' in error

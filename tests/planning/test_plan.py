@@ -1,6 +1,6 @@
-"""The plan: what is read from a compiler's text, what shapes alone say, and the verb.
+"""Plans: figures read from a compiler's text, estimates from shapes alone, and the command.
 
-What is marked `tpu_aot` asks the real TPU compiler, and is skipped where libtpu is not installed.
+Tests marked `tpu_aot` ask the real TPU compiler, and are skipped unless libtpu is installed.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from gptjax.errors import Refused
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.xla import analysis, communication, flops, hlo
 from gptjax.planning import estimate, plan, search, topology
-from gptjax.training import step as update
 from gptjax.training.config import files
+from gptjax.training.step import abstract_state, compile_step
 
 KEYS = (
     "fits source parameters hbm_bytes hbm_capacity_bytes host_bytes flops_per_step floor_step_seconds mfu_ceiling "
@@ -36,8 +36,8 @@ tpu_aot = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
 ]
 
-# A loop of 4 turns whose first was peeled off. In it: a gather in the open, a reduce-scatter as a fusion of all-reduce
-# and slice, a gather that hides in a chain of two fusions, and one that is an all-reduce of parts put into zeros.
+# A loop of 4 turns whose first turn was peeled off. The loop has an exposed gather, a reduce-scatter as a fusion of
+# all-reduce and slice, a gather hidden in a chain of two fusions, and a gather as an all-reduce of padded parts.
 LOOP = """HloModule step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -114,7 +114,7 @@ ENTRY %main (x.m: bf16[8,64]) -> bf16[8,64] {
   %ready = bf16[8,64]{1,0} all-reduce-done(%start)
   ROOT %end = bf16[8,64]{1,0} copy(%ready), backend_config={"window_config":{"estimated_cycles":"5"}}
 }
-"""
+"""  # noqa: E501
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 1024, page 0, parameter 0, shape |bf16[8,64]| at ShapeIndex {}, maybe-live-out:
@@ -129,7 +129,7 @@ allocation 2: size 3000, page 0, preallocated-temp:
 
 
 def short(text):
-    """The same as jax 0.11 has it written: the element of a tuple has no line of its own."""
+    """Returns the same program in the form of jax 0.11, where the elements of a tuple have no lines."""
     elements = r"(  %([\w.]+) = .* get-tuple-element\(%([\w.]+)\), index=(\d)\n)"
     for line, name, whole, number in re.findall(elements, text):
         text = re.sub(rf"%{re.escape(name)}(?![\w.])", f"%{whole}#{number}", text.replace(line, ""))
@@ -169,14 +169,14 @@ def test_a_loop_that_can_not_be_counted_is_said():
 def test_collectives_of_a_program(text):
     rows = communication.collectives(hlo.parse(text), [("data", 1), ("fsdp", 4), ("tensor", 2)], [0] * 8, 2)
     found = {(row.operation, row.axes): row for row in rows}
-    gather = found["all-gather", "fsdp"]  # in the open, in the chain of fusions, on another core
+    gather = found["all-gather", "fsdp"]  # exposed, in the chain of fusions, and on another core
     assert (gather.calls, gather.bytes) == (9, 3 * (1024 + 256 + 128))
     assert gather.overlapped_bytes == 3 * (256 + 128)
     assert gather.link_bytes == gather.bytes * 3 // 4
     scatter = found["reduce-scatter", "fsdp"]
     assert (scatter.calls, scatter.bytes, scatter.link_bytes) == (3, 3 * 1024, 3 * 1024 * 3 // 4)
     disguised = found["all-gather by all-reduce", "tensor"]
-    assert (disguised.bytes, disguised.link_bytes) == (3 * 256, 3 * 256)  # 2 · (n - 1) / n of it, n = 2
+    assert (disguised.bytes, disguised.link_bytes) == (3 * 256, 3 * 256)  # 2 · (n - 1) / n of the bytes, n = 2
     whole = found["all-reduce", "fsdp+tensor"]
     assert (whole.calls, whole.bytes, whole.overlapped_bytes, whole.link_bytes) == (1, 1024, 0, 1024 * 2 * 7 // 8)
     outer = found["all-reduce", "slices"]
@@ -211,7 +211,7 @@ def test_largest_buffers_have_places_of_their_own():
 
 
 def test_out_of_memory_is_read():
-    said = "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (32.17G) exceeds available HBM (15.75G)."  # fmt: skip
+    said = "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (32.17G) exceeds available HBM (15.75G)."  # fmt: skip # noqa: E501
     assert analysis.out_of_memory(said) == (int(32.17 * 2**30), int(15.75 * 2**30))
     assert analysis.out_of_memory("INTERNAL: something else") is None
 
@@ -239,7 +239,7 @@ def test_executed_flops_count_loops_recomputation_and_nothing_unused():
         flops.executed(jax.jit(jax.grad(loss(policy))).trace(w), 0)
         for policy in (jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.nothing_saveable)
     )
-    # Two products forward and four backward; without memory of them, both are done twice.
+    # Two products forward and four backward; if nothing is kept, the forward products are done twice.
     assert kept == 5 * 6 * one and again == 5 * 8 * one
     unused = jax.jit(lambda x, w: (x @ w[0], x @ w[1])[0])
     assert flops.executed(unused.trace(x, w), 0) == one
@@ -249,36 +249,36 @@ def planned(model=training.LLAMA, mesh=(1, 8, 1), **changes):
     return dataclasses.replace(training.tiny(model, seq_len=64, **changes), mesh=MeshConfig(*mesh))
 
 
-def shapes(its):
-    return estimate.shapes(its, estimate.abstract_mesh(its, topology.parse("v5e:2x4", 1)))
+def shapes(config):
+    return estimate.shapes(config, estimate.abstract_mesh(config, topology.parse("v5e:2x4", 1)))
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
-def test_theory_agrees_with_a_compiled_program(mesh):
-    """The bytes that theory expects are those of the program that this machine's compiler makes, to the byte."""
-    its = planned(mesh=mesh)
+def test_the_estimate_agrees_with_a_compiled_program(mesh):
+    """The estimate's bytes equal those of the program from this machine's compiler, to the byte."""
+    config = planned(mesh=mesh)
     devices = training.mesh_of(*mesh)
     with jax.set_mesh(devices):
-        step = update.compile_step(its, 257, update.abstract_state(its, 257, devices), devices)
+        step = compile_step(config, 257, abstract_state(config, 257, devices), devices)
     rows = communication.collectives(hlo.parse(step.as_text()), list(devices.shape.items()), [0] * 8, 1)
     found = {(row.operation, row.axes): row.bytes for row in rows}
-    expected = estimate.collectives(its, shapes(its))
+    expected = estimate.collectives(config, shapes(config))
     assert set(expected) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")} | (
         {("all-reduce", "data"), ("all-gather", "tensor"), ("reduce-scatter", "tensor")} if mesh[2] > 1 else set()
     )
     for key, size in expected.items():
-        norms = key == ("all-reduce", "data")  # which are summed over more axes than these
+        norms = key == ("all-reduce", "data")  # norms are summed over more axes
         assert found[key] == pytest.approx(size, rel=0.05) if norms else found[key] == size
     assert analysis.memory(step).arguments == pytest.approx(
-        sum(estimate.shard_bytes(part) for part in shapes(its)[1:]), rel=0.01
+        sum(estimate.shard_bytes(part) for part in shapes(config)[1:]), rel=0.01
     )
 
 
 def test_what_rematerialization_keeps():
     sizes = {}
     for remat in ("none", "dots", "full"):
-        its = planned(dataclasses.replace(training.LLAMA, remat=remat, num_layers=8))
-        sizes[remat] = estimate.kept(its, shapes(its)).device
+        config = planned(dataclasses.replace(training.LLAMA, remat=remat, num_layers=8))
+        sizes[remat] = estimate.kept(config, shapes(config)).device
     one = 64 * 64 * 4  # a row's residual stream
     assert sizes["none"] > sizes["dots"] > sizes["full"] >= 8 * one
     shallow = planned(dataclasses.replace(training.LLAMA, remat="full", num_layers=4))
@@ -325,8 +325,8 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):
     argv = ["plan", f"--config={DEBUG}", "--topology=v5e:2x4", "--config.model.dtype=bfloat16"]
     code, out, _ = gptjax_main(*argv, "--json")
     made = json.loads(out)
-    its = files.load(DEBUG, {})
-    model = its.model.flops_per_token(257, its.seq_len) * its.batch_size * its.seq_len
+    config = files.load(DEBUG, {})
+    model = config.model.flops_per_token(257, config.seq_len) * config.batch_size * config.seq_len
     assert code == 0 and set(KEYS.split()) <= set(made)
     assert (made["fits"], made["source"], made["compile_seconds"]) == (True, "analytic", None)
     assert made["flops_per_step"] == model <= made["hardware_flops_per_step"] < 1.2 * model
@@ -335,9 +335,9 @@ def test_plan_without_a_compiler(gptjax_main, no_compiler):
     assert made["floor_step_seconds"] == pytest.approx(made["hardware_flops_per_step"] / (8 * 197e12))
     code, out, _ = gptjax_main(*argv)
     assert code == 0 and "ANALYTIC" in out and "pip install libtpu" in out and "bounds, not predictions" in out
-    told = "xla_tpu_scoped_vmem_limit_kib=32768"
-    code, out, _ = gptjax_main(*argv, f"--config.compiler_options={told}", "--json")
-    assert code == 0 and json.loads(out)["flags"]["compiler_options"] == told
+    option = "xla_tpu_scoped_vmem_limit_kib=32768"
+    code, out, _ = gptjax_main(*argv, f"--config.compiler_options={option}", "--json")
+    assert code == 0 and json.loads(out)["flags"]["compiler_options"] == option
 
 
 def test_a_plan_that_does_not_fit_is_no_failure(gptjax_main, no_compiler):
@@ -363,22 +363,22 @@ def test_plans_are_refused_in_one_sentence(gptjax_main, no_compiler, changes, wo
 
 
 def test_a_compiler_that_aborts_or_hangs(monkeypatch, tmp_path):
-    its, where = files.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
+    config, where = files.load(DEBUG, {}), topology.parse("v5e:2x4", 1)
     aborts = tmp_path / "python"
     aborts.write_text('#!/bin/sh\necho "F1121 16:00 pod.cc:7] Check failed: no such pod" >&2\nkill -ABRT $$\n')
     aborts.chmod(0o755)
     monkeypatch.setattr(plan.sys, "executable", str(aborts))
     with pytest.raises(Refused, match="SIGABRT.*no such pod"):
-        plan.analyses([its], where, "compiled")
+        plan.analyses([config], where, "compiled")
     aborts.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(plan, "TIMEOUT", 0.2)
     with pytest.raises(Refused, match="more than 0.2 s"):
-        plan.analyses([its], where, "compiled")
+        plan.analyses([config], where, "compiled")
 
 
 def judged(**changes):
-    """A plan out of a compiler's figures that are made up."""
-    its = dataclasses.replace(planned(), model=dataclasses.replace(planned().model, dtype="bfloat16"))
+    """Makes a plan from made-up figures of a compiler."""
+    config = dataclasses.replace(planned(), model=dataclasses.replace(planned().model, dtype="bfloat16"))
     row = {
         "source": "compiled",
         "mesh": {"data": 1, "tensor": 1},
@@ -388,7 +388,7 @@ def judged(**changes):
     }
     row |= {"memory": {}, "tokens_per_step": 1 << 20, "flops_per_step": 1 << 40, "hardware_flops_per_step": 1 << 40}
     row |= {"collectives": [], "expected_collectives": [], "kernels": [], "cycles": 0, "compile_seconds": 1.0}
-    return plan.judged(its, topology.parse("v5e:2x4", 1), row | {"versions": {}} | changes)
+    return plan.judged(config, topology.parse("v5e:2x4", 1), row | {"versions": {}} | changes)
 
 
 def test_a_floor_of_cycles_kernels_and_links():
@@ -423,7 +423,7 @@ def test_search_writes_a_config_that_loads(gptjax_main, no_compiler, monkeypatch
 
 
 def asked(*argv) -> dict:
-    """The plan that the command line prints."""
+    """Returns the plan that the command line prints."""
     variables = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
     argv = [sys.executable, "-m", "gptjax", "plan", "--json", *argv]
     made = subprocess.run(argv, capture_output=True, text=True, env=variables)

@@ -1,6 +1,6 @@
-"""Each config of a real run, compiled for the machines that its docstring names: it fits, and keeps its figures.
+"""Compiles each config of a real run for the machines in the config's docstring, and checks memory and MFU ceiling.
 
-Needs libtpu. By default one config is compiled; `pytest --all_pods -m tpu_aot` compiles all, in about a quarter of an hour.
+Needs libtpu. By default one config is compiled; `pytest --all_pods -m tpu_aot` compiles all, in about 15 minutes.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from gptjax.planning import plan, topology
 from gptjax.training.config import files
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-# GiB of a chip, and the ceiling on MFU, that the step may not get worse than; a compiler's version moves both a little.
+# Limits on GiB per chip (at most) and the MFU ceiling (at least); the version of the compiler moves both a little.
 PODS = {
     ("gpt2_124m", "v5e:2x4", 1): (10.0, 0.39),
     ("gpt2_355m", "v5e:2x4", 1): (13.0, 0.45),

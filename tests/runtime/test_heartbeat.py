@@ -11,8 +11,8 @@ import time
 
 import pytest
 from etils import epath
-from test_hosts import free_port
-from test_run import command, environment, losses
+from support.command import environment, long_run, losses
+from support.ports import free_port
 
 from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, watchdog
@@ -38,8 +38,9 @@ SMALL = (
 PROGRAM = """
 import sys, time
 from jax._src import compiler
-from gptjax import cli, train
-real_write, real_batches = compiler._cache_write, train.train_batches
+from gptjax.cli import main
+from gptjax.training import loop
+real_write, real_batches = compiler._cache_write, loop.train_batches
 def write(*args):
     state = compiler.distributed.global_state
     process, state.process_id = state.process_id, 0
@@ -49,17 +50,17 @@ def batches(*args):
     for number, batch in enumerate(real_batches(*args)):
         time.sleep(1000 if number == HANGS_AT else 0)
         yield batch
-compiler._cache_write, train.train_batches = write, batches
-cli.main()
+compiler._cache_write, loop.train_batches = write, batches
+main.main()
 """
 
 
 def start(number: int, corpus, folder, *more: str, hangs: int = -1) -> list[subprocess.Popen]:
-    """A run of test_run in so many processes, which divide the devices; one may hang before its eighth step."""
+    """A long run in so many processes, which divide the devices; one may hang before its eighth step."""
     port, started = free_port(), []
     for process in range(number):
         variables = environment(DEVICES // number) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        flags = command(corpus, folder, *SMALL, f"--config.watchdog.silent_seconds={SILENT}", *more)[3:]
+        flags = long_run(corpus, folder, *SMALL, f"--config.watchdog.silent_seconds={SILENT}", *more)[3:]
         if number > 1:
             flags += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={number}", f"--process_id={process}"]
         program = PROGRAM.replace("HANGS_AT", "7" if process == hangs else "-1")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -12,18 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
+from support.ports import SLURM, free_port
 
 from gptjax.errors import Refused
 from gptjax.runtime import distributed
-
-
-def free_port() -> int:
-    """One that is taken seconds later: below those that the system gives connections, and apart for each worker."""
-    first = 20_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12)
-    for port in random.SystemRandom().sample(range(first, first + 1_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise OSError(f"no port is free from {first} on")
 
 
 def refusals(*arrivals, num_processes=None, timeout=20) -> list[str]:
@@ -70,12 +61,12 @@ def test_what_was_exchanged_does_not_stay():
     code = """
 import sys
 import jax
-from gptjax import hosts
+from gptjax.runtime import distributed
 jax.distributed.initialize(sys.argv[1], 1, 0)
-assert [hosts.exchange(number) for number in range(50)] == [[number] for number in range(50)]
-assert hosts.exchange("in a thread", "save-1/written") == ["in a thread"]
-hosts.exchange("the last")
-print(*(key for key, _ in hosts.global_state.client.key_value_dir_get("gptjax/")))
+assert [distributed.exchange(number) for number in range(50)] == [[number] for number in range(50)]
+assert distributed.exchange("in a thread", "save-1/written") == ["in a thread"]
+distributed.exchange("the last")
+print(*(key for key, _ in distributed.global_state.client.key_value_dir_get("gptjax/")))
 """
     argv = [sys.executable, "-c", code, f"127.0.0.1:{free_port()}"]
     done = subprocess.run(argv, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
@@ -143,9 +134,6 @@ def environment(monkeypatch):
     for name in ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
-
-
-SLURM = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_PROCID="0", SLURM_LOCALID="0")
 
 
 @pytest.mark.parametrize("variables", [{}, SLURM | {"SLURM_NTASKS": "1"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}])

@@ -21,8 +21,8 @@ from gptjax.training.config.schema import Config
 HOLD = """
 import sys
 from etils import epath
-from gptjax import inspection, owner
-with owner.owned(epath.Path(sys.argv[1])):
+from gptjax.runtime import distributed
+with distributed.owned(epath.Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
 """

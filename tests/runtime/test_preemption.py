@@ -10,7 +10,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from test_run import command, environment, losses, rows
+from support.command import environment, long_run, losses, rows
 
 SIGNALLED = pathlib.Path(__file__).parents[1] / "support" / "signalled.py"
 # Cheap to compile, and compiled anew: a signal is to come in the midst of it.
@@ -27,7 +27,7 @@ class Stopped(NamedTuple):
 
 
 def stopped(argv: list[str], phase: str, step: int, seconds: float, signals: str, **variables: str) -> Stopped:
-    """Runs a command of test_run that gets signals, as tests/support/signalled.py says."""
+    """Runs a long run that gets signals, as tests/support/signalled.py says."""
     flags = argv[argv.index("train") + 1 :]
     program = [sys.executable, str(SIGNALLED), phase, str(step), str(seconds), signals, *flags]
     done = subprocess.run(program, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=120)
@@ -39,7 +39,7 @@ def stopped(argv: list[str], phase: str, step: int, seconds: float, signals: str
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = subprocess.run(command(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(long_run(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     return folder
 
@@ -63,7 +63,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
         # So that a compilation takes a while, and so does a save.
         slow = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if phase == "compiling" else {"SAVE_SECONDS": "0.2"}
         slow |= {"SAVE_SECONDS": "60"} if "," in signals else {}
-        ended = stopped(command(corpus, folder, *MORE), phase, step, seconds, signals, **slow)
+        ended = stopped(long_run(corpus, folder, *MORE), phase, step, seconds, signals, **slow)
         record_property(f"seconds from a signal in {phase} to the end", round(ended.seconds, 2))
         print(ended.err, ended.seconds)
         assert ended.code == 75, ended
@@ -71,7 +71,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
         assert ended.seconds < 10
         if phase == "evaluating":  # it does not finish the evaluation first
             assert not any("eval_loss" in row for row in rows(folder))
-    done = subprocess.run(command(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(long_run(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert losses(folder) == losses(uninterrupted) and len(losses(folder)) == 60
     evaluations = lambda run: [(row["step"], row["eval_loss"]) for row in rows(run) if "eval_loss" in row]
@@ -83,7 +83,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
 
 def test_a_signal_deep_in_the_training_of_the_tokenizer(tmp_path):
     """SentencePiece computes for seconds, in which no Python of the main thread runs."""
-    argv = command(f"{pathlib.Path(os.__file__).parent}/*.py", tmp_path / "run")
+    argv = long_run(f"{pathlib.Path(os.__file__).parent}/*.py", tmp_path / "run")
     argv += ["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=8000"]
     run = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from test_hosts import SLURM, free_port
-from test_run import environment
+from support.command import environment
+from support.ports import SLURM, free_port
 
 import gptjax
 

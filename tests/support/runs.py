@@ -5,6 +5,7 @@ import hashlib
 import jax
 import numpy as np
 
+from gptjax.data.sources.documents import DataConfig
 from gptjax.data.stream.mixture import Corpus
 from gptjax.data.stream.stream import Stream
 from gptjax.models.config import ModelConfig
@@ -42,6 +43,22 @@ def tiny(model: ModelConfig = GPT2, **changes) -> Config:
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4),
     )
     return resolve(Config(**(values | changes)))
+
+
+def small(corpus, **changes) -> Config:
+    """A run of six steps on the mesh (2, 2, 2) with two saves and two evaluations."""
+    values = dict(
+        num_steps=6,
+        log_every=2,
+        eval_every=3,
+        eval_batches=2,
+        checkpoint_every=2,
+        num_samples=2,
+        data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1),
+        mesh=MeshConfig(2, 2, 2),
+        model=ModelConfig(num_layers=2, num_heads=4, embed_dim=32),
+    )
+    return tiny(**(values | changes))
 
 
 def mesh_of(*shape: int) -> jax.sharding.Mesh:

@@ -8,16 +8,14 @@ import pytest
 import tokenizers as library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import TEXTS
+from support.tokenizer_files import BYTES, SIGN, TEXTS, byte_level_alphabet, gpt_2, llama_2
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptjax.errors import Refused
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
-SIGN = "\u2581"
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LOOK_ALIKES = [
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -31,22 +29,6 @@ LOOK_ALIKES = [
     "<|pad|>",
     "e\u0301",
 ]
-
-
-def byte_level_alphabet():
-    return pre_tokenizers.ByteLevel.alphabet()
-
-
-def gpt_2():
-    made = library.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder, made.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=350, special_tokens=special, initial_alphabet=byte_level_alphabet(), show_progress=False
-    )
-    made.train_from_iterator(TEXTS, trainer)
-    return made
 
 
 def llama_3():
@@ -75,26 +57,6 @@ def neox():
     last = max(file["model"]["vocab"], key=file["model"]["vocab"].get)
     file["model"]["vocab"][last] = 511
     return library.Tokenizer.from_str(json.dumps(file))
-
-
-def llama_2(prepend=False):
-    """SentencePiece's BPE with bytes to fall back to; the whole text is one word."""
-    trained = library.Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.normalizer = normalizers.Replace(" ", SIGN)
-    trained.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], show_progress=False)
-    )
-    model = json.loads(trained.to_str())["model"]
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *BYTES])}
-    for token in model["vocab"]:
-        vocab.setdefault(token, len(vocab))
-    merges = [tuple(merge) for merge in model["merges"]]
-    made = library.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    replace = normalizers.Replace(" ", SIGN)
-    made.normalizer = normalizers.Sequence([normalizers.Prepend(SIGN), replace]) if prepend else replace
-    made.decoder = decoders.Sequence([decoders.Replace(SIGN, " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return made
 
 
 def unigram():

@@ -8,13 +8,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tokenizer_files import TEXTS
 
 from gptjax.checkpoints import manifest
 from gptjax.errors import Refused
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
-TEXTS = [f"def f{i}(x):\n    return x + {i}  # the quick brown fox, étude {i}\n" for i in range(200)]
 NASTY = [
     "",
     " ",

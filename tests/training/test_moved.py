@@ -1,13 +1,12 @@
 """A run that goes on over other devices, meshes and accumulation: the same global batches, the same losses."""
 
-import json
 import shutil
 
 import jax
 import pytest
 from etils import epath
-from support.runs import recorded
-from test_run import small
+from support.command import losses as losses_of
+from support.runs import recorded, small
 
 from gptjax.checkpoints.manager import CheckpointConfig
 from gptjax.parallel.mesh import MeshConfig
@@ -28,8 +27,7 @@ def leg(corpus, tmp_path, monkeypatch):
         keep = CheckpointConfig(keep=STEPS)
         same = dict(num_steps=STEPS, log_every=1, checkpoint_every=1, eval_every=STEPS, checkpoint=keep, num_samples=0)
         loop.train(small(corpus, mesh=mesh, **(same | changes)), epath.Path(folder))
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return batches, {row["step"]: row["loss"] for row in rows if "loss" in row}
+        return batches, losses_of(folder)
 
     return run
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from support.runs import GPT2, data_of, mesh_of, tiny
-from test_run import losses, small
+from support.command import losses
+from support.runs import GPT2, data_of, mesh_of, small, tiny
 
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed

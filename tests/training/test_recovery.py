@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from etils import epath
 from support import poisoned
-from support.runs import GPT2, LLAMA, data_of, mesh_of, run, tiny
-from test_run import command, environment, losses, rows, small
+from support.command import environment, long_run, losses, rows
+from support.runs import GPT2, LLAMA, data_of, mesh_of, run, small, tiny
 
 from gptjax.checkpoints import manifest
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
@@ -25,7 +25,7 @@ from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop
 from gptjax.training import step as update
-from gptjax.training.monitoring import rollback, skipped_batches
+from gptjax.training.monitoring import skipped_batches
 from gptjax.training.monitoring.config import check_recovery
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
 from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index
@@ -219,7 +219,7 @@ def test_it_does_not_go_back_for_ever():
     ledger = []
     for _ in range(2):
         ledger = skipping(gone_back(24, 26, ledger), [20], 2)
-    with pytest.raises(Failed, match="because why, although it went back to step 20 recovery.max_returns=2 times"):
+    with pytest.raises(Failed, match="because why, although it rolled back to step 20 recovery.max_returns=2 times"):
         skipping(gone_back(24, 26, ledger), [20], 2)
     with pytest.raises(Failed, match="the oldest checkpoint is that of step 24"):
         skipping(gone_back(24, 26), [24, 25], 2)
@@ -372,7 +372,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
     assert [(row["step"], row["batch"]) for row in skipped_rows(tmp_path / "run")] == [(11, 10), (12, 11)]
     printed = capsys.readouterr().out
     assert (
-        "going back to step 8, past batches 8 to 11" in printed and "of the way that is left are removed: 10" in printed
+        "going back to step 8, past batches 8 to 11" in printed and "; removed the later checkpoints: 10" in printed
     )
     assert "going on from the checkpoint of step 8" in printed
     assert list(losses(tmp_path / "run")) == list(range(1, 17))
@@ -380,7 +380,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
 
 def test_with_nothing_to_go_back_to_it_begins_anew_and_not_for_ever(corpus, tmp_path, monkeypatch, capsys):
     poisoned.poison(range(2, 100), poisoned.not_finite, monkeypatch.setattr)
-    with pytest.raises(Failed, match="although it went back to step 0 recovery.max_returns=2 times"):
+    with pytest.raises(Failed, match="although it rolled back to step 0 recovery.max_returns=2 times"):
         loop.train(run_of(corpus, recovery=RecoveryConfig(max_returns=2)), epath.Path(tmp_path / "run"))
     printed = capsys.readouterr().out
     assert "going back to step 0, past batches 0 to 4" in printed
@@ -447,7 +447,7 @@ def test_killed_after_it_went_back(corpus, tmp_path):
     """The real command and a real kill, on one device, before a checkpoint knows of it."""
 
     def start(name):
-        python, _, _, *arguments = command(corpus, tmp_path / name, "--config.num_steps=32")
+        python, _, _, *arguments = long_run(corpus, tmp_path / name, "--config.num_steps=32")
         pipes = dict(stdout=(tmp_path / f"{name}.out").open("a"), stderr=subprocess.STDOUT)
         told = environment(1) | {"BATCHES": "23,24,25"}
         return subprocess.Popen([python, poisoned.__file__, *arguments], env=told, **pipes)

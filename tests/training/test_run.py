@@ -4,24 +4,20 @@ import contextlib
 import dataclasses
 import gzip
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import pytest
 from etils import epath
-from support.command import CACHE
-from support.runs import mesh_of, tiny
+from support.command import LONG, environment, long_run, losses, rows
+from support.runs import mesh_of, small
 
-import gptjax
 from gptjax.checkpoints.manager import Checkpoints
-from gptjax.data.preparation.prepare import DataConfig
 from gptjax.errors import Preempted, Refused
 from gptjax.models.config import ModelConfig
 from gptjax.parallel import mesh
@@ -58,24 +54,6 @@ START_ROW = {
     "compiled_link_bytes",
     "first_step_seconds",
 }
-
-
-def small(corpus, **changes):
-    values = dict(
-        num_steps=STEPS,
-        log_every=2,
-        eval_every=3,
-        eval_batches=2,
-        checkpoint_every=EVERY,
-        num_samples=2,
-        data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1),
-        mesh=MeshConfig(2, 2, 2),
-    )
-    return tiny(**(dict(model=ModelConfig(num_layers=2, num_heads=4, embed_dim=32)) | values | changes))
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -317,45 +295,6 @@ def test_folders_that_are_files(corpus, tmp_path, capsys):
 
 # Processes
 
-LONG = 60
-
-
-def command(corpus, folder, *more):
-    config = pathlib.Path(gptjax.__file__).parent.parent / "configs" / "debug.py"
-    return [
-        sys.executable,
-        "-m",
-        "gptjax",
-        "train",
-        f"--config={config}",
-        f"--workdir={folder}",
-        "--config.data.source=text",
-        f"--config.data.path={corpus}",
-        "--config.seq_len=32",
-        f"--config.num_steps={LONG}",
-        "--config.checkpoint_every=10",
-        "--config.eval_every=30",
-        "--config.eval_batches=1",
-        "--config.num_samples=1",
-        "--config.model.dropout=0.1",
-        *more,
-    ]
-
-
-def environment(devices):
-    return os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-
-
-def losses(folder):
-    found = [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
-    assert len(dict(found)) == len(found), "a step has two rows"
-    return dict(found)
-
 
 def killed(argv, folder, devices, past):
     """Starts a run and kills it, without warning, once it has logged a step beyond `past`."""
@@ -377,7 +316,7 @@ def killed(argv, folder, devices, past):
 def uninterrupted(corpus, tmp_path_factory):
     """The losses of a run on one device that nothing happens to."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = subprocess.run(command(corpus, folder), env=environment(1), capture_output=True, text=True)
+    done = subprocess.run(long_run(corpus, folder), env=environment(1), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(losses(folder)) == list(range(1, LONG + 1))
     return losses(folder)
@@ -385,8 +324,8 @@ def uninterrupted(corpus, tmp_path_factory):
 
 def test_killed_and_started_again_bit_for_bit(uninterrupted, corpus, tmp_path):
     folder = tmp_path / "run"
-    assert killed(command(corpus, folder), folder, 1, past=23)
-    done = subprocess.run(command(corpus, folder), env=environment(1), capture_output=True, text=True)
+    assert killed(long_run(corpus, folder), folder, 1, past=23)
+    done = subprocess.run(long_run(corpus, folder), env=environment(1), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "going on from the checkpoint of step " in done.stdout
     assert losses(folder) == uninterrupted
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [30, LONG]
@@ -394,8 +333,8 @@ def test_killed_and_started_again_bit_for_bit(uninterrupted, corpus, tmp_path):
 
 def test_killed_on_eight_devices_and_started_again_on_two(uninterrupted, corpus, tmp_path):
     folder = tmp_path / "run"
-    assert killed(command(corpus, folder), folder, 8, past=23)
-    done = subprocess.run(command(corpus, folder), env=environment(2), capture_output=True, text=True)
+    assert killed(long_run(corpus, folder), folder, 8, past=23)
+    done = subprocess.run(long_run(corpus, folder), env=environment(2), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "going on from the checkpoint of step " in done.stdout
     assert "on 2 × cpu" in done.stdout
     assert losses(folder) == pytest.approx(uninterrupted, rel=1e-5)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from support.command import training
+from support.command import losses, training
 from support.runs import mesh_of
 
 from gptjax.checkpoints.manager import Checkpoints
@@ -63,11 +63,6 @@ def run(corpus, folder, *more):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         loop.train(loaded(corpus, *more), epath.Path(folder))
     return printed.getvalue()
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(begun, base, others):

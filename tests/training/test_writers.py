@@ -11,13 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
+from support.command import rows
 from tensorboardX.proto.event_pb2 import Event
 
 from gptjax.training.monitoring.writers import Writers
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(folder):
@@ -68,7 +65,7 @@ def test_a_full_disk_is_one_warning_and_cuts_no_row(tmp_path):
     for step in range(2000, 2010):
         writers.write({"step": step, "loss": 1 / step})
     writers.close()
-    assert len(told) == 2 and all("; the run goes on without" in line for line in told)
+    assert len(told) == 2 and all("; the run goes on without it" in line for line in told)
     assert "metrics.jsonl can't be written (OSError: [Errno 27]" in told[0] and "tensorboard can't" in told[1]
     assert max(event.step for event in events(tmp_path)) < 2000, "after half a record"
     steps = [row["step"] for row in rows(tmp_path)]
@@ -102,5 +99,5 @@ def test_a_failure_while_starting_keeps_the_old_rows(tmp_path):
 
 def test_no_start_pays_for_torch():
     pytest.importorskip("torch")
-    script = "import sys, gptjax.train; assert 'torch' not in sys.modules; import torch"
+    script = "import sys, gptjax.training.loop; assert 'torch' not in sys.modules; import torch"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -2,13 +2,34 @@
 
 import argparse
 import json
+import os
 
+from gptjax.cli.flags import add_actions, add_command, add_config, add_workers, check_workers
 from gptjax.errors import Failed, Refused
 
 
-def _check_workers(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise Refused(f"--workers={args.workers} must be at least 1.")
+def add(commands) -> None:
+    actions = add_actions(add_command(commands, "data", "prepare a corpus, or look at a prepared corpus", data))
+
+    text = "make the token store of a config, by several processes; the same command goes on after a stop"
+    parser = add_command(actions, "prepare", text)
+    add_config(parser)
+    parser.add_argument("--workdir", default="", help="folder of the run that the store is for; not with data.store")
+    add_workers(parser, os.cpu_count())
+
+    text = "write the statistics of a prepared store, as numbers and as a picture: stats.json, stats.png"
+    parser = add_command(actions, "stats", text)
+    parser.add_argument("--store", default="", help="folder of the token store")
+    parser.add_argument("--config", default="", help="in place of --store, the Python file that has data.store")
+    parser.add_argument("--target", default="", help="folder to write to; by default STORE/stats")
+
+    text = "print what a step reads: the documents of its rows, their sources, and their text"
+    parser = add_command(actions, "show", text)
+    add_config(parser)
+    parser.add_argument("--step", type=int, required=True, help="as in metrics.jsonl, from 1 on")
+    parser.add_argument("--row", type=int, default=-1, help="row of the step's batch, from 0 on; -1 is all")
+    text = "folder of a run, to show what that run truly reads"
+    parser.add_argument("--workdir", default=argparse.SUPPRESS, help=text)
 
 
 def data(args: argparse.Namespace) -> None:
@@ -26,7 +47,7 @@ def prepare(args: argparse.Namespace) -> None:
     from gptjax.training.config import files
 
     loaded = files.load(args.config, args.overrides)
-    _check_workers(args)
+    check_workers(args.workers)
     if bool(args.workdir) == bool(loaded.data.store):
         raise Refused(
             f'--workdir is "{args.workdir}" and data.store is "{loaded.data.store}": give one of them, which says '
@@ -46,7 +67,7 @@ def show(args: argparse.Namespace) -> None:
     from gptjax.training import batch_audit
     from gptjax.training.config import files
 
-    jax.config.update("jax_platforms", "cpu")  # the accelerator may be a run's
+    jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
     folder = epath.Path(args.workdir) if "workdir" in args else None
     print(batch_audit.show(files.load(args.config, args.overrides), folder, args.step, args.row))
 

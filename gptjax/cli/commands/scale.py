@@ -4,6 +4,24 @@ import argparse
 import json
 import sys
 
+from gptjax.cli.flags import add_command, add_config, add_json, add_workdir
+
+
+def add(commands) -> None:
+    text = "train models of several sizes on the same compute, and say which size is best for more"
+    parser = add_command(commands, "scale", text, scale)
+    add_config(
+        parser,
+        "Python file with get_config(size, tokens), such as configs/dial.py; --config.KEY=VALUE changes a key",
+    )
+    add_workdir(parser, "folder of the runs; the same command goes on there")
+    parser.add_argument("--sizes", required=True, help="SIZE,SIZE,…: at least four, on both sides of the best size")
+    text = "FLOPs,FLOPs,… of a run: at least two, as in 1e13,3e13,1e14"
+    parser.add_argument("--budgets", required=True, help=text)
+    text = "FLOPs to say the best size for; by default ten times the largest budget"
+    parser.add_argument("--compute", default="", help=text)
+    add_json(parser)
+
 
 def scale(args: argparse.Namespace) -> None:
     import jax
@@ -11,7 +29,7 @@ def scale(args: argparse.Namespace) -> None:
 
     from gptjax.runtime import optional
 
-    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the runs
+    jax.config.update("jax_platforms", "cpu")  # the runs use the accelerator
     scale, laws, isoflops = (
         optional.package(f"gptjax.experiments.scaling.{name}", "gptjax scale", "scale")
         for name in ("study", "laws", "plot")

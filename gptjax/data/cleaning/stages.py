@@ -1,11 +1,11 @@
-"""The stages of cleaning, each of which `engine.run` does over tasks of its own.
+"""The stages of cleaning; `executor.run` does each over tasks of its own.
 
-    filter     every document through the steps that look at one alone; those that stay are written, and signed
-    exact      hashes are compared; of equal documents the first stays (datatrove's stages of ExactDedup)
-    near       MinHash's buckets are compared, what is alike is clustered, one of a cluster stays (its MinhashDedup)
+    filter     sends each document through the steps that look at one; writes those that stay, and their signatures
+    exact      compares hashes; the first of equal documents stays (the stages of datatrove's ExactDedup)
+    near       compares MinHash's buckets, clusters similar documents, keeps one of a cluster (its MinhashDedup)
 
-Equal and alike documents are found in all tasks together, so a stage begins when the one before is complete. What a
-stage wrote is removed when the next one is.
+Duplicates are found across all tasks, so a stage begins when the previous one is complete. The output of a stage is
+removed when the next stage is complete.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import io
 import resource
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import loguru
@@ -31,47 +32,51 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.writers import JsonlWriter
+from datatrove.pipeline.writers.disk_base import DiskWriter
 from etils import epath
 
 from gptjax.data.cleaning.filters import steps
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.cleaning.report import Account, merged
-from gptjax.data.preparation import tasks as pieces
-from gptjax.data.sources import documents as origin
+from gptjax.data.preparation.executor import Report
+from gptjax.data.preparation.tasks import Corpus, done, finish, lost, result
+from gptjax.data.sources import documents
 from gptjax.data.sources.documents import Damages, DataConfig
 from gptjax.errors import Refused
 
-# By how many tasks hashes are compared, at most: a matter of the corpus, since nothing may depend on the workers.
+# Most tasks for comparing hashes; depends on the corpus, since nothing may depend on the workers.
 FINDERS = 16
 loguru.logger.disable("datatrove")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A cleaned corpus, read as any other. first: where the accounts of the first stage are."""
+    """A cleaned corpus, read like any other. first: the folder with the accounts of the first stage."""
 
     data: DataConfig
     folder: epath.Path
     first: epath.Path
 
-    def documents(self, task: int, damages: Damages) -> Iterator[origin.Document]:
-        """What is left of a task; `damages` becomes what was met when it was first read."""
-        account = pieces.result(self.first, task)
+    def documents(self, task: int, damages: Damages) -> Iterator[documents.Document]:
+        """The remaining documents of a task; `damages` is set to what the first stage counted."""
+        account = result(self.first, task)
         damages.count, damages.places = account["damaged"], account["places"]
         damages.without_text = account["without_text"]
         for row in _rows(self.folder, task):
-            yield origin.Document(row["name"], row["offset"], row["text"])
+            yield documents.Document(row["name"], row["offset"], row["text"])
 
 
-def clean(config: CleanConfig, corpus: pieces.Corpus, tasks: int, folder: epath.Path, run: Callable):
-    """Cleans a corpus; what is complete already is not done again.
+def clean(config: CleanConfig, corpus: Corpus, tasks: int, folder: epath.Path, run: Callable):
+    """Cleans a corpus; skips what is complete already.
 
     Args:
-      tasks: of the corpus. folder: for what is kept meanwhile. run: does a step, of so many tasks,
-        and says so in some words.
+      corpus: the corpus that is cleaned.
+      tasks: number of its tasks.
+      folder: for the output of the stages.
+      run: does a step with a number of tasks, and a text for the progress bar.
 
     Returns:
-      The cleaned corpus, of as many tasks, and what `accounts.merged` gives.
+      The cleaned corpus, which has as many tasks, and the result of `report.merged`.
     """
     folder.mkdir(exist_ok=True)
     stages = [Exact(folder, min(FINDERS, 1 + tasks // FINDERS))] * config.exact_duplicates + [
@@ -82,7 +87,7 @@ def clean(config: CleanConfig, corpus: pieces.Corpus, tasks: int, folder: epath.
     kept = folder / "filtered"
     run(Filter(config, corpus, kept, stages[0] if stages else None), tasks, "cleaning")
     accounts = [kept]
-    for stage, following in zip(stages, [*stages[1:], None]):
+    for stage, following in zip(stages, [*stages[1:], None], strict=False):
         stage.compare(run)
         left = folder / f"without_{stage.name}"
         run(Remove(stage, kept, left, following), tasks, f"removing {stage.name.replace('_', ' ')}")
@@ -90,12 +95,12 @@ def clean(config: CleanConfig, corpus: pieces.Corpus, tasks: int, folder: epath.
             _file(kept, task).unlink(missing_ok=True)
         kept = left
         accounts.append(left)
-    results = (pieces.result(account, task) for account in accounts for task in range(tasks))
+    results = (result(account, task) for account in accounts for task in range(tasks))
     return Kept(corpus.data, kept, accounts[0]), *merged(results, config.steps())
 
 
 def _allow_files(tasks: int) -> None:
-    """Lets this process and its workers open a file of each task together, by which they are compared."""
+    """Lets this process and its workers open a file of each task at the same time, to compare documents."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = tasks + 256
     if soft < needed:
@@ -108,24 +113,24 @@ def _allow_files(tasks: int) -> None:
 
 @dataclass(frozen=True)
 class Filter:
-    """Sends each document of a task through the steps that look at it alone, and writes those that stay.
+    """Sends each document of a task through the steps that look at one document, and writes those that stay.
 
-    following: the deduplication that comes next, to which each kept document goes too.
-    Result: that of an `Account`, and the damages met in reading.
+    following: the deduplication that comes next, which gets a signature of each document that stays.
+    Result: that of an `Account`, and the damages found while reading.
     """
 
     config: CleanConfig
-    corpus: pieces.Corpus
+    corpus: Corpus
     folder: epath.Path
     following: "Exact | Near | None"
 
-    def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if pieces.done(self.folder, task):
+    def __call__(self, task: int, report: Report):
+        if done(self.folder, task):
             return
         account, damages = Account(), Damages(self.corpus.data.damaged)
         found = self.corpus.documents(task, damages)
-        _write(self._kept(_documents(found, told, task), account), task, self.folder, self.following)
-        pieces.finish(self.folder, task, account.result() | pieces.lost(damages))
+        _write(self._kept(_documents(found, report, task), account), task, self.folder, self.following)
+        finish(self.folder, task, account.result() | lost(damages))
 
     def _kept(self, documents: Iterable[Document], account: Account) -> Iterator[Document]:
         judges = steps(self.config)
@@ -143,25 +148,25 @@ class Filter:
 
 @dataclass(frozen=True)
 class Compare:
-    """Finds what is equal or alike in all tasks: one of datatrove's stages, which has tasks of its own."""
+    """Finds equal or similar documents across all tasks: one stage of datatrove's, with tasks of its own."""
 
     step: PipelineStep
     tasks: int
     folder: epath.Path
 
-    def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if not pieces.done(self.folder, task):
+    def __call__(self, task: int, report: Report):
+        if not done(self.folder, task):
             with _quiet():
                 self.step.run(None, task, self.tasks)
-            pieces.finish(self.folder, task, {})
-        told(0, 0, 0)  # it went on, though with no more documents
+            finish(self.folder, task, {})
+        report(0, 0, 0)  # shows that the step is alive, though there are no more documents
 
 
 @dataclass(frozen=True)
 class Remove:
-    """Writes what is left of a task without the duplicates that were found. Result: that of an `Account`.
+    """Writes the documents of a task that are not duplicates. Result: that of an `Account`.
 
-    kept: where the stage before has written. The rest as in `Filter`.
+    kept: the output folder of the previous stage. The other fields are as in `Filter`.
     """
 
     stage: "Exact | Near"
@@ -169,19 +174,20 @@ class Remove:
     folder: epath.Path
     following: "Exact | Near | None"
 
-    def __call__(self, task: int, told: Callable[[int, int, int], None]):
-        if pieces.done(self.folder, task):
+    def __call__(self, task: int, report: Report):
+        if done(self.folder, task):
             return
         account = Account()
-        documents = _documents((row.values() for row in _rows(self.kept, task)), told, task)
+        documents = _documents((row.values() for row in _rows(self.kept, task)), report, task)
         with _quiet():
-            left = self.stage.filter(_Removed(self.stage.name, account)).run(documents, task)
+            removed: Any = _Removed(self.stage.name, account)  # has all that deduplication uses of a DiskWriter
+            left = self.stage.filter(removed).run(documents, task)
             _write(left, task, self.folder, self.following)
-        pieces.finish(self.folder, task, account.result())
+        finish(self.folder, task, account.result())
 
 
 class _Removed:
-    """Takes, in the place of a writer of datatrove's, what deduplication removes."""
+    """Counts what deduplication removes; used in place of a writer of datatrove's."""
 
     def __init__(self, step: str, account: Account):
         self._step, self._account = step, account
@@ -198,7 +204,7 @@ class _Removed:
 
 @dataclass(frozen=True)
 class Exact:
-    """Equal documents: those of the same 64-bit hash of their text. The first of the corpus stays."""
+    """Equal documents, by a 64-bit hash of their text. The first in the corpus stays."""
 
     folder: epath.Path
     tasks: int  # of comparing
@@ -211,7 +217,7 @@ class Exact:
         find = ExactFindDedups(str(self.folder / "hashes"), str(self.folder / "equal"), self._config())
         run(Compare(find, self.tasks, self.folder / "hashes_compared"), self.tasks, "comparing hashes")
 
-    def filter(self, removed: _Removed) -> PipelineStep:
+    def filter(self, removed: DiskWriter) -> PipelineStep:
         return ExactDedupFilter(str(self.folder / "equal"), self._config(), removed)
 
     def _config(self) -> ExactDedupConfig:
@@ -223,13 +229,13 @@ def _text(document: Document) -> str:
 
 
 def _priority(document: Document) -> int:
-    """16 bits, of which the largest stays: an earlier task has more, and within a task datatrove takes the first."""
+    """A priority of 16 bits; the largest stays. Earlier tasks have more; within a task datatrove keeps the first."""
     return max(1, (1 << 16) - 1 - document.metadata["task"])
 
 
 @dataclass(frozen=True)
 class Near:
-    """Documents alike by MinHash."""
+    """Similar documents, found by MinHash."""
 
     folder: epath.Path
     config: CleanConfig
@@ -247,22 +253,22 @@ class Near:
         cluster = MinhashDedupCluster(pairs, alike, self._config())
         run(Compare(cluster, 1, self.folder / "signatures_clustered"), 1, "clustering them")
 
-    def filter(self, removed: _Removed) -> PipelineStep:
+    def filter(self, removed: DiskWriter) -> PipelineStep:
         return MinhashDedupFilter(str(self.folder / "alike"), removed)
 
     def _config(self) -> MinhashConfig:
         return MinhashConfig(self.config.minhash_words, self.config.minhash_buckets, self.config.minhash_hashes)
 
 
-def _documents(found: Iterable, told: Callable[[int, int, int], None], task: int) -> Iterator[Document]:
-    """datatrove's documents, of tuples that begin with name, offset and text: what has a prompt is not cleaned."""
+def _documents(found: Iterable, report: Report, task: int) -> Iterator[Document]:
+    """Makes datatrove's documents from tuples (name, offset, text, …). Documents with a prompt are never cleaned."""
     for number, (name, offset, text, *_) in enumerate(found):
         yield Document(text, str(number), metadata={"name": name, "offset": offset, "task": task})
-        told(1, len(text.encode()), 0)
+        report(1, len(text.encode()), 0)
 
 
 def _write(documents: Iterable[Document], task: int, folder: epath.Path, following: "Exact | Near | None") -> None:
-    """Writes the documents of a task, and signs them for the deduplication that comes next."""
+    """Writes the documents of a task, and their signatures for the next deduplication."""
     writer = JsonlWriter(str(folder), "${rank}.jsonl", compression="zstd", adapter=_row)
     documents = writer.run(documents, task)
     if following:
@@ -278,11 +284,12 @@ def _row(writer: JsonlWriter, document: Document) -> dict:
 
 
 def _rows(folder: epath.Path, task: int) -> Iterator[dict]:
-    """What was written of a task; of one without documents there is no file."""
+    """The rows written for a task; a task without documents has no file."""
     if not _file(folder, task).exists():
         return
     with fsspec.open(str(_file(folder, task)), "rb", compression="zstd") as stream:
-        yield from map(orjson.loads, io.BufferedReader(stream))
+        raw: Any = stream
+        yield from map(orjson.loads, io.BufferedReader(raw))
 
 
 def _file(folder: epath.Path, task: int) -> epath.Path:
@@ -291,6 +298,6 @@ def _file(folder: epath.Path, task: int) -> epath.Path:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the bars that datatrove draws on stderr, beside which ours could not be read."""
+    """Silences the bars that datatrove draws on stderr, which would tear ours."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""The pieces of a corpus, task by task, put together as a token store."""
+"""Merges the pieces that tasks wrote into a token store."""
 
 import functools
 import hashlib
@@ -9,35 +9,39 @@ import numpy as np
 from etils import epath
 
 from gptjax.data.preparation import tasks
-from gptjax.data.store import store
+from gptjax.data.store.store import SPLITS, SplitWriter
 from gptjax.runtime import heartbeat, progress
 
-# How much of a piece is in memory at a time.
+# Bytes of a piece in memory at a time.
 READ_BYTES = 32 << 20
 
 
 def merge(results: list[dict], folder: epath.Path, dtype: type[np.integer], prompts: bool) -> dict:
-    """Puts the pieces together, in their order, as FOLDER/store without its manifest; returns what that has to say.
+    """Writes FOLDER/store without its manifest from the pieces, in their order; returns that part of the manifest.
 
-    prompts: whether documents have them.
+    Args:
+      results: the result of each `Tokenize` task.
+      folder: the folder of the preparation.
+      dtype: of the tokens.
+      prompts: whether documents have prompts.
     """
     made = folder / "store"
     if made.exists():
         made.rmtree()
-    writers = {split: store.SplitWriter(made / split, dtype, prompts) for split in store.SPLITS}
+    writers = {split: SplitWriter(made / split, dtype, prompts) for split in SPLITS}
     compressed, text_hash = _Compressed(), hashlib.sha256()
-    total = sum(result["splits"][split]["tokens"] for result in results for split in store.SPLITS)
+    total = sum(result["splits"][split]["tokens"] for result in results for split in SPLITS)
     with progress.progress("writing tokens", total) as bar:
         for task, result in enumerate(results):
             piece = functools.partial(tasks.path, folder / "pieces", task)
             for split, writer in writers.items():
                 if result["splits"][split]["documents"]:
-                    lengths, its_prompts = (
+                    lengths, prompt_lengths = (
                         np.frombuffer(piece(f"{split}.{kind}").read_bytes(), np.int64)
                         for kind in ("lengths", "prompts")
                     )
                     names = piece(f"{split}.names").read_text()
-                    writer.begin(lengths, names, result["splits"][split]["bytes"], its_prompts)
+                    writer.begin(lengths, names, result["splits"][split]["bytes"], prompt_lengths)
                     with piece(f"{split}.tokens").open("rb") as tokens:
                         while read := tokens.read(READ_BYTES):
                             writer.extend(np.frombuffer(read, dtype))
@@ -50,7 +54,7 @@ def merge(results: list[dict], folder: epath.Path, dtype: type[np.integer], prom
 
 
 class _Compressed:
-    """How small gzip -9 and xz -9 make the held-out text, for comparison with a model's bits per byte."""
+    """Sizes of the held-out text under gzip -9 and xz -9, for comparison with a model's bits per byte."""
 
     def __init__(self):
         self._compressors = {

@@ -1,4 +1,4 @@
-"""The verbs about tokenizers: training one for use by path, and comparing several on the held-out text."""
+"""Trains a tokenizer for use by path, and compares tokenizers on the held-out text."""
 
 import contextlib
 import time
@@ -11,31 +11,31 @@ from gptjax.data.preparation import prepare, tasks
 from gptjax.data.preparation.prepare import DataConfig
 from gptjax.data.sources.documents import Document
 from gptjax.errors import Failed, Refused
-from gptjax.tokenizers import tokenizer as tokenizers
-from gptjax.tokenizers.tokenizer import TokenizerConfig
+from gptjax.tokenizers.tokenizer import Tokenizer, TokenizerConfig, check, existing
+from gptjax.tokenizers.tokenizer import train as train_tokenizer
 
-# Tokenizers are compared on no more held-out text than this, which is read in parts of pieces.BATCH_BYTES.
+# Tokenizers are compared on at most this much held-out text, read in batches of tasks.BATCH_BYTES.
 COMPARED_BYTES = 64 << 20
 
 
 def train(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, target: epath.Path, workers: int) -> None:
     """Trains the tokenizer of a config on its training documents, and writes it to a folder for `tokenizer.path`.
 
-    workers: processes that read the corpus.
+    workers: number of processes that read the corpus.
 
     Raises: Refused, Failed.
     """
-    tokenizers.check(tokenizer)
+    check(tokenizer)
     if not tokenizer.trained:
         raise Refused(
             f'tokenizer.kind={tokenizer.kind} with tokenizer.path="{tokenizer.path}" leaves nothing to '
             "train: set tokenizer.kind=sentencepiece and no path."
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Refused(f"--target={target} exists and is no empty folder: give another.")
+        raise Refused(f"--target={target} must be a new or empty folder: give another.")
     try:
-        made = tokenizers.train(tokenizer, prepare.training_texts(data, clean, workers), target)
-    except OSError as error:  # a part of it would be no empty folder
+        made = train_tokenizer(tokenizer, prepare.training_texts(data, clean, workers), target)
+    except OSError as error:  # a partly written folder would not be empty for the next call
         with contextlib.suppress(OSError):
             target.rmtree()
         raise Failed(
@@ -45,20 +45,22 @@ def train(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, targ
 
 
 def compare(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, paths: list[str], workers: int) -> dict:
-    """How tokenizers do on the held-out text of a config's data.
+    """Compares tokenizers on the held-out text of a config's data.
 
-    paths: as `tokenizer.existing` takes them; if there are none, the config's own tokenizer is compared, which must
-    not be in need of training. They take turns on each part of the text, so that other load falls on all. workers:
-    processes that read the corpus.
+    The tokenizers take turns on each part of the text, so that other load on the machine affects all alike.
+
+    Args:
+      paths: tokenizers as `tokenizer.existing` takes them; if empty, the config's own, which must not need training.
+      workers: number of processes that read the corpus.
     """
     if not paths and tokenizer.trained:
         raise Refused(
             'tokenizer.path is "" and --tokenizers is not given, so there is nothing to compare: give folders that '
             "gptjax tokenizer train wrote, or the tokenizer folder of a run."
         )
-    tokenizers.check(tokenizer)
+    check(tokenizer)
     paths = paths or [tokenizer.path or "byte"]
-    rows = [_Row(path, tokenizers.existing(path)) for path in paths]
+    rows = [_Row(path, existing(path)) for path in paths]
     documents, num_bytes = 0, 0
     for batch in tasks.batches(prepare.heldout_documents(data, clean, workers)):
         documents, num_bytes = documents + len(batch), num_bytes + sum(len(d.text.encode()) for d in batch)
@@ -71,20 +73,20 @@ def compare(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, pa
 
 
 class _Row:
-    """What one tokenizer has done so far."""
+    """The results of one tokenizer so far."""
 
-    def __init__(self, path: str, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, path: str, tokenizer: Tokenizer):
         self._path, self._tokenizer = path, tokenizer
         self._seen = np.zeros(tokenizer.vocab_size, bool)
         self._tokens, self._seconds, self._changed = 0, 0.0, []
 
     def add(self, batch: list[Document]):
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             encoded = self._tokenizer.encode_batch([document.text for document in batch])
-        except Refused:  # of one text: then which?
+        except Refused:  # one of the texts was refused: encode each alone
             encoded = [self._encoded(document) for document in batch]
-        self._seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - started
         for document, ids in zip(batch, encoded, strict=True):
             self._seen[ids] = True
             self._tokens += len(ids)
@@ -110,7 +112,7 @@ class _Row:
 
 
 def table(found: dict) -> str:
-    """What `compare` found, as text."""
+    """Formats the result of `compare` as text."""
     width = max(len(row["tokenizer"]) for row in found["tokenizers"])
     lines = [
         f"{found['documents']:,} held-out documents, {found['bytes'] / 1e6:,.2f} MB",

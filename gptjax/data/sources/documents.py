@@ -1,7 +1,7 @@
-"""What a source is asked for, and what it gives.
+"""The input and the output of a source: its config, parts and documents.
 
-A source is a list of parts, in an order that is the same every time; each part can be read on its own, by any process,
-and gives documents. Parts are what is shared out among workers, so nothing depends on how many there are.
+A source is a list of parts in a fixed order. Any process can read a part on its own, which gives documents. Workers
+share parts out, so nothing depends on how many workers there are.
 """
 
 import sys
@@ -11,26 +11,26 @@ from typing import NamedTuple
 
 from gptjax.errors import Refused, nearest
 
-# A part of a file that can be read from its middle: large beside what it costs to begin, small beside a share of a corpus.
+# A part of a file that can be read from the middle: large against the cost of opening, small against a worker's share.
 PART_BYTES = 8 << 20
-# What one record (a line, a row, a page) may have at most, so that memory is bounded whatever a file holds.
+# Largest record (a line, a row, a page), so that memory is bounded for any file.
 RECORD_BYTES = 64 << 20
 END = sys.maxsize
-# How many damaged places are named.
+# Number of damaged places that are named.
 PLACES = 5
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The corpus to train on.
 
-    source: `stdlib` (the source code of Python's standard library) or one of the others in `sources.GIVEN`.
-    path: a file, glob, folder or name, as the source says; local or gs://.
-    text_field: the field, column or feature that holds the text, in formats that have names for them.
-    prompt_field: of jsonl, the field of a prompt, which is put before the text and carries no loss; empty is none.
-    damaged: what becomes of a record or file that can't be read: `stop` refuses it, `skip` leaves it out and counts it.
+    source: `stdlib` (the source code of Python's standard library) or another source in `sources.GIVEN`.
+    path: a file, glob, folder or name, depending on the source; local or gs://.
+    text_field: the field, column or feature that holds the text, in formats with named fields.
+    prompt_field: for jsonl, the field of a prompt that precedes the text and carries no loss; empty: no prompts.
+    damaged: for a record or file that can't be read: `stop` refuses, `skip` leaves the record out and counts it.
     store: folder of the token store; empty means `store` inside the workdir.
-    heldout_fraction: about which part of the documents is kept for evaluation, more than 0 and less than 1.
+    heldout_fraction: approximate share of the documents kept for evaluation, above 0 and below 1.
     """
 
     source: str = "stdlib"
@@ -43,9 +43,9 @@ class DataConfig:
 
 
 class Document(NamedTuple):
-    """A text, the file it is from, and where it starts there: a byte, row or record, as its source says.
+    """A text, its file, and its offset there: a byte, row or record, depending on the source.
 
-    prompt: how many characters the text begins with that carry no loss.
+    prompt: number of characters at the start of the text that carry no loss.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Document(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A file of a source, or a range of one.
+    """A file of a source, or a range of the file.
 
-    start, stop: what of it, in the unit of its reader; END is as far as it goes. size: its bytes on disk, by which
-    parts are shared out, and another file noticed.
+    start, stop: the range, in the unit of the file's reader; END means the end of the file.
+    size: bytes on disk, used to share parts out and to notice another file.
     """
 
     source: str
@@ -69,19 +69,22 @@ class Part(NamedTuple):
 
 
 class Damages:
-    """What of a part can't be read: refused at once, or counted and its first places kept.
+    """Handles what can't be read of a part: refuses at once, or counts and keeps the first places.
 
-    Call it with the place (a file, and what in it, or a function that finds out), what is wrong with it, and what to
-    do, as parts of a sentence. without_text: pages that have none, which is no damage.
+    Call the object with the place, the problem and the remedy, as parts of a sentence. The place is a file and a
+    position, or a function that finds them.
+
+    without_text: number of pages without text, which are not damage.
     """
 
     def __init__(self, setting: str):
         settings = {"stop": True, "skip": False}
         if setting not in settings:
             hint = nearest(setting, settings)
-            raise Refused(f'data.damaged is "{setting}", which is none of {", ".join(settings)}.{hint}')
+            raise Refused(f'data.damaged="{setting}" must be one of {", ".join(settings)}.{hint}')
         self._stop = settings[setting]
-        self.count, self.places, self.without_text = 0, [], 0
+        self.count, self.without_text = 0, 0
+        self.places: list[str] = []
 
     def __call__(self, where: str | Callable[[], str], why: str, remedy: str):
         if self._stop:

@@ -1,4 +1,4 @@
-"""Finding the files of a source, and reading them in bounded pieces, compressed or not."""
+"""Finds the files of a source, and reads them in bounded pieces, compressed or not."""
 
 import contextlib
 import glob
@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from etils import epath
 
@@ -30,34 +30,35 @@ def ranges(data: DataConfig) -> list[Part]:
 
 
 def split(file: epath.Path, size: int, source: str) -> list[Part]:
-    """A file as parts of PART_BYTES; whole where it is compressed, since then only its start can be found."""
+    """Splits a file into parts of PART_BYTES; a compressed file stays whole, since only its start can be found."""
     whole = size <= PART_BYTES or file.name.endswith(COMPRESSED)
     starts = [0] if whole else range(0, size, PART_BYTES)
     stops = [*starts[1:], END]
-    return [Part(source, str(file), start, stop, min(stop, size) - start) for start, stop in zip(starts, stops)]
+    ends = zip(starts, stops, strict=True)
+    return [Part(source, str(file), start, stop, min(stop, size) - start) for start, stop in ends]
 
 
 def sized(data: DataConfig) -> list[tuple[epath.Path, int]]:
-    """The files that data.path matches, sorted, with their bytes. Raises: Refused, where there are none."""
+    """The files that data.path matches, sorted, with their bytes. Raises: Refused, if there are none."""
     path = data.path
     if not path:
         raise Refused(
-            f'data.source={data.source} needs data.path, which is "": give a file or a glob, such as corpus/*.txt.'
+            f'data.source={data.source} needs data.path; found "": give a file or a glob, such as corpus/*.txt.'
         )
     files = matching(path)
     if not files:
-        hint = f' It is a folder: try "{path.rstrip("/")}/*".' if epath.Path(path).is_dir() else ""
+        hint = f' This is a folder: try "{path.rstrip("/")}/*".' if epath.Path(path).is_dir() else ""
         raise Refused(f'data.path "{path}" matches 0 files, and at least 1 is needed.{hint}')
     return with_bytes(files)
 
 
 def with_bytes(files: list[epath.Path]) -> list[tuple[epath.Path, int]]:
-    """Files and how many bytes each has."""
-    return list(zip(files, _at_once(lambda file: file.stat().length, files)))
+    """Pairs files with their size in bytes."""
+    return list(zip(files, _at_once(lambda file: file.stat().length, files), strict=True))
 
 
 def _at_once(ask: Callable, files: list[epath.Path]) -> list:
-    """What is said of each file. Many are asked of at a time: in a bucket each is a request, and waits for its answer."""
+    """Calls `ask` for many files at a time: for files in a bucket each call is a request that waits for its answer."""
     with ThreadPoolExecutor(16) as threads:
         return list(threads.map(ask, files))
 
@@ -74,18 +75,19 @@ def matching(path: str) -> list[epath.Path]:
     scheme, rest = path.split("://", 1)
     bucket, pattern = rest.split("/", 1)
     found = sorted(epath.Path(f"{scheme}://{bucket}").glob(pattern))
-    return [file for file, is_folder in zip(found, _at_once(lambda file: file.is_dir(), found)) if not is_folder]
+    folders = _at_once(lambda file: file.is_dir(), found)
+    return [file for file, is_folder in zip(found, folders, strict=True) if not is_folder]
 
 
 def opened(path: str) -> BinaryIO:
-    """A file's bytes, decompressed where its name says that it is compressed."""
+    """Opens a file, decompressed if its name ends in one of COMPRESSED."""
     file = untrusted.opened(epath.Path(path))
     if path.endswith(COMPRESSED):
         if not file.read(1):
             raise EOFError("it is empty, which no compressed file is")
         file.seek(0)
     if path.endswith(".gz"):
-        return gzip.open(file)
+        return cast(BinaryIO, gzip.open(file))
     if path.endswith(".zst"):
         arrow = optional.package("pyarrow", f"{path} (zstandard)")
         return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(file), "zstd"))
@@ -94,7 +96,7 @@ def opened(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def local(path: str):
-    """The path of a file on this machine, for libraries that read no other; one on a bucket is copied for the block."""
+    """Yields a local path for libraries that need one; a file in a bucket is copied for the block."""
     if "://" not in path:
         yield path
         return
@@ -103,9 +105,10 @@ def local(path: str):
 
 
 class Lines:
-    """The lines of a part, with their ends: those that begin in it. One of more than RECORD_BYTES is damage.
+    """The lines that begin in a part, with their line ends. A line of more than RECORD_BYTES is damage.
 
-    offset: byte at which the last one began, of the decompressed file. next: at which the next one does.
+    offset: byte of the decompressed file at which the last line began.
+    next: byte at which the next line begins.
     """
 
     def __init__(self, part: Part, damages: Damages):
@@ -128,14 +131,14 @@ class Lines:
 
     @staticmethod
     def _rest(stream: BinaryIO, most: int) -> int:
-        """Reads to the end of a line, or `most` bytes of it; how many there were."""
+        """Reads to the end of a line, at most `most` bytes; returns the number of bytes."""
         count, line = 0, b""
         while count < most and not line.endswith(b"\n") and (line := stream.readline(min(1 << 20, most - count))):
             count += len(line)
         return count
 
     def where(self) -> str:
-        """The file, and the number of the last line in it, from 1."""
+        """The file, and the number of the last line in the file, from 1."""
         number = self._count
         if self._part.start:
             number = 1

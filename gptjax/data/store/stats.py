@@ -1,8 +1,8 @@
-"""What is in a token store: counts, lengths, duplicates, languages, the most frequent n-grams.
+"""Statistics of a token store: counts, lengths, duplicates, languages, the most frequent n-grams.
 
-All of it is read from the store itself: every token once, and of documents whose tokens have a small hash the text, by
-decoding them. A hash of the content takes all copies of a document or none, so the share of duplicates in the sample is
-that of the corpus. Memory is bounded by the sizes below, whatever the store's.
+Everything is read from the store itself. Every token is read once; documents whose tokens have a small hash are also
+decoded to text. The hash depends on content alone, so a sample has all copies of a document or none, and its share of
+duplicates is that of the corpus. The sizes below bound the memory, whatever the size of the store.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from datatrove.pipeline.dedup import MinhashDedupSignature
@@ -20,22 +21,22 @@ from gptjax.data.store.store import REMEDY, Split, Store
 from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, progress, untrusted
 
-# As many documents and bytes are looked at, about; of a smaller store all.
+# Approximate size of the sample that is decoded; a smaller store is decoded completely.
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 50_000, 64 << 20
-# Of the others, only tokens are read; so many at a time, and so many documents' starts.
+# Tokens, and document starts, that are read at a time.
 READ_TOKENS, READ_DOCUMENTS = 4 << 20, 1 << 16
 NGRAMS = 1, 2, 3
 TOP = 20
-# Different n-grams that are counted at a time; when there are more, the rarer half is forgotten.
+# Different n-grams counted at a time; beyond that, the rarer half is forgotten.
 MAX_NGRAMS = 1 << 20
 WORD = re.compile(r"\w+")
 QUANTILES = {"min": 0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1}
-# A document counts as one of a language from this probability on.
+# Least probability at which a document counts as being in a language.
 SURE = 0.5
 
 
 def stats(store: Store) -> dict:
-    """Everything of stats.json; counts are of the whole store, and the rest of `sample`."""
+    """The content of stats.json. Counts cover the whole store; everything else covers `sample`."""
     splits = {
         name: {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes}
         for name, split in store.splits.items()
@@ -63,7 +64,7 @@ def stats(store: Store) -> dict:
 
 
 def _documents(store: Store) -> Iterator[tuple[int, np.ndarray]]:
-    """A 64-bit hash of each document's tokens, and these; end_of_text is the first of them. Raises: Refused."""
+    """A 64-bit hash of each document's tokens, and those tokens, end_of_text first. Raises: Refused."""
     for name, split in store.splits.items():
         try:
             for tokens in _split(split, store.tokenizer.vocab_size):
@@ -74,7 +75,7 @@ def _documents(store: Store) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _split(split: Split, vocab_size: int) -> Iterator[np.ndarray]:
-    """The tokens of each document. Raises: ValueError, for what can't be."""
+    """The tokens of each document. Raises: ValueError, if a token is outside the vocabulary."""
     for first in range(0, split.documents, READ_DOCUMENTS):
         last = min(first + READ_DOCUMENTS, split.documents)
         starts = split.document_starts(first, min(last + 1, split.documents))
@@ -82,7 +83,7 @@ def _split(split: Split, vocab_size: int) -> Iterator[np.ndarray]:
             starts = np.append(starts, split.tokens)
         begin = 0
         while begin < len(starts) - 1:
-            # As many whole documents as go into a read; one that is larger, alone.
+            # As many whole documents as fit into one read; a larger document is read alone.
             end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + READ_TOKENS, "right")) - 1)
             (window,) = split.read(starts[begin : begin + 1], int(starts[end] - starts[begin]))
             if window.max() >= vocab_size:
@@ -92,7 +93,7 @@ def _split(split: Split, vocab_size: int) -> Iterator[np.ndarray]:
 
 
 def _cleaning(store: Store) -> dict:
-    """What the manifest says of cleaning; nothing where there was none. Raises: Refused."""
+    """Counts of the cleaning report in the manifest, by step; {} if the corpus was not cleaned. Raises: Refused."""
     report, where = store.manifest.get("cleaning", {}), store.folder / "manifest.json"
     if report == {}:
         return {}
@@ -107,25 +108,28 @@ def _cleaning(store: Store) -> dict:
 
 
 class _Words(WhitespaceTokenizer):
-    """Splits words for MinHash as they are counted here, many times faster than by the rules of a language."""
+    """Splits words for MinHash the way they are counted here; many times faster than the rules of a language."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return WORD.findall(text)
 
 
 class _Sample:
-    """Counts over the documents that are looked at."""
+    """Counts over the documents of the sample."""
 
     def __init__(self):
         self.documents = self.bytes = 0
-        self._tokens, self._bytes = [], []  # of each document
-        self._seen, self._buckets = set(), set()  # hashes of documents, and of MinHash's buckets
-        self._duplicates = dict.fromkeys(("exact", "near"), (0, 0))
+        self._tokens: list[int] = []  # of each document
+        self._bytes: list[int] = []  # of each document
+        self._seen: set[int] = set()  # hashes of documents
+        self._buckets: set[tuple] = set()  # of MinHash
+        self._duplicates: dict[str, tuple[int, int]] = {"exact": (0, 0), "near": (0, 0)}  # documents and bytes
         self._languages = Counter(), Counter()  # documents and bytes
-        self._ngrams = {n: Counter() for n in NGRAMS}
-        self._words = dict.fromkeys(NGRAMS, 0)
-        self._forgot = dict.fromkeys(NGRAMS, 0)
-        self._minhash = MinhashDedupSignature("memory://", language=_Words())
+        self._ngrams: dict[int, Counter] = {n: Counter() for n in NGRAMS}
+        self._words: dict[int, int] = {n: 0 for n in NGRAMS}
+        self._forgot: dict[int, int] = {n: 0 for n in NGRAMS}
+        words: Any = _Words()  # datatrove accepts a tokenizer here, though its annotation says str
+        self._minhash = MinhashDedupSignature("memory://", language=words)
 
     def add(self, hash: int, tokens: int, text: str) -> None:
         size = len(text.encode())
@@ -135,11 +139,11 @@ class _Sample:
         self._compare(hash, text, size)
         (found,) = filters.languages(text, 1)
         language = found["lang"] if found["score"] >= SURE else "not sure"
-        for counter, more in zip(self._languages, (1, size)):
+        for counter, more in zip(self._languages, (1, size), strict=True):
             counter[language] += more
         words = WORD.findall(text)
         for n, counter in self._ngrams.items():
-            counter.update(zip(*(words[i:] for i in range(n))))
+            counter.update(zip(*(words[i:] for i in range(n)), strict=False))  # the shifted lists end one by one
             self._words[n] += max(0, len(words) - n + 1)
             if len(counter) > MAX_NGRAMS:
                 kept = counter.most_common(MAX_NGRAMS // 2)
@@ -147,7 +151,7 @@ class _Sample:
                 self._ngrams[n] = Counter(dict(kept))
 
     def _compare(self, hash: int, text: str, size: int) -> None:
-        """Whether an equal document, or one that is alike, came before."""
+        """Counts a document as a duplicate if an equal or similar document came before."""
         shingles = self._minhash.get_shingles(text)
         buckets = set(enumerate(map(tuple, self._minhash.get_signature(shingles)))) if len(shingles) else set()
         kind = "exact" if hash in self._seen else "" if buckets.isdisjoint(self._buckets) else "near"
@@ -173,19 +177,22 @@ class _Sample:
         return {
             "tokens_per_document": _lengths(self._tokens),
             "bytes_per_document": _lengths(self._bytes),
-            "duplicates": {kind: dict(zip(("documents", "bytes"), two)) for kind, two in self._duplicates.items()},
+            "duplicates": {
+                kind: {"documents": documents, "bytes": num_bytes}
+                for kind, (documents, num_bytes) in self._duplicates.items()
+            },
             "languages": languages,
             "ngrams": ngrams,
         }
 
 
 def _most(counter: Counter) -> list[tuple]:
-    """The most frequent; of as frequent ones in the order of the alphabet, so that it is the same every time."""
+    """The most frequent items; ties are in alphabetical order, so that the result is the same every time."""
     return heapq.nsmallest(TOP, counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _lengths(lengths: list[int]) -> dict:
-    """Mean, quantiles, and a histogram whose bins double: `counts[i]` from `edges[i]` to below `edges[i + 1]`."""
+    """Mean, quantiles, and a histogram whose bins double: `counts[i]` covers `edges[i]` to below `edges[i + 1]`."""
     values = np.array(lengths or [0])
     edges = 2 ** np.arange(int(values.max()).bit_length() + 1)
     counts, _ = np.histogram(values, edges)

@@ -1,4 +1,4 @@
-"""The picture of `gptjax data stats`."""
+"""The plot of `gptjax data stats`."""
 
 import warnings
 
@@ -6,19 +6,20 @@ import numpy as np
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from gptjax.errors import one_line
 
 BLUE, GREY, RED, INK = "#3b6fb6", "#c9d3df", "#c8553d", "#24303c"
-ROWS = 12  # bars of a panel
+ROWS = 12  # bars in a panel
 
 
 def draw(found: dict, path: epath.Path) -> None:
     """Draws the result of `stats.stats` as a PNG of 1500 x 800 pixels."""
-    figure = Figure(figsize=(15, 8), dpi=100, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(15, 8), dpi=100, facecolor="white", layout=layout)
     panels = figure.subplots(2, 4)
     figure.suptitle(one_line(_title(found)), parse_math=False, x=0.01, ha="left", fontsize=13, color=INK)
     _numbers(panels[0, 0], found)
@@ -34,19 +35,19 @@ def draw(found: dict, path: epath.Path) -> None:
         shares = {
             kind: count["documents"] / found["sample"]["documents"] for kind, count in found["duplicates"].items()
         }
-        shares = {"unique": 1 - sum(shares.values())} | shares
+        shares = {"unique": 1.0 - sum(shares.values())} | shares
         _bars(panels[1, 0], shares, "Duplicates (share of documents)", lambda value: f"{value:.2%}")
-    for panel, (n, ngrams) in zip(panels[1, 1:], found["ngrams"].items()):
+    for panel, (n, ngrams) in zip(panels[1, 1:], found["ngrams"].items(), strict=True):
         title = {"1": "Words", "2": "Pairs of words", "3": "Three words"}[n]
         shares = {words: count / ngrams["total"] for words, count in ngrams["most_frequent"]}
         _bars(panel, shares, f"{title} (share of all)", lambda value: f"{value:.2%}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that the font does not have
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # for scripts that the font lacks
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     with path.open("wb") as file:
-        Image.fromarray(pixels).quantize(64).save(file, "PNG", optimize=True)  # a third of the size, and looks the same
+        Image.fromarray(pixels).quantize(64).save(file, "PNG", optimize=True)  # a third of the size, same look
 
 
 def _title(found: dict) -> str:
@@ -57,13 +58,16 @@ def _title(found: dict) -> str:
 
 
 def _numbers(panel, found: dict) -> None:
-    """A table of counts."""
+    """Draws a table of counts."""
     panel.axis("off")
     short = EngFormatter(places=3, sep=" ")
     rows = [("", "train", "held out")]
     for key in ("documents", "tokens", "bytes"):
-        counts = (found["splits"][name][key] for name in ("train", "heldout"))
-        rows.append((key, *(f"{count:,}" if count < 10_000 else short(count) for count in counts)))
+        train, heldout = (
+            f"{count:,}" if count < 10_000 else short(count)
+            for count in (found["splits"][name][key] for name in ("train", "heldout"))
+        )
+        rows.append((key, train, heldout))
     rows += [("bytes a token", f"{found['bytes_per_token']:.2f}", ""), ("vocabulary", f"{found['vocab_size']:,}", "")]
     table = panel.table(rows, loc="upper left", edges="horizontal", cellLoc="right", bbox=(0, 0.3, 1, 0.68))
     table.auto_set_font_size(False)
@@ -77,7 +81,7 @@ def _numbers(panel, found: dict) -> None:
 
 
 def _histogram(panel, lengths: dict, title: str) -> None:
-    """Bins that double, as columns of the same width, and the median."""
+    """Draws bins that double as columns of equal width, and the median."""
     counts, edges = np.array(lengths["counts"]), lengths["edges"]
     panel.bar(np.arange(len(counts)) + 0.5, 100 * counts / counts.sum(), width=0.92, color=BLUE)
     median = np.log2(max(lengths["median"], 1))
@@ -96,13 +100,13 @@ def _histogram(panel, lengths: dict, title: str) -> None:
 
 
 def _power(number: int) -> str:
-    """A power of two, in units of 1024."""
+    """A power of two in units of 1024."""
     unit = (number.bit_length() - 1) // 10
     return f"{number >> 10 * unit}{' kMGT'[unit].strip()}"
 
 
 def _bars(panel, shares: dict[str, float], title: str, shown) -> None:
-    """Horizontal bars with their numbers, the largest at the top; what has no room is left out."""
+    """Draws horizontal bars with their numbers, the largest at the top; shows the first ROWS only."""
     names, values = list(shares)[:ROWS], list(shares.values())[:ROWS]
     rows = panel.barh(range(len(names)), values, color=[GREY if name in ("kept", "unique") else BLUE for name in names])
     panel.bar_label(rows, [f" {shown(value)}" for value in values], color=INK, fontsize=8)

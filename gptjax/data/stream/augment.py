@@ -1,13 +1,14 @@
-"""Rows of a small corpus told in other ways each time that they come: functions of the seed, the batch and the row.
+"""Changes the rows of a small corpus differently each time: a function of the seed, the batch and the row.
 
-What is done, in this order, to each document of a row:
-- subword regularization (Kudo 2018): its text encoded again, by an encoding that is drawn. A document that a row has cut
-  in the midst of a character stays as it is.
-- fill in the middle (Bavarian et al. 2022, sections 3 and 4.1): two cuts between its tokens make it prefix, middle and
-  suffix, told as prefix, suffix, middle (PSM) or as suffix, prefix, middle (SPM); its end is that of the middle.
-- token dropout: inputs, but no targets, replaced by tokens drawn from the same row: the unigram noise of Xie et al. 2017,
-  section 3.1.
-What a longer telling pushes over the end of a row is left out, and what a shorter one leaves is padding.
+Each document of a row is changed in this order:
+- Subword regularization (Kudo 2018): the text is encoded again, by an encoding that is drawn. A document that a row
+  cuts inside a character stays as it is.
+- Fill in the middle (Bavarian et al. 2022, sections 3 and 4.1): two cuts between tokens make a prefix, a middle and a
+  suffix. Their new order is prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), so the document ends with the
+  middle.
+- Token dropout: inputs, but not targets, are replaced by tokens drawn from the same row: the unigram noise of Xie et
+  al. 2017, section 3.1.
+A longer result is cut at the end of the row; a shorter result leaves padding.
 """
 
 from collections.abc import Collection
@@ -23,12 +24,12 @@ FIM = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What training rows are changed by; evaluation never is. 0 is off.
+    """Changes to training rows; evaluation rows never change. 0 turns a change off.
 
-    subword_alpha: of BPE the share of merges that are left out, of unigram the exponent of a segmentation's probability.
-    fim_rate: share of the documents of a row that are told with their middle last. The tokenizer has to have the three
+    subword_alpha: for BPE the share of merges left out, for unigram the exponent of a segmentation's probability.
+    fim_rate: share of a row's documents that are rewritten with their middle last. The tokenizer must have the three
         special tokens of `FIM`.
-    fim_spm_rate: of those, the share with the suffix first.
+    fim_spm_rate: share of those documents that have the suffix first.
     token_dropout: share of the inputs that are replaced.
     """
 
@@ -50,24 +51,24 @@ def check(config: AugmentConfig) -> None:
 
 
 def check_special(config: AugmentConfig, names: Collection[str]) -> None:
-    """Raises: Refused, where more special tokens are needed than a tokenizer has by these names."""
+    """Raises: Refused, if fill in the middle is on and a special token is missing from `names`."""
     missing = [name for name in FIM if name not in names]
     if config.fim_rate and missing:
         raise Refused(
-            f"augment.fim_rate={config.fim_rate} needs {len(FIM)} special tokens, and the tokenizer lacks {missing[0]}: "
-            f"prepare the data with tokenizer.special_tokens={','.join(FIM)}."
+            f"augment.fim_rate={config.fim_rate} needs {len(FIM)} special tokens, and the tokenizer lacks {missing[0]}"
+            f": prepare the data with tokenizer.special_tokens={','.join(FIM)}."
         )
 
 
 def check_tokenizer(config: AugmentConfig, tokenizer: Tokenizer) -> None:
-    """Raises: Refused, for a tokenizer that can't do what is asked."""
+    """Raises: Refused, if the tokenizer lacks a special token or has only one encoding of a text."""
     check_special(config, tokenizer.special)
     if config.subword_alpha:
         tokenizer.encode_sampled("probe", 0, config.subword_alpha)
 
 
 class Augment:
-    """What is done to the rows of a run."""
+    """Changes the rows of a run."""
 
     def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, seed: int):
         """Raises: Refused."""
@@ -76,32 +77,36 @@ class Augment:
         self._special = np.array(sorted(tokenizer.special.values()))
 
     def row(self, batch: int, row: int, inputs: np.ndarray, targets: np.ndarray, segments: np.ndarray):
-        """A row told in another way.
+        """Changes a row.
 
         Args:
-          row: its number in the global batch. inputs, targets, segments: its own, int32 [seq_len].
+          batch: number of the batch.
+          row: number of the row in the global batch.
+          inputs, targets, segments: of the row, int32 [seq_len].
 
         Returns:
-          (inputs, targets, opens, real): where documents begin, and how many places are no padding.
+          inputs, targets: int32 [seq_len].
+          opens: bool [seq_len], where documents begin.
+          real: number of places that are not padding.
         """
         rng = np.random.default_rng((self._seed, batch, row))
-        told = [
-            self.told(np.append(inputs[segments == number], targets[segments == number][-1:]), rng)
+        documents = [
+            self.document(np.append(inputs[segments == number], targets[segments == number][-1:]), rng)
             for number in range(1, segments.max() + 1)
         ]
         opens = np.zeros(len(inputs), bool)
-        starts = np.cumsum([0, *(len(tokens) - 1 for tokens in told)])
+        starts = np.cumsum([0, *(len(tokens) - 1 for tokens in documents)])
         opens[starts[starts < len(inputs)]] = True
         opens[0] = True
         real = min(int(starts[-1]), len(inputs))
         new_inputs, new_targets = np.zeros((2, len(inputs)), np.int32)
-        new_inputs[:real] = np.concatenate([tokens[:-1] for tokens in told])[:real] if told else 0
-        new_targets[:real] = np.concatenate([tokens[1:] for tokens in told])[:real] if told else 0
+        new_inputs[:real] = np.concatenate([tokens[:-1] for tokens in documents])[:real] if documents else 0
+        new_targets[:real] = np.concatenate([tokens[1:] for tokens in documents])[:real] if documents else 0
         new_inputs[:real] = self.dropped(new_inputs[:real], rng)
         return new_inputs, new_targets, opens, real
 
-    def told(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A document, with what follows it as its last token, in another way."""
+    def document(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Changes a document; the last of `tokens` is the token that follows the document."""
         opened = int(tokens[0] == self._tokenizer.begin)
         head, body, last = tokens[:opened], tokens[opened:-1], tokens[-1:]
         if self._config.subword_alpha:
@@ -124,7 +129,7 @@ class Augment:
         return self._tokenizer.encode_sampled(text, seed, self._config.subword_alpha)
 
     def dropped(self, inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Inputs, some of which are replaced by others of them; special ones neither are nor come."""
+        """Replaces some inputs by others of the same row; special tokens are neither replaced nor drawn."""
         (plain,) = np.nonzero(~np.isin(inputs, self._special))
         hit = plain[rng.random(len(plain)) < self._config.token_dropout]
         inputs = inputs.copy()

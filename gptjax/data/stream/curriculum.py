@@ -1,12 +1,13 @@
-"""What changes in the course of a run: the mixture's weights, the sequence length, the batch size.
+"""Changes in the course of a run: the mixture's weights, the sequence length, the batch size.
 
-A run is a list of phases, each from a batch on. It is made of the config, and of what a checkpoint says of the phases
-before it: so what was read stays as it was read, whatever the config says by now, and each store goes on from where it
-was. Batches are counted, those that recovery skipped among them: a batch is the same whatever was skipped before.
+A run is a list of phases, each starting at a batch. Phases come from the config, and from the checkpoint for the
+batches before it. Data that was read therefore stays as it was read, whatever the config says now, and each store
+continues where it was. Batches that recovery skipped are counted too, so a batch does not depend on earlier skips.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from etils import epath
 
@@ -14,15 +15,16 @@ from gptjax.data.stream.mixture import PERIOD, MixtureConfig, folders, given, sh
 from gptjax.errors import Refused, shown
 from gptjax.runtime import untrusted
 
-MAX_TOKENS = 1 << 53  # far more than any run reads, and far from where int64 ends
+MAX_TOKENS = 1 << 53  # far more than any run reads, and far below the end of int64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """What changes from a batch on; empty is never. What is to come may be changed when a run goes on.
+    """Changes that take effect from a batch on; empty means never. A resumed run may change what is still to come.
 
-    seq_len: lengths that divide the config's own, which is the longest, as "0: 256; 2000: 1024".
-    batch_size: as "0: 32; 2000: 64".
+    seq_len: lengths that divide the config's own seq_len, which is the longest, for example "0: 256; 2000: 1024".
+    batch_size: for example "0: 32; 2000: 64".
     """
 
     seq_len: str = ""
@@ -31,7 +33,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """Batches that are alike, from batch `first` on. shares: each store's windows of `PERIOD`, by name."""
+    """Consecutive batches of one shape, from batch `first` on. shares: windows of each store in `PERIOD`, by name."""
 
     first: int
     seq_len: int
@@ -40,7 +42,7 @@ class Phase:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of a batch."""
+        """Shape of a batch."""
         return self.batch_size, self.seq_len
 
     def like(self, other: "Phase") -> bool:
@@ -48,11 +50,11 @@ class Phase:
 
 
 def phases(mixture: MixtureConfig, curriculum: CurriculumConfig, seq_len: int, batch_size: int) -> list[Phase]:
-    """What a config plans, from batch 0 on. Raises: Refused."""
+    """The phases that a config plans, from batch 0 on. Raises: Refused."""
     if mixture.stores and not mixture.weights:
-        raise Refused('mixture.weights is empty: say how much of each store, as "code 0.7, web 0.3".')
+        raise Refused('mixture.weights="" must give the weight of each store, for example "code 0.7, web 0.3".')
     if mixture.weights and not mixture.stores:
-        raise Refused('mixture.stores is empty, and mixture.weights is not: name the stores, as "code=/data/code".')
+        raise Refused('mixture.stores="" must name the stores of mixture.weights, for example "code=/data/code".')
     if mixture.stores:
         names = list(folders(mixture.stores))
         mixed = _schedule("mixture.weights", mixture.weights, lambda text: shares(text, names))
@@ -63,7 +65,7 @@ def phases(mixture: MixtureConfig, curriculum: CurriculumConfig, seq_len: int, b
     for key, schedule in (("seq_len", lengths), ("batch_size", sizes)):
         for value in schedule.values():
             if not 1 <= value < 1 << 31:
-                raise Refused(f"curriculum.{key} has {value}: it must be at least 1.")
+                raise Refused(f"curriculum.{key} has {value}: each value must be at least 1.")
     for length in lengths.values():
         if seq_len % length:
             raise Refused(
@@ -71,13 +73,17 @@ def phases(mixture: MixtureConfig, curriculum: CurriculumConfig, seq_len: int, b
             )
     found = []
     for first in sorted(mixed.keys() | lengths.keys() | sizes.keys()):
-        holds = [schedule[max(at for at in schedule if at <= first)] for schedule in (lengths, sizes, mixed)]
-        _append(found, Phase(first, *holds))
+        _append(found, Phase(first, _holding(lengths, first), _holding(sizes, first), _holding(mixed, first)))
     return found
 
 
-def _schedule(key: str, text: str, read: Callable) -> dict[int, object]:
-    """Of "0: A; 2000: B", or of "A" alone, what holds from which batch on. Raises: Refused."""
+def _holding(schedule: dict[int, T], batch: int) -> T:
+    """The value of a schedule at a batch."""
+    return schedule[max(at for at in schedule if at <= batch)]
+
+
+def _schedule(key: str, text: str, read: Callable[[str], T]) -> dict[int, T]:
+    """Parses "0: A; 2000: B", or "A" alone, to values by their first batch. Raises: Refused."""
     found = {}
     for part in text.split(";"):
         first, colon, value = part.rpartition(":")
@@ -88,8 +94,7 @@ def _schedule(key: str, text: str, read: Callable) -> dict[int, object]:
             found[at] = read(value)
         except ValueError:
             raise Refused(
-                f'{key} has "{part.strip()}", where "BATCH: VALUE" was expected, from 0 on and ascending: write for '
-                'example "0: A; 2000: B".'
+                f'{key} has "{part.strip()}"; "BATCH: VALUE" must start at 0 and ascend, for example "0: A; 2000: B".'
             ) from None
     return found
 
@@ -100,15 +105,15 @@ def _append(found: list[Phase], phase: Phase) -> None:
 
 
 def going_on(history: list[Phase], planned: list[Phase], batch: int) -> list[Phase]:
-    """The phases of a run that goes on with what is planned by now from a batch on; those before it stay.
+    """The phases of a run that resumes at a batch: earlier phases stay, later phases are as planned now.
 
-    Raises: Refused, for a history of more tokens than can be counted.
+    Raises: Refused, if the history has more tokens than can be counted.
     """
     found = [phase for phase in history if phase.first < batch]
-    tokens = sum((stop - first) * its.batch_size * its.seq_len for its, first, stop in parts(found, 0, batch))
+    tokens = sum((stop - first) * phase.batch_size * phase.seq_len for phase, first, stop in parts(found, 0, batch))
     if tokens >= MAX_TOKENS:
         raise Refused(
-            f"The checkpoint says that {shown(tokens)} tokens were read or skipped, and there can be {MAX_TOKENS}: put "
+            f"The checkpoint says that {shown(tokens)} tokens were read or skipped; at most {MAX_TOKENS} can be: put "
             "back the checkpoint that the run wrote."
         )
     last = [phase for phase in planned if phase.first <= batch][-1]
@@ -118,22 +123,22 @@ def going_on(history: list[Phase], planned: list[Phase], batch: int) -> list[Pha
 
 
 def parts(phases: list[Phase], first: int, stop: int) -> Iterator[tuple[Phase, int, int]]:
-    """The phases of batches `first` to `stop`, each with its own first batch and stop among them."""
+    """The phases that cover batches `first` to `stop`, each with its own first batch and stop within that range."""
     ends = [phase.first for phase in phases[1:]] + [stop]
-    for phase, end in zip(phases, ends):
+    for phase, end in zip(phases, ends, strict=False):
         begin, end = max(first, phase.first), min(stop, end)
         if begin < end:
             yield phase, begin, end
 
 
 def starts(phases: list[Phase]) -> list[dict[str, int]]:
-    """Of each phase how far each store is at its beginning, in tokens of the store's own endless order.
+    """For each phase, the position of each store at its start, in tokens of the store's own endless order.
 
-    Where the sequence length changes, a store goes on from the next multiple of the new one: less than a window is
-    left out.
+    Where the sequence length changes, a store continues at the next multiple of the new length, so less than a window
+    is left out.
     """
     found, at = [], dict.fromkeys((name for phase in phases for name in phase.shares), 0)
-    for phase, following in zip(phases, [*phases[1:], None]):
+    for phase, following in zip(phases, [*phases[1:], None], strict=False):
         at = {name: -(-tokens // phase.seq_len) * phase.seq_len for name, tokens in at.items()}
         found.append(at)
         if following:
@@ -143,12 +148,12 @@ def starts(phases: list[Phase]) -> list[dict[str, int]]:
 
 
 def saved(phases: list[Phase]) -> list[dict]:
-    """What a checkpoint has to hold: JSON values."""
+    """The phases as JSON values, for a checkpoint."""
     return [asdict(phase) for phase in phases]
 
 
 def read_saved(content: dict, seq_len: int, where: epath.Path) -> list[Phase]:
-    """The phases that a checkpoint in `where` holds. Raises: Refused."""
+    """The phases in the checkpoint at `where`. Raises: Refused."""
     remedy = "put back the checkpoint that the run wrote"
     untrusted.check_types(content, {"phases": list}, where, remedy)
     numbers = dict.fromkeys(("first", "seq_len", "batch_size"), int)

@@ -1,8 +1,8 @@
-"""Several token stores as one corpus, each in its share.
+"""Mixes several token stores into one corpus, each with its share.
 
-A mixture's weights are rounded to windows of 10,000 (largest remainder), and the windows of the stores are laid out
-once in that period, each store's evenly spread over it. So of any 10,000 windows in a row each store has exactly its
-share, and which store a window is of, as well as how many its store gave before, are read from a table.
+A mixture's weights are rounded to windows out of 10,000 (largest remainder). The windows of the stores are laid out
+once in that period, each store's evenly spread. In any 10,000 consecutive windows each store has exactly its share. A
+table gives the store of a window, and how many windows that store gave before.
 """
 
 import functools
@@ -23,11 +23,11 @@ NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Token stores to train on together, in place of the one of the section `data`.
+    """Token stores to train on together, in place of the store of the section `data`.
 
-    stores: their names and folders, local or gs://, as "code=/data/code, web=gs://bucket/web"; empty is no mixture.
-    weights: how much of each, in any unit, as "code 0.7, web 0.3". They may change from a batch on:
-        "0: code 0.7, web 0.3; 5000: web 1".
+    stores: names and folders, local or gs://, for example "code=/data/code, web=gs://bucket/web"; empty: no mixture.
+    weights: the weight of each store, in any unit, for example "code 0.7, web 0.3". Weights may change from a batch
+        on: "0: code 0.7, web 0.3; 5000: web 1".
     """
 
     stores: str = ""
@@ -36,7 +36,7 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The token stores of a run by name, made by one tokenizer; one that is no mixture has the name ""."""
+    """The token stores of a run by name, made by one tokenizer; without a mixture, one store with the name ""."""
 
     stores: dict[str, Store]
 
@@ -46,7 +46,7 @@ class Corpus:
 
     @classmethod
     def open(cls, stores: str) -> "Corpus":
-        """The corpus of a `mixture.stores`. Raises: Refused, also where two tokenizers made it."""
+        """Opens the stores of `mixture.stores`. Raises: Refused, also if their tokenizers differ."""
         opened = {name: Store.open(folder) for name, folder in folders(stores).items()}
         (first, one), *others = opened.items()
         for name, store in others:
@@ -58,7 +58,7 @@ class Corpus:
         return cls(opened)
 
     def check_windows(self, seq_len: int) -> None:
-        """Raises: Refused, for a store that has less than one window to train on."""
+        """Raises: Refused, for a store with less than one training window."""
         for store in self.stores.values():
             tokens = store.split("train").tokens
             if tokens < seq_len + 1:
@@ -69,25 +69,25 @@ class Corpus:
 
 
 def folders(stores: str) -> dict[str, epath.Path]:
-    """The folders of a `mixture.stores` by name. Raises: Refused."""
+    """The folders of `mixture.stores` by name. Raises: Refused."""
     found = {}
     for part in stores.split(","):
         name, equals, folder = (word.strip() for word in part.partition("="))
         if not (NAME.fullmatch(name) and equals and folder):
             raise Refused(
-                f'mixture.stores has "{part.strip()}", which is no NAME=FOLDER: write for example '
+                f'mixture.stores has "{part.strip()}", which must be NAME=FOLDER: write for example '
                 '"code=/data/code, web=/data/web".'
             )
         if name in found:
             raise Refused(
-                f"mixture.stores names {name} twice, {found[name]} and {folder}: give each a name of its own."
+                f"mixture.stores names {name} twice, {found[name]} and {folder}: give each store its own name."
             )
         found[name] = epath.Path(folder)
     return found
 
 
 def shares(weights: str, names: list[str]) -> dict[str, int]:
-    """Of weights such as "code 0.7, web 0.3" the windows of each store in a period. Raises: Refused."""
+    """Windows of each store in a period, for weights such as "code 0.7, web 0.3". Raises: Refused."""
     found = {}
     for part in weights.split(","):
         name, _, number = part.strip().partition(" ")
@@ -95,16 +95,16 @@ def shares(weights: str, names: list[str]) -> dict[str, int]:
             weight = float(number)
         except ValueError:
             raise Refused(
-                f'mixture.weights has "{part.strip()}", which is no NAME NUMBER: write for example "code 0.7, web 0.3".'
+                f'mixture.weights has "{part.strip()}", which must be NAME NUMBER, for example "code 0.7, web 0.3".'
             ) from None
         if name not in names:
             raise Refused(
-                f"mixture.weights has {name}, which is none of the stores {', '.join(names)}.{nearest(name, names)}"
+                f"mixture.weights has {name}, which must be one of the stores {', '.join(names)}.{nearest(name, names)}"
             )
         if name in found:
-            raise Refused(f"mixture.weights has {name} twice, {found[name]:g} and {weight:g}: say it once.")
+            raise Refused(f"mixture.weights has {name} twice, {found[name]:g} and {weight:g}: give one weight.")
         if not 0 < weight < math.inf:
-            raise Refused(f"mixture.weights has {name} {number.strip()}: a weight is more than 0; leave {name} out.")
+            raise Refused(f"mixture.weights has {name} {number.strip()}; a weight must be above 0; leave {name} out.")
         found[name] = weight
     total = sum(found.values())
     exact = {name: PERIOD * (weight / total) for name, weight in found.items()}
@@ -121,8 +121,8 @@ def shares(weights: str, names: list[str]) -> dict[str, int]:
 
 
 def taken(shares: dict[str, int], windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of windows, counted from where the shares began to hold: the store of each, by its place in `shares`, and how
-    many of that store's were before it."""
+    """For windows counted from where the shares began to hold: the store of each, by its place in `shares`, and the
+    number of that store's windows before it."""
     store_of, before = _period(tuple(shares.values()))
     period, inside = np.divmod(windows, PERIOD)
     stores = store_of[inside]
@@ -130,16 +130,16 @@ def taken(shares: dict[str, int], windows: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def given(shares: dict[str, int], windows: int) -> dict[str, int]:
-    """How many of the first so many windows are of each store."""
+    """How many of the first `windows` windows each store has."""
     store_of, _ = _period(tuple(shares.values()))
     period, inside = divmod(windows, PERIOD)
     rest = np.bincount(store_of[:inside], minlength=len(shares)).tolist()
-    return {name: period * share + more for (name, share), more in zip(shares.items(), rest)}
+    return {name: period * share + more for (name, share), more in zip(shares.items(), rest, strict=True)}
 
 
 @functools.cache
 def _period(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The store of each window of a period, and how many of its store are before it in the period."""
+    """The store of each window of a period, and how many windows of the same store precede it in the period."""
     number = np.concatenate([np.arange(share) for share in shares])
     store = np.repeat(np.arange(len(shares)), shares)
     order = np.argsort((number + 0.5) / np.repeat(shares, shares), kind="stable")

@@ -1,10 +1,10 @@
-"""How the documents of a store are laid out in rows of a fixed length.
+"""Lays out the documents of a store in rows of a fixed length.
 
-`concat` puts them end to end and cuts every T tokens: no padding, and documents are cut wherever a row ends. `best_fit`
-keeps documents whole: a longer one than a row is cut into full rows and a rest, and each rest or document goes, largest
-first, where it leaves the least room (best-fit decreasing, as Ding et al. 2024, "Fewer Truncations Improve Language
-Modeling", do). A row is a few spans of a store's tokens; of either layout every token but the first is a target once an
-epoch, and nothing is looked at across documents.
+`concat` puts documents end to end and cuts every T tokens: no padding, but documents are cut wherever a row ends.
+`best_fit` keeps documents whole. A document longer than a row is cut into full rows and a rest. Each rest or document
+goes, largest first, where it leaves the least free space (best-fit decreasing, as in Ding et al. 2024, "Fewer
+Truncations Improve Language Modeling"). A row is a few spans of a store's tokens. In both layouts every token but the
+first is a target once an epoch, and nothing attends across documents.
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,26 @@ METHODS = "concat", "best_fit"
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How documents make up rows. method: `concat` or `best_fit`."""
+    """How documents make up rows."""
 
-    method: str = "concat"
+    method: str = "concat"  # concat (end to end) or best_fit (whole documents)
 
 
 def check(config: PackingConfig) -> None:
     """Raises: Refused."""
     if config.method not in METHODS:
         raise Refused(
-            f'packing.method="{config.method}" is none of {", ".join(METHODS)}.{nearest(config.method, METHODS)}'
+            f'packing.method="{config.method}" must be one of {", ".join(METHODS)}.{nearest(config.method, METHODS)}'
         )
 
 
 class Spans(NamedTuple):
-    """What some rows are made of: arrays of one length, in the order of the rows.
+    """The spans of some rows: arrays of one length, in the order of the rows.
 
-    rows: the row that a span is in, by its place among those asked for. places: where it begins there. starts: its first
-    token in the store. lengths: how many tokens; the target of each is the one that follows it in the store.
+    rows: index of the span's row among the rows that were asked for.
+    places: where the span begins in that row.
+    starts: first token of the span in the store.
+    lengths: tokens of the span; the target of each is the token that follows it in the store.
     """
 
     rows: np.ndarray
@@ -47,23 +49,26 @@ class Spans(NamedTuple):
 
 
 class Concat:
-    """Windows end to end. rows: how many of `length` there are."""
+    """Windows end to end. rows: number of windows of `length` tokens."""
 
     def __init__(self, tokens: int, length: int):
         self._tokens, self._length = tokens, length
         self.rows = -(-(tokens - 1) // length)
 
     def spans(self, rows: np.ndarray, first: np.ndarray, length: int) -> Spans:
-        """Of these rows the places from `first` on, so many of each."""
+        """The spans of `rows` from place `first` on, `length` places of each row."""
         starts = np.minimum(rows * self._length + first, self._tokens - 1)
         nothing = np.zeros(len(rows), np.int64)
         return Spans(np.arange(len(rows)), nothing, starts, np.minimum(length, self._tokens - 1 - starts))
 
 
 class BestFit:
-    """Whole documents. rows: how many of `length` there are; truncated: share of the documents that are cut.
+    """Whole documents.
 
-    Takes about 90 bytes of memory a document while it is made, on every host (87 MiB for a million).
+    rows: number of rows of `length` tokens.
+    truncated: share of the documents that are cut.
+
+    Construction takes about 90 bytes of memory a document, on every host (87 MiB for a million).
     """
 
     def __init__(self, document_starts: np.ndarray, tokens: int, length: int):
@@ -72,11 +77,11 @@ class BestFit:
         order = np.argsort(row_of, kind="stable")
         self._starts, self._lengths = self._starts[order], self._lengths[order]
         self.rows = int(row_of.max()) + 1
-        # The first piece of each row, and of one with none after the last.
+        # The first piece of each row; the extra entries give a row after the last one no pieces.
         self._first = np.searchsorted(row_of[order], np.arange(self.rows + 2))
 
     def spans(self, rows: np.ndarray, first: np.ndarray, length: int) -> Spans:
-        """Of these rows the places from `first` on, so many of each; after the last there is nothing in them."""
+        """The spans of `rows` from place `first` on, `length` places of each; rows after the last are empty."""
         rows = np.minimum(rows, self.rows)
         counts = self._first[rows + 1] - self._first[rows]
         row = np.repeat(np.arange(len(rows)), counts)
@@ -86,7 +91,7 @@ class BestFit:
         ends = np.cumsum(lengths)
         begins = ends - lengths
         place = begins - begins[np.repeat(before, counts)] - first[row]
-        cut = np.maximum(-place, 0)  # what of a span is before the part that is asked for
+        cut = np.maximum(-place, 0)  # tokens of a span that lie before the requested places
         lengths = np.minimum(lengths, length - place) - cut
         some = lengths > 0
         return Spans(row[some], (place + cut)[some], (starts + cut)[some], lengths[some])
@@ -96,21 +101,21 @@ Packing = Concat | BestFit
 
 
 def packed(config: PackingConfig, split: Split, length: int) -> Packing:
-    """The rows of a split; those of `best_fit` take half a second for a million documents (benchmarks/NOTES.md, Packing)."""
+    """Lays out a split; `best_fit` takes half a second for a million documents (benchmarks/NOTES.md, Packing)."""
     if config.method == "concat":
         return Concat(split.tokens, length)
     return BestFit(split.document_starts(), split.tokens, length)
 
 
 def _ends(document_starts: np.ndarray, tokens: int) -> np.ndarray:
-    """Where each document ends as inputs."""
+    """Where each document ends, counted in inputs."""
     ends = np.append(document_starts[1:], tokens)
     ends[-1] -= 1  # the last token is a target only
     return ends
 
 
 def _pieces(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, ...]:
-    """Where each piece of a document begins, its length and its row, and the size of each document; rows of one whole
+    """The start, the length and the row of each piece of a document, and the size of each document. Rows of one full
     piece come first."""
     sizes = _ends(document_starts, tokens) - document_starts
     full, rest = np.divmod(sizes, length)
@@ -127,16 +132,17 @@ def _pieces(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.n
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     """The row of each item by best-fit decreasing: int64, rows numbered from 0.
 
-    Items of one size are placed together. The row with the least room for an item stays the one with the least until no
-    more go into it; so all rows of equal room are filled in one operation, and the time is one of sizes and not of items.
+    Items of one size are placed together. The row with the least space for an item keeps the least until no more items
+    fit. So all rows of equal space are filled in one operation, and the time depends on the number of different sizes.
 
     Args:
-      sizes: from 1 to `length`.
+      sizes: each from 1 to `length`.
+      length: size of a row.
     """
     order = np.argsort(-sizes, kind="stable")
     row_of, rows, at = np.empty(len(sizes), np.int64), 0, 0
-    room = {}  # of rows by what is free in them: their numbers, in the order in which they came to it
-    for size, count in zip(*(found[::-1].tolist() for found in np.unique(sizes, return_counts=True))):
+    room = {}  # row numbers by the free space of the rows, in the order in which rows came to that space
+    for size, count in zip(*(found[::-1].tolist() for found in np.unique(sizes, return_counts=True)), strict=True):
         items = order[at : at + count]
         at, done = at + count, 0
         for free in sorted(free for free in room if free >= size):
@@ -152,8 +158,8 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 
 
 def _fill(room: dict[int, list], free: int, size: int, items: np.ndarray, done: int, row_of: np.ndarray) -> int:
-    """Puts items from the `done`-th on into the rows with so much room, as long as there are any; returns how many are
-    placed by then."""
+    """Puts items from the `done`-th on into the rows with `free` space, until rows or items run out; returns how many
+    items are placed by then."""
     rows = np.concatenate(room.pop(free))
     each = free // size
     placed = items[done : done + each * len(rows)]
@@ -170,7 +176,7 @@ def _fill(room: dict[int, list], free: int, size: int, items: np.ndarray, done: 
 
 
 class Report(NamedTuple):
-    """Shares of a layout: of the places of all rows that are padding, and of the documents that are cut."""
+    """Costs of a layout. padding: share of all places; truncated: share of the documents that are cut."""
 
     rows: int
     padding: float
@@ -178,7 +184,7 @@ class Report(NamedTuple):
 
 
 def report(packing: Packing, split: Split, length: int) -> Report:
-    """What a layout of a split's documents costs."""
+    """The costs of a layout of a split's documents."""
     if isinstance(packing, BestFit):
         truncated = packing.truncated
     else:
@@ -187,7 +193,7 @@ def report(packing: Packing, split: Split, length: int) -> Report:
     return Report(packing.rows, 1 - (split.tokens - 1) / (packing.rows * length), truncated)
 
 
-def told(method: str, found: Report) -> str:
-    """What a method costs, as a line."""
+def report_line(method: str, found: Report) -> str:
+    """The costs of a method as a line of text."""
     share = f"{found.padding:.2%} padding, {found.truncated:.1%} of the documents cut"
     return f"{method}: {found.rows:,} rows, {share}"

@@ -1,8 +1,8 @@
-"""The order of a store's rows in each epoch: a permutation that is a formula.
+"""The order of a store's rows in each epoch: a permutation given by a formula.
 
-It is the one of `grain.experimental.index_shuffle`, which computes one index at a time and its keys anew for each: a
-Feistel network with the round function of the SIMON cipher (Beaulieu et al. 2013), walked until it is within the range
-(Black and Rogaway 2002). Computed here for a block of indexes at once, at some twentieth of the time.
+The permutation is that of `grain.experimental.index_shuffle`: a Feistel network with the round function of the SIMON
+cipher (Beaulieu et al. 2013), walked until the value is within the range (Black and Rogaway 2002). Grain computes one
+index at a time and derives the keys for each; a block of indexes at once takes about a twentieth of the time.
 """
 
 import functools
@@ -11,15 +11,15 @@ import numpy as np
 
 BLOCK = 1 << 12  # indexes computed together
 ROUNDS = 4
-SMALL = 1 << 13  # up to here a network of 16 bits is so much wider that its walks are long
+SMALL = 1 << 13  # up to this size, a network of 16 bits is so much wider that its walks are long
 
 
 def shuffled(examples: np.ndarray, num_rows: int, seed: int, store: str) -> np.ndarray:
-    """The row of each example, of which an epoch has `num_rows`; each seed, epoch and store has an order of its own."""
+    """The row of each example, with `num_rows` in an epoch; the order differs by seed, epoch and store."""
     epochs, inside = np.divmod(examples, num_rows)
     blocks, places = np.divmod(inside, BLOCK)
     found = np.empty_like(examples)
-    for epoch, block in {*zip(epochs.tolist(), blocks.tolist())}:
+    for epoch, block in {*zip(epochs.tolist(), blocks.tolist(), strict=True)}:
         here = (epochs == epoch) & (blocks == block)
         found[here] = _block(num_rows, _key(seed, epoch, store), block)[places[here]]
     return found
@@ -36,7 +36,7 @@ def _block(num_rows: int, key: int, number: int) -> np.ndarray:
 
 
 def permuted(indexes: np.ndarray, largest: int, key: int) -> np.ndarray:
-    """The places of some indexes in the permutation of 0 to `largest` that a key of 32 bits makes: int64."""
+    """Applies the permutation of 0 to `largest` with a key of 32 bits to some indexes: int64."""
     half = max(largest.bit_length() + largest.bit_length() % 2, 16) // 2
     keys = [np.uint64(each & ((1 << half) - 1)) for each in _round_keys(key)]
     if largest < SMALL:
@@ -48,7 +48,7 @@ def permuted(indexes: np.ndarray, largest: int, key: int) -> np.ndarray:
 
 
 def _walked(indexes: list[int], largest: int, half: int, keys: list[np.uint64]) -> list[int]:
-    """The same by a table of the whole network, in which all walks together have no more steps than it has entries."""
+    """Does the walks of `permuted` by a table of the whole network, so all of them together take few steps."""
     table = _network(np.arange(1 << 2 * half, dtype=np.uint64), half, keys).tolist()
     places = []
     for index in indexes:
@@ -60,31 +60,43 @@ def _walked(indexes: list[int], largest: int, half: int, keys: list[np.uint64]) 
 
 
 def _network(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
-    """A permutation of the numbers of twice `half` bits."""
+    """A permutation of the numbers with twice `half` bits."""
     mask, bits = np.uint64((1 << half) - 1), np.uint64(half)
-    turned = lambda word, by: (word << np.uint64(by) | word >> np.uint64(half - by)) & mask
-    mixed = lambda word: turned(word, 1) & turned(word, 8) ^ turned(word, 2)
     left, right = values >> bits, values & mask
-    for one, other in zip(keys[::2], keys[1::2]):
-        left = left ^ mixed(right) ^ one
-        right = right ^ mixed(left) ^ other
+    for one, other in zip(keys[::2], keys[1::2], strict=True):
+        left = left ^ _mixed(right, half) ^ one
+        right = right ^ _mixed(left, half) ^ other
     return left << bits | right
 
 
+def _mixed(word: np.ndarray, half: int) -> np.ndarray:
+    """SIMON's round function on words of `half` bits."""
+    return _turned(word, 1, half) & _turned(word, 8, half) ^ _turned(word, 2, half)
+
+
+def _turned(word: np.ndarray, by: int, half: int) -> np.ndarray:
+    """Rotates words of `half` bits to the left."""
+    mask = np.uint64((1 << half) - 1)
+    return (word << np.uint64(by) | word >> np.uint64(half - by)) & mask
+
+
 def _round_keys(key: int) -> list[int]:
-    """What C++'s `std::seed_seq{key}` generates: ROUNDS numbers of 32 bits (ISO C++ 17, 29.6.7.1), of which there are so
-    few that its steps are these."""
+    """The ROUNDS numbers of 32 bits that C++'s `std::seed_seq{key}` generates (ISO C++ 17, 29.6.7.1). For so few
+    numbers the algorithm has these steps."""
     n, word = ROUNDS, (1 << 32) - 1
     made = [0x8B8B8B8B] * n
-    fold = lambda number: number ^ number >> 27
     for k in range(n):
         here, after, second, before = k % n, (k + 1) % n, (k + 2) % n, (k - 1) % n
-        one = 1664525 * fold(made[here] ^ made[after] ^ made[before]) & word
+        one = 1664525 * _folded(made[here] ^ made[after] ^ made[before]) & word
         two = one + (1, 1 + key, 2, 3)[k] & word
         made[after], made[second], made[here] = made[after] + one & word, made[second] + two & word, two
     for k in range(n, 2 * n):
         here, after, second, before = k % n, (k + 1) % n, (k + 2) % n, (k - 1) % n
-        one = 1566083941 * fold(made[here] + made[after] + made[before] & word) & word
+        one = 1566083941 * _folded(made[here] + made[after] + made[before] & word) & word
         two = one - here & word
         made[after], made[second], made[here] = made[after] ^ one, made[second] ^ two, two
     return made
+
+
+def _folded(number: int) -> int:
+    return number ^ number >> 27

@@ -1,11 +1,11 @@
 """Batches of a corpus as a function of their number.
 
-The tokens of a store make up rows (`packing.py`), for example windows: window i covers the tokens from i*T to i*T + T,
-both included, so that every token but the first is predicted once an epoch. Training takes the rows of each store in an
-order shuffled anew each epoch, and which store the next row is of is a formula too. As any batch can be looked up, where we are is the only
-thing to save: the same batches come back on any number of hosts and after any restart.
+The tokens of a store make up rows (`packing.py`), for example windows. Window i covers the tokens from i*T to i*T + T,
+both included, so every token but the first is predicted once an epoch. Training shuffles the rows of each store anew in
+each epoch, and a formula says which store the next row comes from. Any batch can be looked up, so the position is the
+only thing to save: the same batches come back on any number of hosts and after any restart.
 
-A phase of shorter sequences takes the same rows in the same order, each cut into as many as make it up.
+A phase of shorter sequences takes the same rows in the same order, each row cut into as many parts as fit.
 """
 
 import collections
@@ -30,7 +30,7 @@ from gptjax.tokenizers.tokenizer import Tokenizer
 
 
 class Source(NamedTuple):
-    """Where a row of a batch comes from: spans of the tokens of a store, by the place of each in the row."""
+    """The origin of a row of a batch: spans of the tokens of a store, with the place of each in the row."""
 
     store: str
     spans: list[tuple[int, int, int]]  # place, start, length
@@ -48,7 +48,13 @@ class Stream:
         packing: PackingConfig = PackingConfig(),
         augment: AugmentConfig = AugmentConfig(),
     ):
-        """seq_len: the longest, of which the rows are that are shuffled. Raises: Refused, for a store of less than one."""
+        """Lays out the stores.
+
+        Args:
+          seq_len: the longest sequence length; rows of this length are shuffled.
+
+        Raises: Refused, for a store with less than one row.
+        """
         corpus.check_windows(seq_len)
         self.corpus, self.phases, self._starts = corpus, phases, curriculum.starts(phases)
         self._seq_len, self._seed = seq_len, seed
@@ -57,31 +63,32 @@ class Stream:
             if augment.on and store.split("train").has_prompts:
                 raise Refused(
                     f"{store.folder} has prompts, and augment={shown(asdict(augment))} would not know where they end: "
-                    "put it off."
+                    "turn it off."
                 )
         self.packed = {name: packed(packing, store.split("train"), seq_len) for name, store in corpus.stores.items()}
 
     def phase(self, index: int) -> Phase:
-        """The phase that batch `index` is of."""
+        """The phase of batch `index`."""
         return [phase for phase in self.phases if phase.first <= index][-1]
 
     def batch(self, index: int, rows: np.ndarray) -> Batch:
-        """Some rows of batch `index`, as they are trained on.
+        """Some rows of batch `index`, as used for training.
 
-        rows: indexes into the global batch, those that this process holds, in its order. A batch may take its last rows
+        rows: indexes into the global batch: the rows of this process, in its order. The last rows of a batch may come
         from the next epoch.
         """
         batch = self.plain(index, rows)
         if self._augment and len(rows):
-            told = [
-                self._augment.row(index, int(row), *its)
-                for row, *its in zip(rows, batch.inputs, batch.targets, batch.segments)
+            changed = [
+                self._augment.row(index, int(row), *fields)
+                for row, *fields in zip(rows, batch.inputs, batch.targets, batch.segments, strict=True)
             ]
-            batch = _batch(*(np.stack(each) for each in zip(*told)))
+            inputs, targets, opens, real = (np.stack(each) for each in zip(*changed, strict=True))
+            batch = _batch(inputs, targets, opens, real)
         return batch
 
     def plain(self, index: int, rows: np.ndarray) -> Batch:
-        """The same before augmentation."""
+        """The rows of `batch` before augmentation."""
         seq_len, tokenizer = self.phase(index).seq_len, self.corpus.tokenizer
         whole = None
         for name, places, spans in self._spans(index, rows):
@@ -89,38 +96,38 @@ class Stream:
             if len(places) == len(rows):
                 return part
             whole = padding(len(rows), seq_len) if whole is None else whole
-            for field, its in zip(whole, part):
-                field[places] = its
+            for field, values in zip(whole, part, strict=True):
+                field[places] = values
         return padding(0, seq_len) if whole is None else whole
 
     def _spans(self, index: int, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, Spans]]:
-        """By store the places in `rows` that are its, and what these rows are made of."""
-        phase, at = [pair for pair in zip(self.phases, self._starts) if pair[0].first <= index][-1]
+        """For each store, its places in `rows` and the spans of the rows there."""
+        phase, at = [pair for pair in zip(self.phases, self._starts, strict=True) if pair[0].first <= index][-1]
         stores, before = mixture.taken(phase.shares, (index - phase.first) * phase.batch_size + rows)
         for number, name in enumerate(phase.shares):
             (places,) = np.nonzero(stores == number)
             if len(places):
                 if name not in self.packed:
                     raise Refused(
-                        f"batch {index} has rows of the store {name}, which mixture.stores does not have any more: add "
-                        f"it there, as {name}=FOLDER; mixture.weights may leave it out."
+                        f"batch {index} has rows of the store {name}, which mixture.stores no longer has: add "
+                        f"{name}=FOLDER there; mixture.weights may leave {name} out."
                     )
                 examples, first = np.divmod(at[name] + before[places] * phase.seq_len, self._seq_len)
                 order = shuffled(examples, self.packed[name].rows, self._seed, name)
                 yield name, places, self.packed[name].spans(order, first, phase.seq_len)
 
     def sources(self, index: int) -> list[Source]:
-        """Where each row of batch `index` comes from."""
+        """The origin of each row of batch `index`."""
         rows = np.arange(self.phase(index).batch_size)
         found = [Source("", [])] * len(rows)
         for name, places, spans in self._spans(index, rows):
             for number, place in enumerate(places):
-                its = zip(*(field[spans.rows == number].tolist() for field in spans[1:]))
-                found[place] = Source(name, [span for span in its if span[2]])
+                spans_of_row = zip(*(field[spans.rows == number].tolist() for field in spans[1:]), strict=True)
+                found[place] = Source(name, [span for span in spans_of_row if span[2]])
         return found
 
     def documents(self, index: int) -> list[dict]:
-        """Name and offset of each document that batch `index` has tokens of, by store and in their order there."""
+        """Name and offset of each document with tokens in batch `index`, by store, in the store's order."""
         numbers = {name: set() for name in self.corpus.stores}
         for source in self.sources(index):
             split = self.corpus.stores[source.store].split("train")
@@ -137,7 +144,7 @@ class Stream:
 def iterate(
     read: Callable[[int], Batch], start: int, stop: int, threads: int = 2, prefetch: int = 8
 ) -> Iterator[Batch]:
-    """What `read` gives for `start` to `stop`, in order, `prefetch` of them read ahead by `threads`."""
+    """Yields `read(start)` to `read(stop - 1)` in order, with `prefetch` of them read ahead by `threads`."""
     pool = ThreadPoolExecutor(threads, "stream")
     try:
         waiting = collections.deque()
@@ -152,9 +159,9 @@ def iterate(
 
 
 def heldout_batches(store: Store, *, seq_len: int, batch_size: int, rows: np.ndarray) -> Sequence[Batch]:
-    """All held-out windows in order, of each batch only `rows`; rows after the last window have weight 0.
+    """All held-out windows in order, only `rows` of each batch; rows after the last window have weight 0.
 
-    Of a store with prompts they are the rows of `best_fit`, whatever training reads, so that each response is judged
+    A store with prompts is read in rows of `best_fit`, whatever the training layout, so that each response is judged
     after its prompt.
     """
     return _HeldoutBatches(store, seq_len, batch_size, np.asarray(rows))
@@ -178,8 +185,8 @@ class _HeldoutBatches(Sequence):
 
 
 def _rows(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
-    """The batch of so many rows that are made of these spans, from the left on."""
-    batch = _told(split, spans, rows, seq_len, tokenizer)
+    """The batch of `rows` rows made of some spans, filled from the left."""
+    batch = _unweighted(split, spans, rows, seq_len, tokenizer)
     if not split.has_prompts:
         return batch
     weights = np.zeros((rows, seq_len), np.float32)
@@ -188,21 +195,21 @@ def _rows(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokeni
 
 
 def _places(spans: Spans, seq_len: int) -> np.ndarray:
-    """Where the tokens of spans, end to end, are in rows of so many, end to end."""
+    """The index of each token of some spans in rows of `seq_len` that are laid end to end."""
     ends = np.cumsum(spans.lengths)
     begins = spans.rows * seq_len + spans.places - (ends - spans.lengths)
     return np.repeat(begins, spans.lengths) + np.arange(spans.lengths.sum())
 
 
-def _told(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
-    """The same with a weight of 1 for all targets."""
+def _unweighted(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokenizer) -> Batch:
+    """The batch of some spans, with prompts weighted like other tokens."""
     tokens = split.spans(spans.starts, spans.lengths + 1)
     if len(spans.starts) == rows and (spans.lengths == seq_len).all():
         tokens = tokens.reshape(rows, seq_len + 1)
         opens = tokens[:, :-1] == tokenizer.end_of_text
         opens[:, 0] = True
         tokens = tokens.astype(np.int32)
-        return _batch(_begun(tokens[:, :-1], tokenizer), tokens[:, 1:], opens)
+        return _batch(_with_begin(tokens[:, :-1], tokenizer), tokens[:, 1:], opens)
     inputs, targets = np.zeros((2, rows, seq_len), np.int32)
     opens = np.zeros((rows, seq_len), bool)
     at, places = spans.rows * seq_len + spans.places, _places(spans, seq_len)
@@ -213,11 +220,11 @@ def _told(split: Split, spans: Spans, rows: int, seq_len: int, tokenizer: Tokeni
     opens.ravel()[at[spans.lengths > 0]] = True
     opens[:, 0] = True
     real = np.bincount(spans.rows, spans.lengths, rows).astype(np.int64)
-    return _batch(_begun(inputs, tokenizer), targets, opens, real)
+    return _batch(_with_begin(inputs, tokenizer), targets, opens, real)
 
 
-def _begun(inputs: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Inputs with what opens a document for a model, in place of the end-of-text that does in a store."""
+def _with_begin(inputs: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Replaces the end-of-text that opens documents in a store by the token that opens documents for the model."""
     if tokenizer.begin == tokenizer.end_of_text:
         return inputs
     return np.where(inputs == tokenizer.end_of_text, np.int32(tokenizer.begin), inputs)
@@ -226,11 +233,12 @@ def _begun(inputs: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def _batch(inputs: np.ndarray, targets: np.ndarray, opens: np.ndarray, real: np.ndarray | None = None) -> Batch:
     """The batch of some rows.
 
-    Computed by documents and not by tokens, of which there are some hundred times as many (benchmarks/NOTES.md).
+    Computed by documents instead of tokens, since there are some hundred times fewer of them (benchmarks/NOTES.md).
 
     Args:
-      opens: bool [rows, seq_len], where documents begin; the first place of a row is one. real: how many places of each
-        row are no padding, from the left on; None for all.
+      inputs, targets: int32 [rows, seq_len].
+      opens: bool [rows, seq_len], where documents begin; True in the first place of each row.
+      real: int64 [rows], how many places of each row, from the left, are not padding; None means all.
     """
     rows, seq_len = inputs.shape
     at = np.flatnonzero(opens).astype(np.int32)

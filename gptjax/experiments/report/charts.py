@@ -1,6 +1,7 @@
-"""Curves as inline SVG by matplotlib, in colours that the page's style gives, and their numbers for the page's script."""
+"""Draws curves as inline SVG by matplotlib, in the style's colours, with their numbers for the page's script."""
 
 import io
+import itertools
 import math
 import re
 from array import array
@@ -31,12 +32,12 @@ STYLE = {
 
 
 def colour(number: int) -> str:
-    """The variable of the style that a run is drawn in."""
+    """Returns the style's variable for the colour of a run."""
     return f"var(--run{number % COLOURS})"
 
 
 def charts(runs: list[Run]) -> list[dict]:
-    """Of each chart that has numbers its title, svg, and data: what the script needs to show values under the pointer."""
+    """Returns title, svg and data of each chart with numbers; the script shows the data under the pointer."""
     wanted = [
         ("Training loss, nats a token", "loss", False),
         ("Held-out loss, nats a token", "eval_loss", False),
@@ -66,7 +67,7 @@ def _chart(title: str, key: str, log: bool, runs: list[Run]) -> dict:
                 lowest.append(values)
                 steps, values = thinned(Curve(curve.steps, smoothed(curve.values)), most)
             drawn.append(values)
-            seldom = key.startswith("eval") and len(steps) <= 40 or len(steps) == 1
+            seldom = (key.startswith("eval") and len(steps) <= 40) or len(steps) == 1
             marker = dict(marker="o", markersize=3) if seldom else {}
             axes.plot(steps, values, **line, **marker, linewidth=1.6)
             series.append({"run": number, "x": steps.tolist(), "y": [float(f"{value:.5g}") for value in values]})
@@ -83,7 +84,7 @@ def _chart(title: str, key: str, log: bool, runs: list[Run]) -> dict:
 
 
 def _scale(axes, key: str, log: bool, lowest: list, drawn: list) -> None:
-    """The range of the values. That of a loss leaves out its first fall, which would press the rest to the ground."""
+    """Sets the range of the values. The range of a loss leaves out the first fall, which would flatten the rest."""
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -100,20 +101,20 @@ def _scale(axes, key: str, log: bool, lowest: list, drawn: list) -> None:
 
 
 def thinned(curve: Curve, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many points of a curve, in their order: of each stretch the lowest and the highest, and the ends."""
+    """Thins a curve to at most `most` points: the lowest and highest of each stretch, and both ends, in order."""
     steps, values = np.asarray(curve.steps), np.asarray(curve.values)
     if len(steps) <= most:
         return steps, values
     edges = np.linspace(0, len(values), (most - 2) // 2 + 1).astype(int)
     kept = {0, len(values) - 1}
-    for first, stop in zip(edges, edges[1:]):
+    for first, stop in itertools.pairwise(edges):
         kept |= {first + int(np.argmin(values[first:stop])), first + int(np.argmax(values[first:stop]))}
     kept = sorted(kept)
     return steps[kept], values[kept]
 
 
 def smoothed(values: array) -> np.ndarray:
-    """The mean over a window of a fiftieth of the values, shorter at the ends."""
+    """Returns the mean over a window of a fiftieth of the values, shorter at the ends."""
     values, half = np.asarray(values), max(len(values) // 100, 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -122,7 +123,7 @@ def smoothed(values: array) -> np.ndarray:
 
 
 def _inline(svg: str) -> str:
-    """The svg element alone, as wide as its place, with the style's variables for the stand-ins."""
+    """Returns the svg element alone, in full width, with the style's variables in place of the stand-ins."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
@@ -133,7 +134,7 @@ def _inline(svg: str) -> str:
 
 
 def rounded(value: float) -> str:
-    """A number as a person reads it: four digits, and 12.3k, 4.56M for large ones."""
+    """Formats a number for a reader: four digits, and 12.3k or 4.56M for large numbers."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0 or 1e-3 <= abs(value) < 1e4:

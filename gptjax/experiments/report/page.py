@@ -1,7 +1,7 @@
-"""`gptjax report`: one HTML page on one or several runs, which needs nothing beside itself.
+"""`gptjax report`: makes one self-contained HTML page about one or several runs.
 
-All text comes through a template that escapes it, since samples, paths and values may hold anything; the page's policy
-lets a browser run the page's own script alone, and load nothing.
+A template escapes all text, since samples, paths and values may hold anything. The page's policy lets a browser run
+only the page's script, and load nothing.
 """
 
 import base64
@@ -23,19 +23,19 @@ from gptjax.experiments.report.runs import Run, differences, median, read
 from gptjax.runtime import files
 
 HERE = pathlib.Path(__file__).parent
-SAMPLE_CHARS = 4000  # of a run, that are shown
+SAMPLE_CHARS = 4000  # characters of a run's samples on the page
 CELL_CHARS = 200
-MAX_ROWS = 300  # of a table
+MAX_ROWS = 300  # rows of a table
 
 
 def write(folders: list[epath.Path], target: epath.Path) -> None:
-    """Writes the page over what is there. Raises: Refused."""
+    """Writes the page, and replaces an existing file. Raises: Refused."""
     check_target(target)
     files.write_whole(target, page(read(folders)).encode())
 
 
 def check_target(target: epath.Path) -> None:
-    """Raises: Refused, where no file of that name can be written."""
+    """Raises: Refused, if no file of this name can be written."""
     if target.is_dir():
         raise Refused(f"--target={target} is a folder: give the name of a file, such as {target / 'report.html'}.")
     if "://" in str(target):
@@ -52,7 +52,7 @@ def check_target(target: epath.Path) -> None:
 
 
 def page(runs: list[Run]) -> str:
-    """The page of some runs."""
+    """Renders the page of some runs."""
     script = (HERE / "hover.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     drawn = charts.charts(runs)
@@ -85,9 +85,13 @@ def page(runs: list[Run]) -> str:
 
 
 def table(head: list, rows: list[list], best: list[int] | None = None) -> dict:
-    """A table of texts. best: of each row the column, from 1 on, that is the best; 0 is none."""
+    """Makes a table of texts. best: the best column of each row, counted from 1; 0 is none."""
     cut = [[_text(cell) for cell in row] for row in rows[:MAX_ROWS]]
-    return {"head": head, "rows": list(zip(cut, best or [0] * len(cut))), "left_out": len(rows) - len(cut)}
+    return {
+        "head": head,
+        "rows": list(zip(cut, (best or [0] * len(rows))[:MAX_ROWS], strict=True)),
+        "left_out": len(rows) - len(cut),
+    }
 
 
 def _text(value) -> str:
@@ -102,7 +106,7 @@ def _percent(share: float | None) -> str:
 
 
 def overview(runs: list[Run]) -> dict:
-    """A row a number, a column a run."""
+    """Makes the table of main numbers: one row per number, one column per run."""
     rows = [
         ["step", *(f"{run.step:,} of {_text(run.config.get('num_steps'))}" for run in runs)],
         ["parameters", *(run.last.get("parameters") for run in runs)],
@@ -129,7 +133,7 @@ def overview(runs: list[Run]) -> dict:
 
 
 def evaluation(runs: list[Run]) -> dict:
-    """The last value of every evaluation, tasks included."""
+    """Makes the table of the last value of every evaluation, tasks included."""
     keys = dict.fromkeys(key for run in runs for key in run.last if key.startswith(("eval_", "task/")))
     numbers = [key for key in keys if any(type(run.last.get(key)) in (int, float) for run in runs)]
     rows = [[key.removeprefix("eval_"), *(run.last.get(key) for run in runs)] for key in numbers]
@@ -137,7 +141,7 @@ def evaluation(runs: list[Run]) -> dict:
 
 
 def times(run: Run) -> dict:
-    """Where the time of a run went, as shares of it."""
+    """Returns shares of a run's time by activity."""
     whole = run.seconds["whole"]
     if not whole:
         return {"name": run.name, "parts": [], "hours": ""}
@@ -161,12 +165,12 @@ def config(runs: list[Run]) -> dict:
 
 
 def repr_of(value) -> str:
-    """A value of a config as it is written on the command line."""
+    """Formats a value of a config as on the command line."""
     return "" if value is None else '""' if value == "" else str(value).lower() if type(value) is bool else str(value)
 
 
 def starts(runs: list[Run]) -> dict:
-    """A row a start, and what it ran on."""
+    """Makes the table of starts and their devices."""
     keys = "step", "devices", "mesh", "versions", "compile_seconds", "compilation_cache", "first_step_seconds"
     rows = [[run.name, *(start.get(key) for key in keys)] for run in runs for start in run.starts]
     heads = "after step", "devices", "mesh", "versions", "compiled in, s", "cache", "first step after, s"
@@ -174,7 +178,7 @@ def starts(runs: list[Run]) -> dict:
 
 
 def events(runs: list[Run]) -> dict:
-    """Steps whose updates were left out, and evaluations that failed."""
+    """Makes the table of skipped updates and failed evaluations."""
     rows = []
     for run in runs:
         more = f" ({run.num_skipped} steps in all)" if run.num_skipped > len(run.skipped) else ""

@@ -1,4 +1,4 @@
-"""What a report says of a run, read from its workdir; any part of it may be missing, cut short or damaged."""
+"""Reads a report's data from the workdir of a run; any file may be missing, cut short or damaged."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ from gptjax.training.config import schema
 from gptjax.training.monitoring import records, status
 
 CURVES = "loss", "eval_loss", "eval_bits_per_byte", "learning_rate", "tokens_per_second", "grad_norm", "mfu"
-SAMPLE_BYTES = 1 << 20  # that are read; what is shown is shorter
-EVENTS = 20  # starts, skipped steps, and failed evaluations that are listed
+SAMPLE_BYTES = 1 << 20  # bytes of samples that are read; the page shows fewer
+EVENTS = 20  # listed starts, skipped steps, and failed evaluations, at most of each
 
 
 @dataclasses.dataclass
 class Curve:
-    """Steps and values of the rows that have a number there, in their order."""
+    """Steps and values of the rows with a number for one key, in order."""
 
     steps: array = dataclasses.field(default_factory=lambda: array("q"))
     values: array = dataclasses.field(default_factory=lambda: array("d"))
@@ -32,11 +32,11 @@ class Run:
 
     folder: epath.Path
     name: str
-    config: dict[str, object]  # by dotted key; empty where there is none
+    config: dict[str, object]  # by dotted key; empty without a readable config
     curves: dict[str, Curve]
-    last: dict[str, object]  # of each key that a row had, the last value
+    last: dict[str, object]  # the last value of each key in the rows
     best: tuple[int, float] | None = None  # step and value of the least held-out loss
-    step: int = 0  # the last that a row is of
+    step: int = 0  # the last step with a row
     state: str = ""
     starts: list[dict] = dataclasses.field(default_factory=list)
     failed_evaluations: list[dict] = dataclasses.field(default_factory=list)
@@ -48,13 +48,13 @@ class Run:
 
     @property
     def goodput(self) -> float | None:
-        """The share of the time since the start that went into steps which count; None where rows have no `time`."""
+        """The share of time since the start spent on steps that count; None if rows have no `time`."""
         whole = self.seconds.get("whole")
         return self.seconds["steps"] / whole if whole else None
 
 
 def read(folders: list[epath.Path]) -> list[Run]:
-    """The runs, named as briefly as tells them apart. Raises: Refused, for a folder that is not of a run."""
+    """Reads the runs, with the shortest distinct names. Raises: Refused, for a folder without a run."""
     for folder in folders:
         if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
             beside = [path.name for path in folder.parent.glob("*")] if folder.parent.exists() else ()
@@ -62,11 +62,11 @@ def read(folders: list[epath.Path]) -> list[Run]:
             raise Refused(f"{folder} has no config.json and no metrics.jsonl: give the workdirs of runs.{hint}")
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise Refused(f"{twice[0]} is given twice: name each run once.")
-    return [_read(folder, name) for folder, name in zip(folders, names(folders))]
+    return [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
 
 
 def names(folders: list[epath.Path]) -> list[str]:
-    """The last parts of the paths, as many as are needed for no two to be the same."""
+    """Returns the last parts of the paths, as many parts as make all names distinct."""
     parts = [folder.resolve().parts if "://" not in str(folder) else folder.parts for folder in folders]
     for number in range(1, max(map(len, parts)) + 1):
         found = ["/".join(each[-number:]) for each in parts]
@@ -110,7 +110,7 @@ def _number(value) -> bool:
 
 
 def _read_rows(run: Run) -> None:
-    """Reads metrics.jsonl row by row, so that of a million rows only the numbers of the curves stay."""
+    """Reads metrics.jsonl row by row, and keeps only the numbers of the curves."""
     before, first_time, last_time = 0, None, None
     steps = starting = blocked = 0.0
     for row in records.each_row(run.folder / "metrics.jsonl"):
@@ -137,7 +137,7 @@ def _read_rows(run: Run) -> None:
         if _number(row.get("eval_loss")) and (run.best is None or row["eval_loss"] < run.best[1]):
             run.best = step, float(row["eval_loss"])
         if _number(row.get("time")):
-            if first_time is None:  # the row of a start is written when its first step is done
+            if first_time is None:  # a start writes a row after the first step
                 first_time = row["time"] - (
                     row.get("first_step_seconds") if _number(row.get("first_step_seconds")) else 0
                 )
@@ -151,14 +151,14 @@ def median(curve: Curve) -> float | None:
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list]]:
-    """(key, values by run) of what the configs say otherwise; of one run, (key, [default, value]).
+    """Returns (key, values by run) where the configs differ; for one run, (key, [default, value]).
 
-    A key that an older config lacks has its default, as when the run goes on.
+    A key that an older config lacks has the default, as when the run resumes.
     """
     defaults = files.flatten(schema.default())
     columns = [defaults | run.config if run.config else {} for run in runs]
     columns = [defaults, *columns] if len(runs) == 1 else columns
-    told = [column for column in columns if column]
-    keys = dict.fromkeys(key for column in told for key in column)
-    differing = [key for key in keys if len({repr(column.get(key)) for column in told}) > 1]
+    present = [column for column in columns if column]
+    keys = dict.fromkeys(key for column in present for key in column)
+    differing = [key for key in keys if len({repr(column.get(key)) for column in present}) > 1]
     return [(key, [column.get(key) for column in columns]) for key in differing]

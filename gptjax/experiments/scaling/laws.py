@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from gptjax.errors import Refused
 
-MIN_SIZES, MIN_BUDGETS = 4, 2  # a parabola has three coefficients, and what it misses tells of the noise
+MIN_SIZES, MIN_BUDGETS = 4, 2  # a parabola has three coefficients, and the residuals show the noise
 INTERVAL = (5, 95)  # percentiles
 RESAMPLES = 200
 DELTA = 1e-3  # where Huber's loss turns from a square to a line (Hoffmann et al. 2022, section 3.3)
@@ -22,7 +22,7 @@ class Point(NamedTuple):
     """A run."""
 
     budget: float  # FLOPs asked for
-    size: str  # what the config calls it
+    size: str  # the config's name of the size
     N: float
     D: float
     loss: float
@@ -33,22 +33,22 @@ class Parabola(NamedTuple):
 
     budget: float
     coefficients: np.ndarray  # highest power first
-    N: float  # at its lowest point; nan where it has none
-    edge: str  # empty, or why the lowest point is not to be believed
+    N: float  # size at the lowest point; nan without a lowest point
+    edge: str  # empty, or why the lowest point is not reliable
 
 
 def check(sizes: list, budgets: list) -> None:
-    """Raises: Refused, where there are too few to fit."""
+    """Raises: Refused, for too few sizes or budgets to fit."""
     if len(set(sizes)) < MIN_SIZES:
         raise Refused(
-            f"--sizes has {len(set(sizes))} sizes, and a parabola and its uncertainty need {MIN_SIZES}: give more."
+            f"--sizes must have at least {MIN_SIZES} different sizes to fit a parabola; found {len(set(sizes))}."
         )
     if len(set(budgets)) < MIN_BUDGETS:
-        raise Refused(f"--budgets has {len(set(budgets))} budgets, and a line needs {MIN_BUDGETS}: give more.")
+        raise Refused(f"--budgets must have at least {MIN_BUDGETS} different budgets; found {len(set(budgets))}.")
 
 
 def parabolas(points: list[Point]) -> list[Parabola]:
-    """One for each budget, fitted by least squares."""
+    """Fits a parabola for each budget by least squares."""
     found = []
     for budget in sorted({point.budget for point in points}):
         here = sorted((point for point in points if point.budget == budget), key=lambda point: point.N)
@@ -64,16 +64,16 @@ def parabolas(points: list[Point]) -> list[Parabola]:
 
 
 def optimum(fitted: list[Parabola]) -> tuple[float, float]:
-    """Approach 2: (log k, a) of N = k · C^a, a line through the logarithms of those lowest points that are known.
+    """Fits approach 2: (log k, a) of N = k · C^a, a line through the logarithms of the known lowest points.
 
-    Raises: Refused, for fewer than two.
+    Raises: Refused, for fewer than two known points.
     """
     known = [each for each in fitted if not each.edge]
     if len(known) < MIN_BUDGETS:
         why = "; ".join(f"{each.budget:.3g}: {each.edge}" for each in fitted if each.edge)
         raise Refused(
             f"The lowest loss lies between the sizes at {len(known)} of {len(fitted)} budgets, and {MIN_BUDGETS} are "
-            f"needed ({why}): give --sizes beyond it."
+            f"needed ({why}); give --sizes beyond these."
         )
     return line(known)
 
@@ -96,18 +96,18 @@ class Law(NamedTuple):
         return self.E + self.A / N**self.alpha + self.B / D**self.beta
 
     def best_size(self, compute):
-        """N of the lowest loss where 6 · N · D is `compute` (Hoffmann et al. 2022, equation 4)."""
+        """Returns N of the lowest loss where 6 · N · D is `compute` (Hoffmann et al. 2022, equation 4)."""
         ratio = self.alpha * self.A / (self.beta * self.B)
         return ratio ** (1 / (self.alpha + self.beta)) * (compute / 6) ** (self.beta / (self.alpha + self.beta))
 
 
 def fit(N, D, loss, starts=None) -> tuple[Law, np.ndarray]:
-    """The law of least Huber loss between logarithms, from the best of `starts`. Returns it and its parameters.
+    """Fits the law of least Huber loss between logarithms, from the best of `starts`. Returns law and parameters.
 
-    log L is the log-sum-exp of three lines, e, a - α log N and b - β log D. They are taken about the middle of the data,
-    where the five hardly depend on one another. L-BFGS, with which the law was first fitted, is slow on these losses and
-    easily stops too early (Besiroglu et al. 2024, "Chinchilla scaling: a replication attempt"); here it is a
-    trust-region method for least squares.
+    log L is the log-sum-exp of three lines, e, a - α log N and b - β log D. The lines are centred on the data, where
+    the five parameters hardly depend on one another. The original fit used L-BFGS, which is slow on these losses and often
+    stops too early (Besiroglu et al. 2024, "Chinchilla scaling: a replication attempt"). This fit uses a trust-region
+    method for least squares.
     """
     log_N, log_D, log_loss = np.log(N), np.log(D), np.log(loss)
     from_N, from_D = log_N - log_N.mean(), log_D - log_D.mean()
@@ -144,13 +144,12 @@ class Scaling(NamedTuple):
 
 
 def scaling(points: list[Point], seed: int = 0) -> Scaling:
-    """Fits everything.
+    """Fits both approaches with uncertainty.
 
-    Its uncertainty is a bootstrap of the residuals (Efron 1979): what the runs miss a fit by, made larger for the
-    parameters that were fitted, is dealt out anew over the fitted losses. It knows of noise, and nothing of a law that is
-    wrong, or ends where nobody looked.
+    The uncertainty is a bootstrap of residuals (Efron 1979). Residuals, scaled up for the fitted parameters, are drawn
+    again around the fitted losses. The bootstrap covers noise only, not a wrong law, and not extrapolation.
 
-    Raises: Refused, where too few lowest points are known.
+    Raises: Refused, for too few known lowest points.
     """
     fitted = parabolas(points)
     power = optimum(fitted)
@@ -164,14 +163,14 @@ def scaling(points: list[Point], seed: int = 0) -> Scaling:
     known = {each.budget for each in fitted if not each.edge}
     for _ in range(RESAMPLES):
         again = on_curve + random.choice(around_curve, len(points))
-        redone = parabolas([point._replace(loss=each) for point, each in zip(points, again)])
+        redone = parabolas([point._replace(loss=each) for point, each in zip(points, again, strict=True)])
         redone = [each for each in redone if each.budget in known]
         if np.isfinite([each.N for each in redone]).all():
             powers.append(line(redone))
     if len(powers) < RESAMPLES * 0.9:
         raise Refused(
             f"The losses scatter so much that {RESAMPLES - len(powers)} of {RESAMPLES} resampled grids have a budget "
-            "without a lowest loss: give more --sizes, or larger --budgets."
+            "without a lowest loss; give more --sizes, or larger --budgets."
         )
     on_law = law.loss(N, D)
     around_law = spread(np.log(loss / on_law), len(Law._fields))
@@ -183,7 +182,7 @@ def scaling(points: list[Point], seed: int = 0) -> Scaling:
 
 
 def spread(residuals: np.ndarray, fitted: int) -> np.ndarray:
-    """Residuals about their mean, as large as before `fitted` parameters made them smaller."""
+    """Centres residuals and scales them up for the `fitted` parameters."""
     return (residuals - residuals.mean()) * np.sqrt(len(residuals) / max(1, len(residuals) - fitted))
 
 

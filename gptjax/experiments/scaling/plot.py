@@ -1,4 +1,4 @@
-"""The picture of `gptjax scale`."""
+"""Draws the picture of `gptjax scale`."""
 
 import io
 
@@ -15,11 +15,11 @@ GREY, RED, INK = "#c9d3df", "#c8553d", "#24303c"
 
 
 def draw(found: Scaling, compute: float, path: epath.Path) -> None:
-    """Loss over size with the parabola of each budget; beside it the best size over compute, as a PNG."""
+    """Draws loss over size with the parabola of each budget, and the best size over compute, as a PNG."""
     figure = Figure(figsize=(12, 4.8), dpi=90, facecolor="white", layout="constrained")
     losses, sizes = figure.subplots(1, 2)
     colors = colormaps["viridis"](np.linspace(0.0, 0.85, len(found.parabolas)))
-    for each, color in zip(found.parabolas, colors):
+    for each, color in zip(found.parabolas, colors, strict=True):
         here = sorted((point.N, point.loss) for point in found.points if point.budget == each.budget)
         N, loss = np.array(here).T
         wide = np.geomspace(N[0] / 1.2, N[-1] * 1.2, 100)

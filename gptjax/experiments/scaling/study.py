@@ -1,4 +1,4 @@
-"""`gptjax scale`: a grid of runs of the same compute, and the model and the tokens that are best for any compute."""
+"""`gptjax scale`: trains a grid of runs of equal compute, and finds the best model size and tokens for any compute."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ class Trial(NamedTuple):
 
     budget: float
     size: str
-    config_path: str  # as of `config.split`
+    config_path: str  # path and arguments, as in `config.files.split`
     config: Config
     flops_per_token: int
 
@@ -40,7 +40,7 @@ class Trial(NamedTuple):
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """Those of `1e13,3e13`. Raises: Refused."""
+    """Parses numbers such as `1e13,3e13`. Raises: Refused."""
     found = []
     for word in text.split(","):
         try:
@@ -48,52 +48,61 @@ def numbers(flag: str, text: str) -> list[float]:
         except ValueError:
             found.append(math.nan)
         if not 0 < found[-1] < math.inf:
-            raise Refused(f"{flag}={text}: {word or 'an empty text'} is no number above 0: write 1e13,3e13,1e14.")
+            raise Refused(
+                f"{flag}={text} must be numbers above 0; found {word or 'an empty text'}; write 1e13,3e13,1e14."
+            )
     return found
 
 
 def grid(config_path: str, overrides: dict[str, str], sizes: list[str], budgets: list[float]) -> list[Trial]:
-    """A run for each size and budget, smallest budgets first.
+    """Makes a run for each size and budget, smallest budgets first.
 
     Args:
-      config_path: one whose get_config(size, tokens) is a model of that size, to be trained on so many tokens.
+      config_path: a file whose get_config(size, tokens) returns a model of that size, trained on that many tokens.
+      overrides: values of `--config.KEY=VALUE`.
+      sizes: names of sizes, passed to get_config.
+      budgets: FLOPs of a run.
 
     Raises: Refused.
     """
     laws.check(sizes, budgets)
     file, arguments = config_file.split(config_path)
     if arguments:
-        raise Refused(f"--config={config_path}: the sizes are those of --sizes: write --config={file}.")
-    at = lambda size, tokens: f"{file}:{size}:{tokens:.6g}"
+        raise Refused(
+            f"--config={config_path} must be without arguments, since --sizes gives them; write --config={file}."
+        )
     costs = {}
     for size in sizes:
-        any_length = config_file.load(at(size, 1e9), overrides)
+        any_length = config_file.load(_path_of(file, size, 1e9), overrides)
         vocab_size = tokenizer.expected_vocab_size(any_length.tokenizer)
         costs[size] = any_length.model.flops_per_token(vocab_size, any_length.seq_len)
     trials = []
     for budget in sorted(set(budgets)):
         for size, cost in costs.items():
-            trial = Trial(
-                budget, size, at(size, budget / cost), config_file.load(at(size, budget / cost), overrides), cost
-            )
+            path = _path_of(file, size, budget / cost)
+            trial = Trial(budget, size, path, config_file.load(path, overrides), cost)
             if len(trial.config.phases) > 1:
-                raise Refused(
-                    f"--config={file} changes its batches on the way, and here all have to be alike: take that out."
-                )
+                raise Refused(f"--config={file} must have equal batches in all steps; take the curriculum out.")
             if trial.config.num_steps < MIN_STEPS:
                 raise Refused(
-                    f"--budgets={budget:.3g} pays for {trial.config.num_steps} steps of size {size}, and fewer than "
-                    f"{MIN_STEPS} say nothing: give a larger budget, or leave that size out."
+                    f"--budgets={budget:.3g} must pay for at least {MIN_STEPS} steps of size {size}; found "
+                    f"{trial.config.num_steps}; give a larger budget, or leave the size out."
                 )
             trials.append(trial)
     return trials
 
 
-def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> list[dict]:
-    """The rows of metrics.jsonl of a run, by `gptjax train` in a process of its own.
+def _path_of(file: str, size: str, tokens: float) -> str:
+    """Returns the config path of a size trained on this many tokens."""
+    return f"{file}:{size}:{tokens:.6g}"
 
-    Raises: Refused, Failed or Preempted, as that ended; it has said why. Preempted, where this process is asked to stop:
-    that one is too, and saves.
+
+def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> list[dict]:
+    """Trains by `gptjax train` in a separate process, and returns the rows of metrics.jsonl.
+
+    Raises:
+      Refused, Failed or Preempted: by the exit code of that process, which has printed the reason. If this process is
+        asked to stop, that process is asked too, and saves.
     """
     words = ["train", f"--config={config_path}", f"--workdir={folder}"]
     words += [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -106,15 +115,15 @@ def run_in(folder: epath.Path, config_path: str, overrides: dict[str, str]) -> l
 
 
 def result(rows: list[dict], step: int) -> float:
-    """The held-out loss after `step`, the last one; nan where it was not evaluated."""
+    """Returns the last held-out loss after `step`; nan without an evaluation."""
     found = [row["eval_loss"] for row in rows if row["step"] == step and row.get("eval_loss") is not None]
     return found[-1] if found else math.nan
 
 
 def measured(trial: Trial, folder: epath.Path, overrides: dict[str, str]) -> Point:
-    """A run of the grid: as it was found, where it is complete, or run now.
+    """Returns the result of a run of the grid, and trains unless the folder has a complete run.
 
-    Raises: Refused, Failed or Preempted, as of `run_in`.
+    Raises: Refused, Failed or Preempted, as in `run_in`.
     """
     there = folder / "config.json"
     loss = math.nan
@@ -123,14 +132,14 @@ def measured(trial: Trial, folder: epath.Path, overrides: dict[str, str]) -> Poi
     if math.isnan(loss):
         loss = result(run_in(folder, trial.config_path, overrides), trial.config.num_steps)
     if math.isnan(loss):
-        raise Failed(f"The run in {folder} has no held-out loss: see its metrics.jsonl.")
+        raise Failed(f"The run in {folder} has no held-out loss; see metrics.jsonl in this folder.")
     return Point(trial.budget, trial.size, trial.flops_per_token / 6, float(trial.tokens), loss)
 
 
 def scale(
     config_path: str, overrides: dict[str, str], folder: epath.Path, sizes: list[str], budgets: list[float]
 ) -> list[Point]:
-    """Runs the grid in a folder, or what is left of it. Raises: Refused, Failed or Preempted."""
+    """Runs the grid in a folder, or the rest of the grid. Raises: Refused, Failed or Preempted."""
     first = config_file.load(f"{config_file.split(config_path)[0]}:{sizes[0]}:1e9", overrides)
     if not (first.data.store or first.mixture.stores):
         overrides = overrides | {"data.store": str(folder / "store")}  # one for all
@@ -148,7 +157,7 @@ def scale(
 
 
 def summary(found: Scaling, compute: float) -> dict:
-    """What the fits say, as plain numbers; each interval holds 90 % of the resamples."""
+    """Returns the fits as plain numbers; each interval holds 90 % of the resamples."""
     log_k, a = found.power
     by_power = [math.exp(log_k + a * math.log(compute)) for log_k, a in found.powers]
     by_law = [law.best_size(compute) for law in found.laws]
@@ -159,7 +168,7 @@ def summary(found: Scaling, compute: float) -> dict:
         tokens = {"tokens": compute / 6 / N, "tokens_interval": [compute / 6 / high, compute / 6 / low]}
         return {"parameters": N, "parameters_interval": [low, high]} | tokens
 
-    losses = [law.loss(N, compute / 6 / N) for law, N in zip(found.laws, by_law)]
+    losses = [law.loss(N, compute / 6 / N) for law, N in zip(found.laws, by_law, strict=True)]
     return {
         "points": [point._asdict() for point in found.points],
         "budgets": [
@@ -180,7 +189,7 @@ def summary(found: Scaling, compute: float) -> dict:
 
 
 def exponent(law: laws.Law) -> float:
-    """By which the best size grows with compute (Hoffmann et al. 2022, equation 4)."""
+    """Returns the exponent of the best size's growth with compute (Hoffmann et al. 2022, equation 4)."""
     return law.beta / (law.alpha + law.beta)
 
 
@@ -195,10 +204,13 @@ def text(found: dict) -> str:
         best = f"not known: {each['edge']}" if each["edge"] else f"{each['parameters']:.3g} parameters"
         lines.append(f"best at {each['budget']:.3g} FLOPs: {best}")
     law, parabolas, compute = found["law"], found["parabolas"], found["compute"]
-    shown = lambda name: f"{law[name]['value']:.3g} [{' to '.join(f'{x:.3g}' for x in law[name]['interval'])}]"
+    shown = {
+        name: f"{law[name]['value']:.3g} [{' to '.join(f'{x:.3g}' for x in law[name]['interval'])}]"
+        for name in laws.Law._fields
+    }
     lines += [
         "",
-        f"L = E + A / N^alpha + B / D^beta: {', '.join(f'{name} {shown(name)}' for name in laws.Law._fields)}",
+        f"L = E + A / N^alpha + B / D^beta: {', '.join(f'{name} {value}' for name, value in shown.items())}",
         "",
         f"best for {compute:.3g} FLOPs, with the middle 90 % of {laws.RESAMPLES} resamples:",
     ]

@@ -1,4 +1,4 @@
-"""The picture of a sweep: how the best loss fell from trial to trial, and each parameter beside the loss."""
+"""Draws the picture of a sweep: the best loss from trial to trial, and each parameter against the loss."""
 
 import io
 import math
@@ -41,7 +41,7 @@ def draw(trials: list[FrozenTrial], space: dict[str, BaseDistribution], path: pa
     panels[0].step([*numbers, len(trials) - 1], [*so_far, so_far[-1]], where="post", color=RED, linewidth=1.6)
     panels[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _plain(panels[0], "trial (line: the best so far)")
-    for panel, key in zip(panels[1:], keys):
+    for panel, key in zip(panels[1:], keys, strict=False):  # the last panels may stay empty
         values = space[key]
         if isinstance(values, CategoricalDistribution):
             place = values.choices.index
@@ -73,10 +73,10 @@ def draw(trials: list[FrozenTrial], space: dict[str, BaseDistribution], path: pa
 
 
 def _dots(panel, complete: list[tuple], pruned: list[tuple], high: float) -> None:
-    """Full dots, and hollow ones for what was pruned at a loss of earlier steps; what is above `high` lies on it."""
+    """Draws full dots, and hollow dots for pruned trials at their last loss; losses above `high` lie on `high`."""
     for points, face in ((pruned, "white"), (complete, BLUE)):
         if points:
-            x, y = zip(*points)
+            x, y = zip(*points, strict=True)
             panel.scatter(
                 x, [min(loss, high) for loss in y], s=36, facecolors=face, edgecolors=BLUE, zorder=3, clip_on=False
             )

@@ -1,4 +1,4 @@
-"""What a sweep varies: the `get_space()` of a Python file, by key of the config a range or a list of choices.
+"""Reads the space of a sweep: the `get_space()` of a Python file gives a range or choices for keys of the config.
 
 def get_space():
     return {
@@ -25,7 +25,7 @@ MAX_GRID = 10_000  # points
 
 
 def load(path: str) -> dict[str, BaseDistribution]:
-    """The space of a file. Raises: Refused, for a file, key, type or range that can't be used."""
+    """Reads the space of a file. Raises: Refused, for an unusable file, key, type or range."""
     if not epath.Path(path).is_file():
         beside = epath.Path(path).parent
         names = [p.name for p in beside.glob("*.py")] if beside.is_dir() else []
@@ -49,7 +49,7 @@ def _distribution(path: str, key: str, values, defaults: dict[str, object]) -> B
     if key not in defaults:
         inside = [known for known in defaults if isinstance(key, str) and known.startswith(key + ".")]
         hint = f" It is a section: name {inside[0]}, for example." if inside else nearest(str(key), defaults)
-        raise Refused(f"{path}: {shown(key)} is no key of the config.{hint}")
+        raise Refused(f"{path}: {shown(key)} must be a key of the config.{hint}")
     if key.startswith(SHARED):
         raise Refused(
             f"{path}: {key} makes the tokens that all trials share, and losses on others can't be compared: leave it "
@@ -67,18 +67,18 @@ def _distribution(path: str, key: str, values, defaults: dict[str, object]) -> B
 
 
 def _value(where: str, value, kind: type):
-    """A value as the key's type, as config files take it."""
+    """Checks a value against the type of the key."""
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or kind is float and not math.isfinite(value):
-        raise Refused(f"{where} has {shown(value)}, which is not of type {kind.__name__}: write values of that type.")
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise Refused(f"{where} must have values of type {kind.__name__}; found {shown(value)}.")
     return value
 
 
 def _choices(where: str, values: list, kind: type) -> CategoricalDistribution:
     values = [_value(where, value, kind) for value in values]
     if not values:
-        raise Refused(f"{where} is an empty list: give at least one value.")
+        raise Refused(f"{where} must be a list of at least one value; found an empty list.")
     if len(set(values)) < len(values):
         raise Refused(f"{where} has a value twice in {shown(values)}: name each once.")
     return CategoricalDistribution(values)
@@ -89,14 +89,14 @@ def _range(where: str, scale: str, low, high, kind: type) -> FloatDistribution |
         raise Refused(f"{where} is of type {kind.__name__}, which has no ranges: give a list of values.")
     low, high = _value(where, low, kind), _value(where, high, kind)
     if low >= high:
-        raise Refused(f"{where} goes from {low} to {high}, which is no range: LOW has to be below HIGH.")
+        raise Refused(f"{where} must have LOW below HIGH; found {low} and {high}.")
     if scale == "log" and low <= 0:
-        raise Refused(f'{where} goes from {low} on, and "log" takes what is above 0: raise LOW, or write "linear".')
+        raise Refused(f'{where} must have LOW above 0 for "log"; found {low}; raise LOW, or write "linear".')
     return {int: IntDistribution, float: FloatDistribution}[kind](low, high, log=scale == "log")
 
 
 def grid(path: str, space: dict[str, BaseDistribution]) -> list[dict]:
-    """Every combination of the choices, the last key's changing fastest. Raises: Refused, where there are ranges."""
+    """Returns every combination of the choices; the last key changes fastest. Raises: Refused, for ranges."""
     ranges = [key for key, values in space.items() if not isinstance(values, CategoricalDistribution)]
     if ranges:
         raise Refused(
@@ -105,11 +105,14 @@ def grid(path: str, space: dict[str, BaseDistribution]) -> list[dict]:
     size = math.prod(len(values.choices) for values in space.values())
     if size > MAX_GRID:
         raise Refused(f"{path} has {size:,} combinations, and a grid at most {MAX_GRID:,}: use another --sampler.")
-    return [dict(zip(space, point)) for point in itertools.product(*(values.choices for values in space.values()))]
+    return [
+        dict(zip(space, point, strict=True))
+        for point in itertools.product(*(values.choices for values in space.values()))
+    ]
 
 
 def described(space: dict[str, BaseDistribution]) -> dict[str, list]:
-    """The space as JSON values, as it is written in the file."""
+    """Returns the space as JSON values, in the form of the file."""
     return {
         key: list(values.choices)
         if isinstance(values, CategoricalDistribution)
@@ -119,7 +122,7 @@ def described(space: dict[str, BaseDistribution]) -> dict[str, list]:
 
 
 def contains(space: dict[str, BaseDistribution], point: dict[str, object]) -> bool:
-    """Whether a point, a value by key, is one of the space."""
+    """Tells whether a point, given as values by key, lies in the space."""
     return all(
         point[key] in values.choices
         if isinstance(values, CategoricalDistribution)

@@ -1,7 +1,7 @@
-"""`gptjax sweep`: runs of one config, each with other values of some keys, and the values with which it learns best.
+"""`gptjax sweep`: runs a config with other values of some keys in each trial, and finds the best values.
 
-Optuna chooses the values and says which runs are hopeless; what it knows is in FOLDER/study.db. This process alone
-writes there and starts, watches and stops the trials' processes, so several workers need no lock between them.
+Optuna chooses the values and prunes hopeless trials; FOLDER/study.db holds Optuna's state. This process alone writes
+the database and starts, watches and stops the trials' processes, so several workers need no lock between them.
 """
 
 import dataclasses
@@ -24,27 +24,22 @@ from gptjax.training import workdir
 from gptjax.training.config import files as config_file
 
 SECONDS = 0.5  # from one look at the trials to the next
-STARTUP = 5  # trials at random before a sampler trusts what it knows, and complete ones before a pruner does
+STARTUP = 5  # random trials before a sampler models the loss; complete trials before a pruner prunes
 TRIALS = 20
-MAX_STARTS = 3  # of a trial whose process ends with "try again"
-BEFORE = {
-    "owner.json",
-    "prepare.log",
-    "store",
-    "compiled",
-}  # what a sweep may leave that was killed before its first trial
+MAX_STARTS = 3  # starts of a trial whose process ends with "try again"
+BEFORE = {"owner.json", "prepare.log", "store", "compiled"}  # files of a sweep killed before the first trial
 
 
 @dataclasses.dataclass
 class Running:
-    """A trial that has begun."""
+    """A started trial."""
 
     params: dict
     process: Process | None = None  # None: not started yet
     starts: int = 0
-    seen: int = -1  # the step of the last evaluation that was looked at
-    verdict: str = ""  # why it was asked to stop: "pruned", or what is wrong with it
-    killed_at: float = math.inf  # when it is, if it has not stopped by then
+    seen: int = -1  # step of the last processed evaluation
+    verdict: str = ""  # why the trial was asked to stop: "pruned", or the fault
+    killed_at: float = math.inf  # time.monotonic() at which a trial that still runs is killed
 
 
 class Sweep:
@@ -59,21 +54,24 @@ class Sweep:
         if both := sorted(overrides.keys() & self.space.keys()):
             raise Refused(f"--config.{both[0]}={overrides[both[0]]} and {space_path} both set {both[0]}: take one out.")
         if "://" in folder:
-            raise Refused(f"--workdir={folder} is no local folder, and the SQLite file of a sweep needs one: give one.")
+            raise Refused(f"--workdir={folder} must be a local folder, for the SQLite file of the sweep.")
         self.folder = folder = pathlib.Path(folder)
         files.check_writable(epath.Path(folder))
         others = sorted({path.name for path in folder.iterdir()} - BEFORE) if folder.is_dir() else []
         if others and not (folder / "sweep.json").exists():
             raise Refused(
-                f"--workdir={folder} holds {others[0]}, and no sweep.json: give an empty folder, or a sweep's."
+                f"--workdir={folder} must be empty or the folder of a sweep; found {others[0]}, and no sweep.json."
             )
         self.store = self.config.data.store or str(folder / "store")
 
     def run(self, trials: int, workers: int, sampler: str, pruner: str) -> None:
-        """Brings a sweep to so many trials, of which `workers` run at once; goes on where it was.
+        """Runs a sweep up to a number of trials, `workers` at once, and resumes an interrupted sweep.
 
         Args:
-          trials: in all; 0 is all points of a grid, and else TRIALS. sampler, pruner: by the names of the flags.
+          trials: number in all; 0 is all points of a grid, or TRIALS.
+          workers: trials at once.
+          sampler: name of the sampler, as in the flag.
+          pruner: name of the pruner, as in the flag.
 
         Raises: Refused, Failed, Preempted.
         """
@@ -98,11 +96,11 @@ class Sweep:
             print(f"{self.trials} trials; the same command with --trials={2 * self.trials} goes on")
 
     def _described(self) -> bytes:
-        """What sweep.json says of this sweep, which must not change when it goes on."""
+        """Returns the content of sweep.json, which must not change when the sweep resumes."""
         return json.dumps({"config": self.values, "space": space.described(self.space)}, indent=1).encode() + b"\n"
 
     def _check_same(self) -> None:
-        """Where the sweep has begun, it is the same. Raises: Refused."""
+        """Raises: Refused, if the folder belongs to a sweep of another config or space."""
         path, here = epath.Path(self.folder) / "sweep.json", json.loads(self._described())
         if not path.exists():
             return
@@ -118,7 +116,7 @@ class Sweep:
                     )
 
     def _prepare(self) -> None:
-        """Makes the store that the trials share, where there is none yet; each compares it with its config."""
+        """Makes the store that the trials share, unless the store exists; each trial checks the store."""
         if self.config.mixture.stores or (epath.Path(self.store) / "manifest.json").exists():
             return
         print("preparing the data that the trials share", flush=True)
@@ -131,20 +129,22 @@ class Sweep:
             raise {2: Refused}.get(process.code(), Failed)(reason)
 
     def _words(self, params: dict) -> list[str]:
-        """The flags that give a trial its config."""
+        """Returns the flags for the config of a trial."""
         given = self.overrides | ({} if self.config.mixture.stores else {"data.store": self.store}) | params
-        text = lambda value: str(value).lower() if type(value) is bool else str(value)
-        return [f"--config={self.config_path}", *(f"--config.{key}={text(value)}" for key, value in given.items())]
+        texts = {key: str(value).lower() if type(value) is bool else str(value) for key, value in given.items()}
+        return [f"--config={self.config_path}", *(f"--config.{key}={text}" for key, text in texts.items())]
 
     def _open(self, sampler: str, pruner: str) -> None:
-        """Optuna's study, and the trials that ran when the sweep was last stopped or killed."""
+        """Opens Optuna's study, and takes up the trials that ran when the sweep was last stopped or killed."""
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = optuna.storages.RDBStorage(f"sqlite:///{(self.folder / 'study.db').resolve()}")
         self.study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
-        seed = self.config.seed + len(self.study.get_trials(deepcopy=False))  # else it would begin with the same again
+        seed = self.config.seed + len(
+            self.study.get_trials(deepcopy=False)
+        )  # a resumed sweep must not draw the same values
         samplers = {
-            "grid": lambda: optuna.samplers.RandomSampler(seed),  # which is never asked: each point is given
+            "grid": lambda: optuna.samplers.RandomSampler(seed),  # never asked: every point is enqueued
             "random": lambda: optuna.samplers.RandomSampler(seed),
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP),
@@ -179,7 +179,7 @@ class Sweep:
             self._stop_all()
 
     def _next(self) -> FrozenTrial | None:
-        """A new trial with its values; None where there are as many as there should be. Trial 0 is the config as it is."""
+        """Returns a new trial; None if all trials exist. Trial 0 has the config's own values if the space has them."""
         known = self.study.get_trials(deepcopy=False)
         waiting = sum(trial.state == TrialState.WAITING for trial in known)
         if len(known) - waiting >= self.trials:
@@ -215,15 +215,13 @@ class Sweep:
             self._tell(number, trial.verdict)
         elif code == TRY_AGAIN and trial.starts < MAX_STARTS:
             trial.process = None
-        elif (
-            code == 2 and folder.exists() and busy(folder)
-        ):  # one of a killed sweep, which was only starting, came first
+        elif code == 2 and folder.exists() and busy(folder):  # a trial of a killed sweep took the folder first
             trial.process = None
         else:
             self._tell(number, one_line(trial.process.last_words())[:500] if code > 0 else f"killed by signal {-code}")
 
     def _evaluated(self, number: int, trial: Running, step: int, loss: float | None) -> None:
-        """Takes an evaluation of a trial, after which it may have to stop."""
+        """Records an evaluation of a trial, and asks the trial to stop if pruned or not finite."""
         trial.seen = step
         if loss is None:
             return
@@ -239,7 +237,7 @@ class Sweep:
             trial.killed_at = time.monotonic() + GRACE_SECONDS
 
     def _tell(self, number: int, reason: str, loss: float | None = None) -> None:
-        """Ends a trial: complete with a loss, `pruned`, or failed for a reason. Writes what is best by now."""
+        """Ends a trial: complete with a loss, `pruned`, or failed for a reason. Writes the best config so far."""
         self.running.pop(number, None)
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         if reason:
@@ -252,8 +250,8 @@ class Sweep:
             self.study.tell(number, loss)
         trials = self.study.get_trials()
         values = ", ".join(f"{key}={table.short(value)}" for key, value in trials[number].params.items())
-        told = reason if loss is None else f"held-out loss {loss:.4f}"
-        print(f"trial {number}: {told} · {values}", flush=True)
+        outcome = reason if loss is None else f"held-out loss {loss:.4f}"
+        print(f"trial {number}: {outcome} · {values}", flush=True)
         if complete := [trial for trial in trials if trial.state == TrialState.COMPLETE]:
             best = min(complete, key=lambda trial: trial.value)
             docstring = (
@@ -265,5 +263,5 @@ class Sweep:
         plot.draw(trials, self.space, self.folder / "sweep.png")
 
     def _stop_all(self) -> None:
-        """Asks all trials to stop, and waits for them; a second signal kills them. They are taken up by the next sweep."""
+        """Asks all trials to stop, and waits; a second signal kills them. The next sweep resumes these trials."""
         subprocesses.stop([trial.process for trial in self.running.values() if trial.process], self._asked)

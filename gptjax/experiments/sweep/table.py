@@ -1,4 +1,4 @@
-"""The trials of a sweep as a table for a terminal."""
+"""Formats the trials of a sweep as a table for a terminal."""
 
 import math
 
@@ -6,9 +6,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def text(trials: list[FrozenTrial], keys: list[str]) -> str:
-    """A row a trial: the complete ones by their loss, then those pruned by the last that they had, then the failed.
+    """Formats one row per trial: complete trials by loss, then pruned trials by last loss, then failed trials.
 
-    keys: of the config, each a column.
+    keys: the columns, keys of the config.
     """
     rows = [("trial", "state", "held-out loss", "step", *keys, "")]
     for trial in sorted(trials, key=_order):
@@ -18,7 +18,9 @@ def text(trials: list[FrozenTrial], keys: list[str]) -> str:
         why = trial.user_attrs.get("reason", "") if trial.state == TrialState.FAIL else ""
         rows.append((str(trial.number), trial.state.name.lower(), loss, step, *values, why))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _order(trial: FrozenTrial) -> tuple[int, float, int]:

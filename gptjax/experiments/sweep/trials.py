@@ -1,4 +1,4 @@
-"""A trial, which is an ordinary run in a workdir of its own: how far it is, and whether somebody works on it."""
+"""Reads the state of a trial, an ordinary run in a workdir: the evaluations, and whether a process works there."""
 
 import pathlib
 
@@ -10,14 +10,14 @@ from gptjax.training.monitoring import records
 
 
 def evaluations(folder: pathlib.Path) -> list[tuple[int, float | None]]:
-    """(step, held-out loss) of the evaluations that a run in a folder has done; None for one that failed."""
+    """Returns (step, held-out loss) of the evaluations of a run; the loss of a failed evaluation is None."""
     rows = records.each_row(epath.Path(folder) / "metrics.jsonl")
     found = [(row["step"], row.get("eval_loss")) for row in rows if "eval_loss" in row or "eval_error" in row]
     return [(step, loss if type(loss) is float else None) for step, loss in found]
 
 
 def busy(folder: pathlib.Path) -> bool:
-    """Whether a run works in a folder: that of a sweep which was killed goes on by itself."""
+    """Tells whether a run works in a folder; a trial outlives a killed sweep."""
     try:
         with lock.locked(epath.Path(folder), "", ""):
             return False

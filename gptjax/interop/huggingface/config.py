@@ -1,7 +1,7 @@
-"""What Hugging Face's config.json says, as the words of ModelConfig, and back.
+"""Translates Hugging Face's config.json into the keys of ModelConfig, and back.
 
-`transformers` 5 has the settings of RoPE in `rope_parameters`, and before it had them in `rope_theta` and
-`rope_scaling`; both are read, and the latter are written, which every version reads.
+`transformers` 5 keeps the settings of RoPE in `rope_parameters`; older versions keep them in `rope_theta` and
+`rope_scaling`. Both forms are read. The older form is written, since every version reads the older form.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Our key of each of theirs. What is missing takes the default of `transformers`; what is null is worked out.
+# Hugging Face's keys and ours. A missing key takes the default of `transformers`; a null key is derived from others.
 GPT2_KEYS = {
     "n_layer": "num_layers",
     "n_head": "num_heads",
@@ -48,7 +48,7 @@ DEFAULTS = {
     "mistral": ROTARY_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen3": ROTARY_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
 }
-# What can be set otherwise, and would be another function.
+# Keys that must have these values, because other values compute another function.
 FIXED = {
     "gpt2": {
         "scale_attn_weights": True,
@@ -66,7 +66,7 @@ ACTIVATIONS = {
     "gelu": "gelu_exact",
 }
 ROTARY = {"norm": "rmsnorm", "positions": "rope", "activation": "swiglu", "biases": False}
-WINDOWED = {"full_attention": False, "sliding_attention": True}  # of layer_types
+WINDOWED = {"full_attention": False, "sliding_attention": True}  # values of layer_types
 LLAMA3_KEYS = {
     "low_freq_factor": "rope_low_turns",
     "high_freq_factor": "rope_high_turns",
@@ -75,46 +75,44 @@ LLAMA3_KEYS = {
 
 
 class Described(NamedTuple):
-    """What a config.json says."""
+    """The content of a config.json."""
 
     family: str
-    model: dict[str, object]  # values of ModelConfig, not yet checked against one another
+    model: dict[str, object]  # values of ModelConfig, not yet checked together
     vocab_size: int
     seq_len: int
     ends: list[int]  # the ids that end a text
 
 
-def read(folder: pathlib.Path) -> Described:
-    """Raises: Refused, for an architecture or a setting of one that we have not."""
+def read_config(folder: pathlib.Path) -> Described:
+    """Reads the config.json of a folder. Raises: Refused, for an unsupported architecture or setting."""
     path = folder / "config.json"
     config = untrusted.read_json(epath.Path(path), MAX_BYTES, REMEDY)
     family = config.get("model_type")
     if type(family) is not str or family not in FAMILIES:
         raise Refused(
-            f"{path} is of model_type {shown(family)}, and {', '.join(FAMILIES)} are supported."
+            f"{path}: model_type must be one of {', '.join(FAMILIES)}; found {shown(family)}."
             f"{nearest(str(family), FAMILIES)}"
         )
     classes = config.get("architectures") or [FAMILIES[family]]
     if classes not in ([FAMILIES[family]], ["GPT2Model"]):
-        raise Refused(f"{path} is of {shown(classes)}, and of {family} only {FAMILIES[family]} is supported.")
+        raise Refused(f"{path}: architectures must be [{FAMILIES[family]!r}] for {family}; found {shown(classes)}.")
     for key, value in (FIXED[family] | {"quantization_config": None, "partial_rotary_factor": 1.0}).items():
         if config.get(key) not in (None, value):
-            raise Refused(f"{path} has {key}={shown(config[key])}, and only {value} is supported.")
+            raise Refused(f"{path}: {key}={shown(config[key])} must be {value}.")
     config = {key: value for key, value in (DEFAULTS[family] | config).items() if value is not None}
     gpt2 = family == "gpt2"
     kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     keys = GPT2_KEYS if gpt2 else ROTARY_KEYS
     model = {ours: _value(config, key, kinds[ours], path) for key, ours in keys.items() if key in config}
     for key, ours in keys.items():
-        if ours in ("num_layers", "num_heads", "embed_dim") or not gpt2 and ours == "mlp_dim":
+        if ours in ("num_layers", "num_heads", "embed_dim") or (not gpt2 and ours == "mlp_dim"):
             if model.get(ours, 0) < 1:
-                raise Refused(f"{path} has {key}={shown(config.get(key))}, which must be a number of at least 1.")
+                raise Refused(f"{path}: {key}={shown(config.get(key))} must be a number of at least 1.")
     if gpt2:
         activation = config["activation_function"]
         if activation not in ACTIVATIONS:
-            raise Refused(
-                f"{path} has activation_function={shown(activation)}, and {', '.join(ACTIVATIONS)} are supported."
-            )
+            raise Refused(f"{path}: activation_function={shown(activation)} must be one of {', '.join(ACTIVATIONS)}.")
         model |= {"activation": ACTIVATIONS[activation]}
     else:
         model |= ROTARY | _rope(config, path) | {"qk_norm": family == "qwen3"}
@@ -125,37 +123,37 @@ def read(folder: pathlib.Path) -> Described:
 
 
 def _ends(folder: pathlib.Path, config: dict, vocab_size: int) -> list[int]:
-    """As `transformers` finds them: in generation_config.json, or else in config.json. Raises: Refused."""
+    """Reads the ids that end a text, like `transformers`: generation_config.json, else config.json. Raises: Refused."""
     path = folder / "generation_config.json"
     asked = untrusted.read_json(epath.Path(path), MAX_BYTES, REMEDY) if path.exists() else {}
     ends = config.get("eos_token_id") if asked.get("eos_token_id") is None else asked["eos_token_id"]
     ends = [] if ends is None else ends if type(ends) is list else [ends]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ends):
-        raise Refused(f"{folder} has eos_token_id={shown(ends)}, and a vocabulary of {vocab_size} ids: correct it.")
+        raise Refused(f"{folder}: eos_token_id={shown(ends)} must be below the vocabulary of {vocab_size} ids.")
     return ends
 
 
 def _value(config: dict, key: str, kind: type, path) -> object:
-    """A key's value of that type. Raises: Refused."""
+    """Returns the value of a key, of type `kind`. Raises: Refused."""
     value = config.get(key)
     value = float(value) if kind is float and type(value) is int and value.bit_length() < 64 else value
-    if type(value) is not kind or kind is int and not 0 <= value < 1 << 31:
-        found = shown(value) if key in config else "missing"
-        raise Refused(f"{path} is damaged ({key} is {found}, and should be of type {kind.__name__}): {REMEDY}.")
+    if type(value) is not kind or (kind is int and not 0 <= value < 1 << 31):
+        found = shown(value) if key in config else "nothing"
+        raise Refused(f"{path} is damaged: {key} must be of type {kind.__name__}; found {found}; {REMEDY}.")
     return value
 
 
 def _rope(config: dict, path) -> dict[str, object]:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if type(rope) is not dict or any(type(value) is dict for value in rope.values()):
-        raise Refused(f"{path} has settings of RoPE by layer ({shown(rope)}), and one for all layers is supported.")
+        raise Refused(f"{path}: the settings of RoPE must be the same for all layers; found {shown(rope)}.")
     theta = {"rope_theta": 10_000.0} | {key: value for key, value in config.items() if key == "rope_theta"} | rope
     model = {"rope_theta": _value(theta, "rope_theta", float, path)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise Refused(f"{path} has RoPE of type {shown(kind)}, and default, linear, llama3 are supported.")
+        raise Refused(f"{path}: the type of RoPE must be default, linear or llama3; found {shown(kind)}.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise Refused(f"{path} has partial_rotary_factor={rope['partial_rotary_factor']}, and only 1.0 is supported.")
+        raise Refused(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']} must be 1.0.")
     if kind != "default":
         model |= {"rope_scaling": kind, "rope_factor": _value(rope, "factor", float, path)}
     if kind == "llama3":
@@ -166,7 +164,7 @@ def _rope(config: dict, path) -> dict[str, object]:
 
 
 def _window(config: dict, family: str, path) -> int:
-    """How far attention sees, the same in all layers; 0: everything before. Raises: Refused."""
+    """Returns the positions that attention sees in every layer; 0 is all earlier positions. Raises: Refused."""
     window = _value(config, "sliding_window", int, path) if "sliding_window" in config else 0
     layers, of_all = config["num_hidden_layers"], "full_attention"
     if family == "mistral" and window:
@@ -176,14 +174,15 @@ def _window(config: dict, family: str, path) -> int:
         of_all = "sliding_attention" if first == 0 else "full_attention" if first >= layers else "both kinds"
     kinds = config.get("layer_types") or [of_all]
     if type(kinds) is not list or any(kind != kinds[0] for kind in kinds) or kinds[0] not in [*WINDOWED]:
-        raise Refused(
-            f"{path} has layers with and without a sliding window ({shown(kinds)}): only all alike is supported."
-        )
+        raise Refused(f"{path}: all layers must have a sliding window, or none; found layer_types={shown(kinds)}.")
     return window if WINDOWED[kinds[0]] and family != "llama" else 0
 
 
 def family_of(c: ModelConfig) -> str:
-    """The family that computes what a resolved model does. Raises: Refused, naming the key that none has."""
+    """Returns the family that computes the same function as a resolved model.
+
+    Raises: Refused, with the key that no family supports.
+    """
     gpt2 = c.norm == "layernorm"
     wanted = {"logits_softcap": 0.0, "layers": ""}
     if gpt2:
@@ -193,27 +192,27 @@ def family_of(c: ModelConfig) -> str:
         wanted |= {key: value for key, value in ROTARY.items() if key != "norm"}
     if (c.widened, c.query_scale) != (1, 1):
         raise Refused(
-            f"model.mup_base_width={c.mup_base_width} stands in the way: with model.embed_dim={c.embed_dim} logits are "
-            f"divided by {c.widened:g} and queries multiplied by {c.query_scale:g}, as in none of Hugging Face's."
+            f"model.mup_base_width={c.mup_base_width} must be 0: with model.embed_dim={c.embed_dim}, logits are divided "
+            f"by {c.widened:g} and queries multiplied by {c.query_scale:g}, which no family of Hugging Face does."
         )
     for key, value in wanted.items():
         if getattr(c, key) != value:
             raise Refused(
-                f"model.{key}={getattr(c, key)} stands in the way: with model.norm={c.norm}, only a model with {key}="
-                f"{value} computes what one of {'gpt2' if gpt2 else 'llama, mistral, qwen3'} does in Hugging Face."
+                f"model.{key}={getattr(c, key)} must be {value}: with model.norm={c.norm}, Hugging Face's "
+                f"{'gpt2 computes' if gpt2 else 'llama, mistral and qwen3 compute'} nothing else."
             )
     if gpt2 and c.activation not in ACTIVATIONS.values():
         raise Refused(
-            f"model.activation={c.activation} stands in the way: Hugging Face's gpt2 has gelu and gelu_exact as we do."
+            f"model.activation={c.activation} must be gelu or gelu_exact, which Hugging Face's gpt2 computes too."
         )
     if gpt2 or c.qk_norm:
         return "gpt2" if gpt2 else "qwen3"
-    # Llama insists that its heads together are as wide as the stream, and Mistral without a window is the same else.
+    # Llama needs heads that together are as wide as the stream. Mistral without a window is equal to Llama otherwise.
     return "mistral" if c.sliding_window or c.embed_dim % c.num_heads else "llama"
 
 
-def written(family: str, c: ModelConfig, vocab_size: int, seq_len: int, dtype: str, ends: dict) -> dict:
-    """The config.json of a resolved model, for `transformers` 4 and 5. ends: bos_token_id and eos_token_id."""
+def make_config(family: str, c: ModelConfig, vocab_size: int, seq_len: int, dtype: str, ends: dict) -> dict:
+    """Makes the config.json of a resolved model, for `transformers` 4 and 5. ends: bos_token_id and eos_token_id."""
     config = {"architectures": [FAMILIES[family]], "model_type": family, "torch_dtype": dtype, "vocab_size": vocab_size}
     config |= {key: getattr(c, ours) for key, ours in (GPT2_KEYS if family == "gpt2" else ROTARY_KEYS).items()}
     config |= FIXED[family] | ends | {"use_cache": True}

@@ -1,7 +1,7 @@
-"""Models of Hugging Face, taken for a workdir and given back: tensor by tensor, through pieces of some 64 MB.
+"""Converts models from Hugging Face's format into a workdir, and back: tensor by tensor, in pieces of about 64 MB.
 
-A converted model is a workdir with one checkpoint, of step 0, which holds the weights alone. What is made is made beside
-its place, and renamed at the end.
+A converted model is a workdir with one checkpoint at step 0, which holds the weights alone. The result is written to a
+folder beside the target, which is renamed at the end.
 """
 
 import base64
@@ -21,9 +21,9 @@ from gptjax.checkpoints import chunked
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.checkpoints.retention import at
 from gptjax.errors import Failed, Refused
-from gptjax.interop.huggingface import config as architectures
 from gptjax.interop.huggingface import safetensors, weights
-from gptjax.interop.huggingface import tokenizer as carried
+from gptjax.interop.huggingface.config import Described, family_of, make_config, read_config
+from gptjax.interop.huggingface.tokenizer import read_tokenizer, tokenizer_files
 from gptjax.models import build
 from gptjax.models.lora import Adapters, LoraConfig
 from gptjax.parallel import mesh
@@ -37,26 +37,29 @@ from gptjax.training.config.schema import Config
 
 
 def from_hf(source: str, target: str) -> None:
-    """Makes a workdir of a folder with config.json, safetensors and a tokenizer.
+    """Makes a workdir from a folder with config.json, safetensors and a tokenizer.
 
-    float16 becomes float32, which holds it exactly; bfloat16 stays where nothing is in another dtype.
+    float16 becomes float32, which holds float16 exactly. bfloat16 stays if all weights are bfloat16.
 
-    Raises: Refused, for what has no equal here; Failed, where it can't be written.
+    Raises:
+      Refused: something in the folder has no equal here.
+      Failed: the workdir can't be written.
     """
     source, target = _local("--source", source), _local("--workdir", target)
     if not source.is_dir():
-        raise Refused(f"--source={source} is no folder: give one that holds config.json and safetensors.")
-    described = architectures.read(source)
+        raise Refused(f"--source={source} must be a folder with config.json and safetensors; no folder is there.")
+    described = read_config(source)
     gpt2 = described.family == "gpt2"
     tensors = weights.named(safetensors.found(source), described.model["tied_embeddings"])
     model = schema.parse({"model": described.model}).model
     asked = model.num_parameters(described.vocab_size, described.seq_len).total
     held = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    if asked > 4 * held + (1 << 20):  # before anything is laid out by its sizes; `layout.check` tells what is otherwise
+    if asked > 4 * held + (1 << 20):  # before sizes decide any layout; `weights.check` finds smaller differences
         raise Refused(
-            f"{source / 'config.json'} describes {asked:,} parameters, and the tensors beside it hold {held:,}: correct it."
+            f"{source / 'config.json'} describes {asked:,} parameters, and the tensors in the same folder hold "
+            f"{held:,}; correct config.json."
         )
-    taken = carried.taken(source, described.vocab_size, described.ends)
+    taken = read_tokenizer(source, described.vocab_size, described.ends)
     config = _config(described, tensors, taken.tokenizer)
     shapes = _shapes(config, described.vocab_size)
     parts = weights.parts(gpt2, shapes, described.vocab_size)
@@ -80,18 +83,23 @@ def from_hf(source: str, target: str) -> None:
         for name, content in taken.files.items():
             (folder / "tokenizer" / name).write_bytes(content)
         workdir.write_config(config, folder)
-    print(f"wrote {target}: {_told(described.family, shapes, config.model.param_dtype)}")
+    print(f"wrote {target}: {_summary(described.family, shapes, config.model.param_dtype)}")
     if taken.note:
         print(f"Note: {taken.note}")
 
 
 def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = safetensors.SHARD_BYTES) -> None:
-    """Makes a folder of a checkpoint that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
+    """Writes a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
 
     Args:
-      step: as of `workdir.chosen`. shard_bytes: of weights that a file has at most.
+      folder: the workdir.
+      target: the new folder.
+      step: the checkpoint, as in `loading.chosen`.
+      shard_bytes: bytes of weights in one file, at most.
 
-    Raises: Refused, for a model that none of Hugging Face's computes; Failed, where it can't be written.
+    Raises:
+      Refused: no family of Hugging Face computes this model.
+      Failed: the folder can't be written.
     """
     target = _local("--target", target)
     workdir.read_config(folder)
@@ -99,7 +107,7 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
         step = loading.chosen(checkpoints, folder, step)
         saved = checkpoints.run(step)
         config = schema.parse(saved["config"])
-        family = architectures.family_of(config.model)
+        family = family_of(config.model)
         known = loading.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
         files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
         shapes, adapters = _shapes(config, known.vocab_size), _adapters(config, known.vocab_size)
@@ -113,13 +121,11 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
     arrays = {name: chunked.read(state, f"{whole}.{name}", shape) for name, shape in shapes.items()}
     sides = {name: chunked.read(state, f"{part}.{name}", shape) for name, shape in adapters.items()}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
-    texts, ends, note = carried.given(files, known, config.seq_len)
+    texts, ends, note = tokenizer_files(files, known, config.seq_len)
     spelled = {"float32": "F32", "bfloat16": "BF16"}
     wanted = {each.tensor: (spelled[dtypes[name]], each.tensor_shape) for name in shapes for each in parts[name]}
     with _new_folder("--target", target) as made:
-        described = architectures.written(
-            family, config.model, known.vocab_size, config.seq_len, dtypes["embedding"], ends
-        )
+        described = make_config(family, config.model, known.vocab_size, config.seq_len, dtypes["embedding"], ends)
         for name, content in {"config.json": described, "generation_config.json": ends}.items():
             (made / name).write_text(json.dumps(content, indent=2) + "\n")
         for name, content in texts.items():
@@ -131,13 +137,13 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
                 if f"{matrix}.a" in sides:
                     block = _adapted(block, region, sides[f"{matrix}.a"], sides[f"{matrix}.b"], config.lora)
                 _scatter(block, parts[name], region, tensors)
-    print(f"wrote {target}: {_told(family, shapes, dtypes['embedding'])}, step {step}")
+    print(f"wrote {target}: {_summary(family, shapes, dtypes['embedding'])}, step {step}")
     if note:
         print(f"Note: {note}")
 
 
-def _config(described: architectures.Described, tensors: dict, known: tokenizer.Tokenizer) -> Config:
-    """What a run of a model would have said of it. Raises: Refused."""
+def _config(described: Described, tensors: dict, known: tokenizer.Tokenizer) -> Config:
+    """Makes the config with which a run would build the model. Raises: Refused."""
     dtypes = {tensor.dtype for name, tensor in tensors.items() if not weights.BUFFERS.fullmatch(name)}
     dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
     kind = next(kind for kind, of in KINDS.items() if isinstance(known, of))
@@ -158,7 +164,7 @@ KINDS = {
 
 
 def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of a model, by name."""
+    """Returns the shape of each array of a model, by name."""
     with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
         return {
             name: leaf.shape
@@ -167,7 +173,7 @@ def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of LoRA's two sides of each matrix, by its name; of a model without, none."""
+    """Returns the shapes of LoRA's two factors by name of the matrix; nothing for a model without LoRA."""
     if not config.lora.rank:
         return {}
     with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
@@ -179,7 +185,7 @@ def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _adapted(block: np.ndarray, region: tuple[slice, ...], a, b, lora: LoraConfig) -> np.ndarray:
-    """A region of a matrix with what LoRA adds to it: as `lora.merged`, but in the matrix's own dtype."""
+    """Adds LoRA's product to a region of a matrix, like `lora.merged`, but in the matrix's own dtype."""
     layers, inputs, outputs = region[0], region[1 : len(a.shape) - 1], region[len(a.shape) - 1 :]
     a, b = chunked.piece(a, (layers, *inputs, slice(None))), chunked.piece(b, (layers, slice(None), *outputs))
     product = a.reshape(len(a), -1, lora.rank) @ b.reshape(len(b), lora.rank, -1)
@@ -187,7 +193,7 @@ def _adapted(block: np.ndarray, region: tuple[slice, ...], a, b, lora: LoraConfi
 
 
 def _gathered(parts: list[weights.Part], region: tuple[slice, ...], tensors: dict, dtype: np.dtype) -> np.ndarray:
-    """A region of one of our arrays from their tensors; 0 where the vocabulary is padded."""
+    """Reads a region of one of our arrays from Hugging Face's tensors; rows that pad the vocabulary are 0."""
     block = np.zeros([cut.stop - cut.start for cut in region], dtype)
     for part, where, inside in weights.within(parts, region):
         piece = part.view(tensors[part.tensor].mapped())[inside]
@@ -196,41 +202,45 @@ def _gathered(parts: list[weights.Part], region: tuple[slice, ...], tensors: dic
 
 
 def _scatter(block: np.ndarray, parts: list[weights.Part], region: tuple[slice, ...], tensors: dict) -> None:
-    """Writes a region of one of our arrays into their tensors, but for what pads the vocabulary."""
+    """Writes a region of one of our arrays into Hugging Face's tensors, without rows that pad the vocabulary."""
     for part, where, inside in weights.within(parts, region):
         piece = part.view(tensors[part.tensor].mapped("r+"))[inside]
         piece[...] = block[where][tuple(slice(size) for size in piece.shape)]
 
 
-def _told(family: str, shapes: dict, dtype: str) -> str:
+def _summary(family: str, shapes: dict, dtype: str) -> str:
     count = sum(math.prod(shape) for shape in shapes.values())
     return f"{family} of {count:,} parameters in {dtype}"
 
 
 def _local(flag: str, path: str) -> epath.Path:
     if "://" in path:
-        raise Refused(f"{flag}={path} is not on a local disk, and files are mapped into memory: copy it here.")
+        raise Refused(
+            f"{flag}={path} must be on a local disk, since files are mapped into memory; copy the folder here."
+        )
     return epath.Path(path).absolute()
 
 
 @contextlib.contextmanager
 def _new_folder(flag: str, target: epath.Path) -> Iterator[epath.Path]:
-    """A folder that takes its name when all of it is there, and of which otherwise nothing stays.
+    """Context manager. Yields a temporary folder, renamed to `target` on success and removed on failure.
 
-    Raises: Refused, where the name is taken; Failed, for a disk that can't be written.
+    Raises:
+      Refused: the target is not empty.
+      Failed: the disk can't be written.
     """
     check_writable(target, flag)
     if target.exists() and any(target.iterdir()):
-        raise Refused(f"{flag}={target} is not empty: give a new folder.")
+        raise Refused(f"{flag}={target} must be a new or empty folder; found files there.")
     beside = target.with_name(f"{target.name}.partial")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a conversion that was killed
+        shutil.rmtree(beside, ignore_errors=True)  # left by a killed conversion
         beside.mkdir(parents=True)
         yield beside
         beside.replace(target)
     except OSError as error:
         raise Failed(
-            f"{target} can't be written ({error.strerror or error}): make room, or give another {flag}."
+            f"{target} can't be written ({error.strerror or error}); make room, or give another {flag}."
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

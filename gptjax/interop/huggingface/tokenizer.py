@@ -1,11 +1,12 @@
-"""A tokenizer, carried between Hugging Face's files and ours.
+"""Converts a tokenizer between Hugging Face's files and ours.
 
-Ours give every text back. A tokenizer.json or SentencePiece model that puts a space before a text, or normalizes it, is
-taken without that, and what differs then is printed: the ids of a text are those that Hugging Face gives the text with
-that space, or the normalized one. A prompt gets the space (`tokenizer.encode_prompt`), and what was taken out goes back
-into the files for Hugging Face.
+Our tokenizers reproduce every text exactly. If a tokenizer.json or SentencePiece model adds a leading space or
+normalizes texts, this step is removed, and a note is printed. The ids of a text are then Hugging Face's ids of the text
+with the space, or of the normalized text. A prompt gets the space (`tokenizer.encode_prompt`), and files for Hugging
+Face get the removed steps back.
 """
 
+import itertools
 import json
 import pathlib
 import sysconfig
@@ -23,50 +24,55 @@ from gptjax.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tok
 
 REMEDY = "put the model's own tokenizer there"
 OTHERS = "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "spiece.model", "tokenizer.model.v3"
-# Appended to a SentencePiece model, whose protobuf reader takes the last value of a field: no space before a text, and
-# none removed.
+# These bytes are appended to a SentencePiece model, whose protobuf reader takes the last value of a field. They turn
+# off the leading space, and the removal of spaces.
 AS_IT_IS = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
 MAX_TEMPLATE_BYTES = 1 << 20
-MOST_DIFFERING = 0.01  # of texts: equally good segmentations of a Unigram model are told apart by rounding
-SAMPLE_BYTES = 1 << 18  # of Python's own library, on which a tokenizer that was rewritten is compared with ours
+MOST_DIFFERING = 0.01  # share of texts; rounding decides between equally good segmentations of a Unigram model
+SAMPLE_BYTES = 1 << 18  # bytes of Python's standard library on which a converted tokenizer is compared with ours
 
 
 class Carried(NamedTuple):
-    """A tokenizer as ours keep it. note: what is to be told of it; empty, where it is as it was."""
+    """A tokenizer in our files. note: the changes to print; empty without changes."""
 
     files: dict[str, bytes]
     tokenizer: Tokenizer
     note: str
 
 
-def taken(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
-    """The tokenizer in a folder, with ids that no text has for the rest of the vocabulary. Raises: Refused.
+def read_tokenizer(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
+    """Reads the tokenizer in a folder; the rest of the vocabulary gets reserved ids, which no text has.
 
-    ends: the ids that end a text, by the model's own files; all below vocab_size.
+    Args:
+      folder: the folder of a Hugging Face model.
+      vocab_size: rows of the embedding.
+      ends: ids that end a text by the model's own files; all below vocab_size.
+
+    Raises: Refused.
     """
     kind, content, note, changes = _found(folder, vocab_size)
     own = {tokenizer.FILE[kind]: content} if kind != "byte" else {}
     kept = {"ends": ends, "tokenizer_config": _config(folder)} | changes
     kept = {key: value for key, value in kept.items() if value}
-    made = lambda names, kept: {"tokenizer.json": tokenizer.description(kind, names, kept)} | own
-    files = made([], {})
+    files = {"tokenizer.json": tokenizer.description(kind, [], {})} | own
     known = tokenizer.from_files(files, str(folder), {"huggingface": "tokenizer.json"}.get(kind, "tokenizer.model"))
     if known.vocab_size > vocab_size:
         raise Refused(
-            f"{folder} has a tokenizer of {known.vocab_size} ids, and an embedding of {vocab_size}: {REMEDY}."
+            f"{folder}: the tokenizer must have at most {vocab_size} ids, the rows of the embedding; found "
+            f"{known.vocab_size}; {REMEDY}."
         )
     names = []
     if missing := vocab_size - known.vocab_size:
-        # Those that it has reserved itself are named too, so that no other name takes them.
+        # The tokenizer's own reserved tokens are named too, so no other token takes their names.
         names = [name for name in known.special if exact.RESERVED.fullmatch(name)]
         more = (name for name in exact.reserved(missing + len(names)) if name not in known.special)
-        names += [name for name, _ in zip(more, range(missing))]
-    files = made(names, kept)
+        names += itertools.islice(more, missing)
+    files = {"tokenizer.json": tokenizer.description(kind, names, kept)} | own
     return Carried(files, tokenizer.from_files(files, str(folder)), note)
 
 
 def _config(folder: pathlib.Path) -> dict:
-    """What of tokenizer_config.json is kept for others, and not read here. Raises: Refused."""
+    """Returns the keys of tokenizer_config.json that are kept for Hugging Face, unused here. Raises: Refused."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
     if template.exists():
@@ -76,7 +82,7 @@ def _config(folder: pathlib.Path) -> dict:
 
 
 def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str, dict]:
-    """(kind, content of its own file, note, `prefix` and `taken_out` of tokenizer.CARRIED)."""
+    """Returns (kind, content of the kind's file, note, `prefix` and `taken_out` of tokenizer.CARRIED)."""
     if (folder / "tokenizer.json").exists():
         content = untrusted.read(epath.Path(folder / "tokenizer.json"), tokenizer.MAX_BYTES, REMEDY)
         return "huggingface", *_without_changes(content, folder / "tokenizer.json")
@@ -86,30 +92,30 @@ def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str, dict
             both = content, content + AS_IT_IS
             theirs, plain = (sentencepiece.SentencePieceProcessor(model_proto=each) for each in both)
         except RuntimeError as error:
-            raise Refused(f"{folder / 'tokenizer.model'} is not a SentencePiece model: {REMEDY}.") from error
+            raise Refused(f"{folder / 'tokenizer.model'} must be a SentencePiece model; {REMEDY}.") from error
         lossy = theirs.encode(" a  b ") != plain.encode(" a  b ")
         prefix = "" if theirs.encode("a") == plain.encode("a") else "always"
         if theirs.encode(" a") == theirs.encode("a"):
             prefix = prefix and "unless there"
-        note = "tokenizer.model adds or removes spaces, and is taken without that."
+        note = "tokenizer.model adds or removes spaces; this step is left out."
         return "sentencepiece", content + AS_IT_IS * lossy, note * lossy, {"prefix": prefix}
     others = [name for name in OTHERS if (folder / name).exists()]
     if others or vocab_size < 257:
         raise Refused(
             f"{folder} has no tokenizer.json and no tokenizer.model"
-            f"{f', only {others[0]}, which is not read' if others else ''}: {REMEDY}; transformers' "
+            f"{f', only {others[0]}, which is not read' if others else ''}; {REMEDY}; transformers' "
             "AutoTokenizer.from_pretrained(…).save_pretrained(…) writes a tokenizer.json."
         )
-    note = "there is no tokenizer beside the weights: the ids 0 to 255 stand for bytes, which they may not mean."
+    note = "the folder has no tokenizer: the ids 0 to 255 are taken for bytes, which may be wrong for this model."
     return "byte", b"", note, {}
 
 
 def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str, dict]:
-    """A tokenizer.json without what changes text and can be left out, what to tell of it, and what that was."""
+    """Removes the steps of a tokenizer.json that change texts. Returns the content, a note, and the removed steps."""
     file, changed = untrusted.json_object(content, path, REMEDY), []
 
     def kept(part):
-        """The same without a prepended space and NFC."""
+        """Returns the part without a prepended space and without NFC."""
         if type(part) is list:
             return [inner for inner in map(kept, part) if inner is not None]
         if type(part) is not dict:
@@ -132,17 +138,25 @@ def _without_changes(content: bytes, path: pathlib.Path) -> tuple[bytes, str, di
     taken_out = {"taken_out": {key: file.get(key) for key in parts}}
     if {*changed} != {"NFC"}:
         taken_out["prefix"] = "always" if "Prepend" in changed else "unless there"
-    told = ("normalizes text by NFC" if name == "NFC" else "puts a space before every text" for name in changed)
-    why = " and ".join(dict.fromkeys(told))
-    note = f"tokenizer.json {why}, and is taken without that."
+    steps = ("normalizes text by NFC" if name == "NFC" else "puts a space before every text" for name in changed)
+    note = f"tokenizer.json {' and '.join(dict.fromkeys(steps))}; this is left out."
     return json.dumps(file | parts, ensure_ascii=False).encode(), note, taken_out
 
 
-def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict, str]:
-    """(what `AutoTokenizer` loads, bos_token_id and eos_token_id, what is to be told): of a checkpoint's tokenizer."""
+def tokenizer_files(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict[str, bytes], dict, str]:
+    """Converts a checkpoint's tokenizer for Hugging Face.
+
+    Args:
+      files: the tokenizer's files in the checkpoint.
+      known: the tokenizer.
+      seq_len: tokens of the model's context.
+
+    Returns:
+      (files that `AutoTokenizer` loads, bos_token_id and eos_token_id, a note to print).
+    """
     names = {i: name for name, i in known.special.items()}
     _, _, kept = tokenizer.described_by(json.loads(files["tokenizer.json"]), "the checkpoint")
-    ends = dict.fromkeys([*kept.get("ends", []), *known.ends])  # training here has taught end_of_text besides
+    ends = dict.fromkeys([*kept.get("ends", []), *known.ends])  # training here also teaches end_of_text
     ends = list(ends)
     ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     best, note = 0.0, ""
@@ -153,9 +167,9 @@ def given(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> tuple[dict
         differing = [_differing(content, known) for content in made]
         best = min(differing)
         if best > MOST_DIFFERING:
-            return {}, ends, f"no tokenizer is written: as tokenizer.json, it gives other ids for {best:.1%} of texts."
+            return {}, ends, f"wrote no tokenizer: a tokenizer.json would give other ids for {best:.1%} of texts."
         content = _opened(made[differing.index(best)], known)
-        note = f"tokenizer.json gives other ids than here for {best:.2%} of texts, where two segmentations are as good."
+        note = f"tokenizer.json gives other ids for {best:.2%} of texts, where two segmentations are equally good."
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"bos_token": names[known.begin], "eos_token": names[known.end_of_text], "model_max_length": seq_len}
     config |= kept.get("tokenizer_config", {})
@@ -169,7 +183,7 @@ def _added(i: int, name: str) -> dict:
 
 
 def _with_names(file: dict, known: HuggingFaceTokenizer) -> dict:
-    """A tokenizer.json with the special tokens that a config has named; what only fills the vocabulary is left out."""
+    """Adds the special tokens that a config named to a tokenizer.json, without tokens that only fill the vocabulary."""
     named = {i: name for name, i in known.special.items()}
     added = file.get("added_tokens") or []
     here = {token["id"] for token in added}
@@ -186,7 +200,7 @@ def _file(model: dict, known: Tokenizer, normalizer, pre_tokenizer, decoder) -> 
 
 
 def _opened(file: dict, known: Tokenizer) -> dict:
-    """A tokenizer.json of pieces, with the token and the space that their model had before each text."""
+    """Adds the opening token and the leading space of a SentencePiece model to a tokenizer.json."""
     if known.prefix:
         sign = {"type": "Prepend", "prepend": SPACE_SIGN}
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -206,17 +220,17 @@ BPE = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_pr
 
 
 def _bytes(known: ByteTokenizer) -> dict:
-    """Each byte as the character that stands for it, and no merges."""
+    """Makes a tokenizer.json with one character for each byte, and no merges."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     model = BPE | {"fuse_unk": False, "byte_fallback": False, "merges": []}
     return _file(model | {"vocab": {chr(char): i for char, i in BYTE_OF.items()}}, known, None, level, level)
 
 
 def _pieces(content: bytes, known: Tokenizer) -> list[dict]:
-    """A SentencePiece model as BPE and as Unigram; which of them it is shows in what they do.
+    """Converts a SentencePiece model to BPE and to Unigram; comparing ids shows which of both is right.
 
-    SentencePiece merges whatever pair makes the piece of the highest score; as merges, these are all the pairs that
-    make it, in the order of the pieces' scores.
+    SentencePiece merges the pair that makes the piece with the highest score. The merges are therefore all pairs that
+    make a piece, in the order of the pieces' scores.
     """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
     names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
@@ -230,7 +244,7 @@ def _pieces(content: bytes, known: Tokenizer) -> list[dict]:
         merges += sorted(pairs, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
     bpe = BPE | {"unk_token": names[pieces.unk_id()], "fuse_unk": False, "byte_fallback": True}
     bpe |= {"vocab": {name: i for i, name in enumerate(names)}, "merges": [list(pair) for pair in merges]}
-    unigram = {"type": "Unigram", "unk_id": pieces.unk_id(), "vocab": [*map(list, zip(names, scores))]}
+    unigram = {"type": "Unigram", "unk_id": pieces.unk_id(), "vocab": [*map(list, zip(names, scores, strict=True))]}
     back = {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "}
     decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
     models = bpe, unigram | {"byte_fallback": True}
@@ -238,7 +252,7 @@ def _pieces(content: bytes, known: Tokenizer) -> list[dict]:
 
 
 def _differing(file: dict, known: Tokenizer) -> float:
-    """The share of texts to which a tokenizer.json gives other ids; paragraphs of Python's own library, and odd ones."""
+    """Returns the share of texts with other ids by a tokenizer.json: paragraphs of Python's library, and odd texts."""
     library = optional.package("tokenizers", "gptjax convert to-hf")
     theirs = library.Tokenizer.from_str(json.dumps(file))
     texts, size = ["naïve Größe, Ωμέγα, 東京 😀 \x00 \t\r\n", "  two  spaces  ", "x"], 0

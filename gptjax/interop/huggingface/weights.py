@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face model is which slice of which of our arrays.
+"""Maps the tensors of a Hugging Face model to slices of our arrays.
 
-A tensor is looked at in the shape that the slice has (`Part.view`), so that copying from one view to the other is all
-that either direction does. torch's Linear keeps [out, in], GPT-2's Conv1D [in, out] as we do, and GPT-2 has queries,
-keys and values side by side in one tensor.
+`Part.view` shows a tensor in the shape of the slice, so both directions only copy between views. torch's Linear keeps
+[out, in]. GPT-2's Conv1D keeps [in, out] like our arrays, and GPT-2 has queries, keys and values side by side in one
+tensor.
 """
 
 import math
@@ -54,27 +54,27 @@ GPT2 = {
     "norm.bias": "transformer.ln_f.bias",
     "head": "lm_head.weight",
 }
-# Leading axes of a matrix's slice that are its inputs; the others are its outputs.
+# The number of leading axes in a matrix's slice that are inputs; the other axes are outputs.
 INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
 SIDE_BY_SIDE = {"query": 0, "key": 1, "value": 2, "query_bias": 0, "key_bias": 1, "value_bias": 2}  # in c_attn
-# What older files also hold, and no weight: masks, and the frequencies of RoPE.
+# Buffers in older files that are not weights: masks, and the frequencies of RoPE.
 BUFFERS = re.compile(
     r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
 
 
 class Part(NamedTuple):
-    """A slice of one of our arrays, and the tensor, or the part of it, that it is."""
+    """A slice of one of our arrays, and the tensor, or part of a tensor, with the same content."""
 
     tensor: str
     tensor_shape: tuple[int, ...]
-    shape: tuple[int, ...]  # of the slice, without what pads the vocabulary
-    outputs: int  # of a matrix that the tensor has as [out, in]: how many of the slice's last axes are outputs; else 0
-    place: int  # along the tensor's last axis
-    places: int
+    shape: tuple[int, ...]  # shape of the slice, without rows that pad the vocabulary
+    outputs: int  # number of last axes that are outputs, for a tensor kept as [out, in]; else 0
+    place: int  # index of the part along the tensor's last axis
+    places: int  # parts along the tensor's last axis
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor in the shape of the slice, without copying it."""
+        """Shows the tensor in the shape of the slice, without a copy."""
         width = self.tensor_shape[-1] // self.places
         tensor = tensor[..., self.place * width : (self.place + 1) * width]
         inputs = len(self.shape) - self.outputs
@@ -85,13 +85,19 @@ class Part(NamedTuple):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The slice's axes as they lie in the tensor, the outermost first."""
+        """The slice's axes in the order of the tensor, the outermost first."""
         inputs = len(self.shape) - self.outputs
         return (*range(inputs, len(self.shape)), *range(inputs))
 
 
 def parts(gpt2: bool, arrays: dict[str, tuple[int, ...]], vocab_size: int) -> dict[str, list[Part]]:
-    """Of each array, given by its shape, the parts by layer; one part where it has no layers."""
+    """Returns the parts of each array by layer; an array without layers has one part.
+
+    Args:
+      gpt2: whether the family is gpt2.
+      arrays: shapes of our arrays, by name.
+      vocab_size: ids of the tokenizer, without padding.
+    """
     table = {f"blocks.{name}": f"transformer.h.{{}}.{tensor}" for name, tensor in GPT2_BLOCK.items()} | GPT2
     if not gpt2:
         table = {f"blocks.{name}": f"model.layers.{{}}.{tensor}" for name, tensor in ROTARY_BLOCK.items()} | ROTARY
@@ -113,7 +119,7 @@ def parts(gpt2: bool, arrays: dict[str, tuple[int, ...]], vocab_size: int) -> di
 
 
 def within(parts: list[Part], region: tuple[slice, ...]) -> Iterator[tuple[Part, tuple, tuple[slice, ...]]]:
-    """Of a region of an array: each part that it touches, where that is in the region, and where in the part."""
+    """Yields each part that a region of an array touches, with the index in the region and the slices in the part."""
     if len(region) == len(parts[0].shape):
         yield parts[0], (), region
         return
@@ -122,31 +128,31 @@ def within(parts: list[Part], region: tuple[slice, ...]) -> Iterator[tuple[Part,
 
 
 def check(tensors: dict[str, Tensor], parts: dict[str, list[Part]], where) -> None:
-    """Raises: Refused, for tensors that are missing, too many, or of another shape or dtype."""
+    """Raises: Refused, for missing or extra tensors, and for another shape or dtype."""
     wanted = {part.tensor: part for each in parts.values() for part in each}
     for name, part in wanted.items():
         if name not in tensors:
-            raise Refused(f"{where} has no tensor {name}, which its config.json asks for: fetch the folder again.")
+            raise Refused(f"{where} has no tensor {name}, which config.json asks for; fetch the folder again.")
         if tensors[name].shape != part.tensor_shape:
             raise Refused(
-                f"{where} has {name} of shape {tensors[name].shape}, and its config.json makes it {part.tensor_shape}: "
-                "correct one of them."
+                f"{where}: {name} must have the shape {part.tensor_shape} by config.json; found "
+                f"{tensors[name].shape}; correct one of both."
             )
         if tensors[name].dtype not in DTYPES:
             raise Refused(
-                f"{where} has {name} in {tensors[name].dtype}, and {', '.join(DTYPES)} are read: convert it before."
+                f"{where}: {name} must be {', '.join(DTYPES)}; found {tensors[name].dtype}; convert the tensor first."
             )
     if extra := [name for name in tensors if name not in wanted and not BUFFERS.fullmatch(name)]:
         raise Refused(
-            f"{where} has {len(extra)} tensors that its config.json does not ask for, such as {extra[0]}: it is not a "
-            "plain model of its kind."
+            f"{where} has {len(extra)} tensors that config.json does not ask for, such as {extra[0]}; only plain models "
+            "of the family are supported."
         )
 
 
 def named(tensors: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """The tensors by the names that the tables above have, without a copy of a tied embedding.
+    """Names the tensors as in the tables above, and drops a copy of a tied embedding.
 
-    GPT-2's own files have no `transformer.` before its names.
+    GPT-2's own files leave the prefix `transformer.` out.
     """
     if "wte.weight" in tensors:
         tensors = {

@@ -1,4 +1,4 @@
-"""What a compiled step says of itself: memory, buffers, cycles, kernels. All figures are those of one device."""
+"""Reads memory, buffers, cycles and kernels from a compiled step. All figures are per device."""
 
 import re
 from typing import NamedTuple
@@ -10,26 +10,28 @@ from gptjax.parallel.xla import flops, hlo
 
 
 class Memory(NamedTuple):
-    """Bytes of a device's memory, as the compiler laid them out."""
+    """Bytes of a device's memory in the compiler's layout."""
 
     arguments: int
-    outputs: int  # that do not take the place of an argument
+    outputs: int  # outputs that do not reuse the memory of an argument
     temporaries: int
     code: int
     peak: int
-    host: int  # of the host's memory: arguments, outputs and temporaries that were put there
+    host: int  # bytes of the host's memory: arguments, outputs and temporaries placed there
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """The compiler's layout."""
+    """Returns the compiler's memory layout of a program."""
     return laid_out(compiled.memory_analysis())
 
 
 def laid_out(m) -> Memory:
-    """A layout from the compiler's statistics (`memory_analysis`). Its own peak leaves temporaries out on CPUs, is
-    missing on GPUs, and counts what was put into the host's memory on TPUs: then it is all parts at once.
+    """Makes a layout from the compiler's statistics (`memory_analysis`).
+
+    The statistics' peak leaves temporaries out on CPUs, is missing on GPUs, and includes host memory on TPUs. In these
+    cases the sum of all parts replaces the peak.
     """
-    told = getattr(m, "peak_memory_in_bytes", 0)
+    stated = getattr(m, "peak_memory_in_bytes", 0)
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
     total = m.argument_size_in_bytes + outputs + m.temp_size_in_bytes
     return Memory(
@@ -37,7 +39,7 @@ def laid_out(m) -> Memory:
         outputs=outputs,
         temporaries=m.temp_size_in_bytes,
         code=m.generated_code_size_in_bytes,
-        peak=min(told, total) if told > m.temp_size_in_bytes else total,
+        peak=min(stated, total) if stated > m.temp_size_in_bytes else total,
         host=m.host_argument_size_in_bytes
         + m.host_output_size_in_bytes
         - m.host_alias_size_in_bytes
@@ -46,7 +48,7 @@ def laid_out(m) -> Memory:
 
 
 class Buffer(NamedTuple):
-    """A part of a device's memory, by the largest value that it holds."""
+    """A part of a device's memory, named by the largest value in this part."""
 
     name: str
     shape: str
@@ -54,9 +56,9 @@ class Buffer(NamedTuple):
 
 
 def largest_buffers(assignment: str, program: hlo.Program, count: int) -> list[Buffer]:
-    """The largest values of a buffer assignment (`*buffer-assignment.txt`) that have places of their own.
+    """Returns the largest values of a buffer assignment (`*buffer-assignment.txt`) that do not overlap in memory.
 
-    Values in one place take turns in time, so of values that overlap in it the largest stands for all; places add up to
+    Values that overlap are alive at different times, so the largest value stands for the others. The places add up to
     the whole memory.
     """
     values, allocation, wanted = [], 0, False
@@ -78,7 +80,10 @@ def largest_buffers(assignment: str, program: hlo.Program, count: int) -> list[B
 
 
 def origin(program: hlo.Program, value: str) -> str:
-    """Where a value (`name` or, of a tuple, `name{3}`) comes from; of a loop's state, what the loop puts there."""
+    """Describes where a value comes from: `name`, or `name{3}` for an element of a tuple.
+
+    For an element of a loop's state, this is the operation in the loop that writes the element.
+    """
     name, _, index = value.partition("{")
     where = next((key for key, steps in program.computations.items() if name in steps), None)
     step = program.computations[where][name] if where else None
@@ -95,40 +100,40 @@ def origin(program: hlo.Program, value: str) -> str:
 
 
 def readable(op_name: str) -> str:
-    """`jit(f)/while/body/transpose(jvp(mlp))/BTD,DF->BTF/dot_general` as `backward: mlp/BTD,DF->BTF/dot_general`."""
+    """Turns `jit(f)/while/body/transpose(jvp(mlp))/DF->BTF/dot_general` into `backward: mlp/DF->BTF/dot_general`."""
     way = "backward: " if "transpose(jvp" in op_name else "forward: " if "jvp(" in op_name else ""
     noise = r"jit\(\w+\)|(transpose\()?jvp\((eval_jaxpr)?\)+|forward_backward|while|body|cond|closed_call|checkpoint|"
     noise += "rematted_computation|shard_map|eval_jaxpr"
     words = [word for word in op_name.split("/") if not re.fullmatch(noise, word)]
     words = [re.sub(r"^(transpose\()?jvp\((.*?)\)+$", r"\2", word) for word in words]
-    # A kernel's path says its name several times.
+    # The path of a kernel repeats the kernel's name.
     return way + ("recomputed " if "rematted" in op_name else "") + "/".join(dict.fromkeys(words)) if words else op_name
 
 
 def cycles(program: hlo.Program) -> int:
-    """The compiler's own estimates of its operations on a TPU, added up over the loops.
+    """Adds up the compiler's cycle estimates of all operations on a TPU, over all turns of loops.
 
-    Collectives, Pallas kernels and copies between memories carry none, so this is the least that a step takes. 0 where
-    there are no estimates (other platforms).
+    Collectives, Pallas kernels and copies between memories carry no estimates, so the sum is a lower bound for a step.
+    Other platforms have no estimates: 0.
     """
     total = 0
     for _, step, times in hlo.schedule(program):
         estimate = re.search(r'"estimated_cycles":"(\d+)"', step.text)
-        if estimate and int(estimate[1]) < 1 << 62:  # more than that means that there is none
+        if estimate and int(estimate[1]) < 1 << 62:  # a larger number stands for a missing estimate
             total += int(estimate[1]) * times
     return total
 
 
 class Kernel(NamedTuple):
-    """A Pallas kernel, by name."""
+    """All calls of the Pallas kernels with one name."""
 
     name: str
     calls: int
-    flops: int  # of all calls; 0 where they are not known
+    flops: int  # FLOPs of all calls; 0 if unknown
 
 
 def kernels(program: hlo.Program, window: int) -> list[Kernel]:
-    """The Pallas kernels of a step on a TPU; `window` as in `flops.kernel`."""
+    """Returns the Pallas kernels of a step on a TPU; `window` is that of `flops.kernel`."""
     calls = [
         (re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", step.name), step, times)
         for _, step, times in hlo.schedule(program)
@@ -145,13 +150,13 @@ def kernels(program: hlo.Program, window: int) -> list[Kernel]:
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(needed, available) bytes from the compiler's words when a program does not fit; None for other words."""
+    """Reads (needed, available) bytes from the compiler's message that a program does not fit; None for others."""
     if "CompileTimeHbmOom" not in message and "Ran out of memory in memory space hbm" not in message:
         return None
     needed = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", message)
     if not needed:
         needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", message)
     if not needed:
-        raise Refused(f"The compiler says that the step does not fit, in words that are new: {message[:300]}")
+        raise Refused(f"The compiler says that the step does not fit, in an unknown form: {message[:300]}")
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return int(float(needed[1]) * unit[needed[2]]), int(float(needed[3]) * unit[needed[4]])

@@ -1,4 +1,4 @@
-"""The communication of a compiled step, read off XLA's text: what is moved, among which devices, whether it hides."""
+"""Reads the communication of a compiled step from XLA's text: bytes, devices, and overlap with compute."""
 
 import math
 import re
@@ -17,21 +17,21 @@ COMPUTE = ("fusion", "convolution", "dot", "custom-call", "while")
 class Collective(NamedTuple):
     """Communication of one sort, added up over a step."""
 
-    operation: str  # "… by all-reduce" is what it is for, and how the compiler chose to do it
-    axes: str  # of the mesh, joined by +
-    between: bool  # slices (hosts, for GPUs), rather than within one
+    operation: str  # "PURPOSE by all-reduce" if the compiler serves the purpose by an all-reduce
+    axes: str  # mesh axes, joined by +
+    between: bool  # between slices (hosts of GPUs) rather than within a slice
     calls: int = 0
-    bytes: int = 0  # of the whole arrays: gathered, to be reduced, or sent
-    overlapped_bytes: int = 0  # of these, while the device computes; for the others it waits
-    link_bytes: int = 0  # that a device has to send, by the algorithms that send least
+    bytes: int = 0  # size of the whole arrays: gathered, to be reduced, or sent
+    overlapped_bytes: int = 0  # the part of `bytes` that moves while the device computes
+    link_bytes: int = 0  # bytes that a device sends, by the algorithms that send least
 
 
 class Unreadable(Exception):
-    """XLA can't write a program out (some of those for TPUs), or in words that are new to `hlo`."""
+    """XLA can't print a program (some programs for TPUs), or prints a form that `hlo` does not know."""
 
 
 def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """The communication of a step that was compiled for a mesh of this process's devices; none of a single device's.
+    """Returns the communication of a step compiled for a mesh of this process's devices; nothing for one device.
 
     Raises: Unreadable.
     """
@@ -47,9 +47,9 @@ def of_step(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Collecti
 
 
 def numbering(mesh: jax.sharding.Mesh, slices: int) -> list[tuple[str, int]]:
-    """Names and sizes of the mesh axes in the order in which a program numbers its devices.
+    """Returns names and sizes of the mesh axes in the order in which a program numbers devices.
 
-    On several TPU slices a program is that of one slice; `ring` is a part of `fsdp`.
+    On several TPU slices a program covers one slice. `ring` counts as a part of `fsdp`.
     """
     inside = [(axis, size) for axis, size in mesh.shape.items() if slices == 1 or axis != "slices"]
     return [("fsdp" if axis == "ring" else axis, size) for axis, size in inside]
@@ -58,19 +58,20 @@ def numbering(mesh: jax.sharding.Mesh, slices: int) -> list[tuple[str, int]]:
 def collectives(
     program: hlo.Program, axes: Sequence[tuple[str, int]], places: Sequence[int], slices: int
 ) -> list[Collective]:
-    """The communication of a step, by sort, largest first.
+    """Returns the communication of a step by sort, largest first.
 
     Bytes on the links: with n devices, (n - 1) / n of the array for all-gather, reduce-scatter and all-to-all, twice
-    that for all-reduce (Patarasuk and Yuan 2009).
+    as many for all-reduce (Patarasuk and Yuan 2009).
 
     Args:
-      axes: what `numbering` says.
-      places: of each such device, the number of its slice or host. slices: how many TPU slices the program spans.
+      axes: the result of `numbering`.
+      places: the slice or host of each device, in the same numbering.
+      slices: TPU slices that the program spans.
     """
     found, chains = {}, set()
     for computation, step, times in hlo.schedule(program):
         if step.opcode == "send" and "_xla_megascale_transfer_type" in step.text:
-            # XLA hands the array to the library of the data-centre network.
+            # XLA hands the array to the library for the data-centre network.
             operation = re.search(r'_xla_megascale_transfer_type="(\w+)"', step.text)[1].lower().replace("_", "-")
             size = hlo.num_bytes(program.computations[computation][step.operands[0]].shape)
             add(found, Collective(operation, "slices", True), size, times, slices, True)
@@ -79,7 +80,7 @@ def collectives(
         if step.opcode in ("fusion", "async-start"):
             candidates = [(c, inner) for c, inner in hlo.inside(program, step) if inner.opcode in COLLECTIVES]
         for where, inner in candidates:
-            # Fused with the compute that hides it, one collective runs through a chain of fusions and is in each.
+            # A collective fused with the compute that hides the transfer appears in each fusion of a chain: count once.
             chained = "async_collective_fusion_config" in inner.text
             channel = computation, re.search(r"channel_id=(\d+)|$", inner.text)[1], inner.opcode
             if chained and channel in chains:
@@ -92,7 +93,7 @@ def collectives(
             if operation == "all-gather":
                 size *= count
             elif operation == "all-reduce":
-                # A fusion made for the purpose reduces to a slice; a plain all-reduce sends all to all.
+                # A dedicated fusion reduces to a slice; a plain all-reduce sends everything to all devices.
                 operation = purpose(program, where, inner) + ("" if where != computation else " by all-reduce")
                 operation = operation.replace("all-reduce by all-reduce", "all-reduce")
             key = Collective(operation, axes_of(group, axes), len({places[device] for device in group}) > 1)
@@ -101,7 +102,7 @@ def collectives(
 
 
 def add(found: dict, key: Collective, size: int, times: int, count: int, overlapped: bool) -> None:
-    """Adds `times` collectives of `size` bytes among `count` devices to the row of their sort."""
+    """Adds `times` collectives of `size` bytes among `count` devices to the row `key`."""
     share = 1 if key.operation == "collective-permute" else (count - 1) / count
     link = int(size * share * (2 if key.operation.endswith("all-reduce") else 1))
     row = found.get(key, key)
@@ -114,8 +115,11 @@ def add(found: dict, key: Collective, size: int, times: int, count: int, overlap
 
 
 def purpose(program: hlo.Program, computation: str, step: hlo.Instruction) -> str:
-    """What an all-reduce is for: a reduce-scatter where each device goes on with its slice alone, an all-gather where
-    each has put its part into zeros."""
+    """Names the purpose of an all-reduce.
+
+    Returns "reduce-scatter" if each device uses only a slice of the result, "all-gather" if each device has put a part
+    into zeros, else "all-reduce".
+    """
     siblings = program.computations[computation]
     if any("dynamic-update-slice" in hlo.source(siblings, name).opcode for name in step.operands):
         return "all-gather"
@@ -123,7 +127,7 @@ def purpose(program: hlo.Program, computation: str, step: hlo.Instruction) -> st
 
 
 def sliced(program: hlo.Program, computation: str, name: str) -> bool:
-    """Whether all uses of a value take a slice of it that depends on the device or the turn of a loop."""
+    """Whether all uses of a value take a slice that depends on the device or the turn of a loop."""
     siblings = program.computations[computation]
     users = [step for step in siblings.values() if name in step.operands]
 
@@ -140,7 +144,7 @@ def sliced(program: hlo.Program, computation: str, name: str) -> bool:
 
 
 def hidden(siblings: dict[str, hlo.Instruction], step: hlo.Instruction) -> bool:
-    """Whether there is compute between an asynchronous start and what waits for it."""
+    """Whether there is compute between an asynchronous start and the operation that waits for the result."""
     if not step.opcode.endswith("-start"):
         return False
     steps, name = list(siblings.values()), step.name
@@ -154,10 +158,10 @@ def hidden(siblings: dict[str, hlo.Instruction], step: hlo.Instruction) -> bool:
 
 
 def first_group(text: str, places: Sequence[int]) -> tuple[list[int], int]:
-    """The first group of devices that a collective joins, and how many it has.
+    """Returns the first group of devices that a collective joins, and the number of devices in the group.
 
-    XLA writes groups out ({{0,1},{2,3}}), as a grid of numbers ([2,2]<=[4], transposed or not), or by axes of a mesh
-    (mesh['a'=2,'b'=2] {'b'}); a permutation has pairs.
+    XLA writes groups as lists ({{0,1},{2,3}}), as a grid of numbers ([2,2]<=[4], transposed or not), or by axes of a
+    mesh (mesh['a'=2,'b'=2] {'b'}). A permutation has pairs.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
         return [int(device) for device in pairs[1].split("}")[0].strip("{").split(",")], 2
@@ -165,7 +169,7 @@ def first_group(text: str, places: Sequence[int]) -> tuple[list[int], int]:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         grid, joined = list(sizes.values()), [list(sizes).index(name) for name in re.findall(r"'([^']+)'", mesh[2])]
         numbers = [
-            sum(at * math.prod(grid[axis + 1 :]) for axis, at in zip(joined, where))
+            sum(at * math.prod(grid[axis + 1 :]) for axis, at in zip(joined, where, strict=True))
             for where in places_in([grid[axis] for axis in joined])
         ]
         return numbers, len(numbers)
@@ -174,7 +178,8 @@ def first_group(text: str, places: Sequence[int]) -> tuple[list[int], int]:
         order = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(len(grid)))
         strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
         numbers = [
-            sum(at * strides[axis] for axis, at in zip(order, where)) for where in places_in([grid[a] for a in order])
+            sum(at * strides[axis] for axis, at in zip(order, where, strict=True))
+            for where in places_in([grid[axis] for axis in order])
         ]
         return numbers[: int(iota[2])], int(iota[2])
     written = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
@@ -183,7 +188,7 @@ def first_group(text: str, places: Sequence[int]) -> tuple[list[int], int]:
 
 
 def places_in(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All coordinates of a grid, the last side fastest."""
+    """Returns all coordinates of a grid; the last side changes fastest."""
     coordinates = [()]
     for size in sizes:
         coordinates = [(*before, at) for before in coordinates for at in range(size)]
@@ -191,9 +196,11 @@ def places_in(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def axes_of(group: Sequence[int], axes: Sequence[tuple[str, int]]) -> str:
-    """The mesh axes along which the devices of a group differ."""
+    """Returns the mesh axes along which the devices of a group differ."""
     strides = [math.prod(size for _, size in axes[index + 1 :]) for index in range(len(axes))]
     differ = [
-        name for (name, size), stride in zip(axes, strides) if len({device // stride % size for device in group}) > 1
+        name
+        for (name, size), stride in zip(axes, strides, strict=True)
+        if len({device // stride % size for device in group}) > 1
     ]
     return "+".join(dict.fromkeys(differ)) or "none"

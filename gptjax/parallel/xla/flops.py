@@ -1,4 +1,4 @@
-"""The FLOPs that a step executes, recomputation included: of a traced program, and of attention kernels by name."""
+"""Counts the FLOPs that a step executes, recomputation included: a traced program, and attention kernels by name."""
 
 import math
 
@@ -7,12 +7,13 @@ from jax.interpreters import partial_eval
 
 
 def executed(traced: jax.stages.Traced, window: int) -> int:
-    """FLOPs of all matrix products over all devices, those in attention kernels included.
+    """Counts the FLOPs of all matrix products over all devices, attention kernels included.
 
-    Loops count as often as they run, and what no result needs is left out, as a compiler would.
+    Each turn of a loop counts. Operations that no result needs are left out, as by a compiler.
 
     Args:
-      window: positions that a query sees; 0 is all before it.
+      traced: the traced step.
+      window: positions that a query sees; 0 is all earlier positions.
     """
     program = traced.jaxpr.jaxpr
     needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
@@ -23,11 +24,12 @@ def executed(traced: jax.stages.Traced, window: int) -> int:
 
 
 def count(jaxpr, times: int, kernels: list) -> int:
-    """2 · size of the result · contracted size for each product outside kernels.
+    """Adds up 2 · size of the result · contracted size over the products outside kernels.
 
     Args:
-      times: how often this is run, over all devices.
-      kernels: gets (name, shape of the queries, times) of each attention kernel.
+      jaxpr: the program.
+      times: runs of the program, over all devices.
+      kernels: a list that receives (name, shape of the queries, times) of each attention kernel.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -36,7 +38,7 @@ def count(jaxpr, times: int, kernels: list) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += times * 2 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        elif name.startswith("dot_product_attention"):  # cuDNN's, with queries as [B, T, N, H]
+        elif name.startswith("dot_product_attention"):  # cuDNN, with queries as [B, T, N, H]
             batch, length, heads, head_dim = eqn.invars[0].aval.shape
             phase = "cudnn_bwd" if "bwd" in name else "cudnn_fwd"
             kernels.append((phase, (batch, heads, length, head_dim), times))
@@ -50,13 +52,13 @@ def count(jaxpr, times: int, kernels: list) -> int:
 
 
 def queries(invars) -> tuple[int, ...]:
-    """The shape of a splash kernel's first floating-point operand, [..., heads, T, H]."""
+    """Returns the shape of a splash kernel's first floating-point operand, [..., heads, T, H]."""
     floating = (v.aval.shape for v in invars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating))
     return next(floating, ())
 
 
 def inside(eqn) -> list:
-    """The programs within an equation: bodies of loops and branches, of calls, of recomputation."""
+    """Returns the programs within an equation: bodies of loops, branches, calls and recomputation."""
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -67,15 +69,17 @@ def inside(eqn) -> list:
 
 
 def kernel(name: str, others: list[str], queries: tuple[int, ...], window: int) -> int:
-    """FLOPs of one call of a flash-attention kernel; 0 for a name that is not one.
+    """Counts the FLOPs of one call of a flash-attention kernel; 0 for other names.
 
-    A product of queries and keys (or scores and values) looks at the T (T + 1) / 2 pairs of a causal mask, or at those
-    within `window` positions. Forward has 2 of them; of the gradients, that of the queries has 3, that of keys and
-    values 4, and all in one 5, as scores are computed again (Dao 2023, algorithms 1 and 2).
+    A product of queries and keys (or scores and values) covers the T (T + 1) / 2 pairs of a causal mask, or the pairs
+    within `window` positions. Forward has 2 products. The gradient of the queries has 3, that of keys and values 4, and
+    a kernel for all gradients 5, since scores are computed again (Dao 2023, algorithms 1 and 2).
 
     Args:
-      others: the names of all kernels of the program, which tell whether the gradients are one kernel or two.
-      queries: [..., heads, T, H] of a device.
+      name: the kernel.
+      others: the names of all kernels of the program; they show whether the gradients are one kernel or two.
+      queries: shape [..., heads, T, H] on a device.
+      window: positions that a query sees; 0 is all earlier positions.
     """
     products = {"fwd": 2, "bwd": 5, "dq": 3, "dkv": 4 if any("_dq" in other for other in others) else 5}
     phase = next((phase for phase in products if f"_{phase}" in name), None)

@@ -1,8 +1,8 @@
-"""Reads the text of a compiled program: instructions, shapes, and how often each runs.
+"""Reads the text of a compiled program: instructions, shapes, and how often each instruction runs.
 
-The text is XLA's HLO (`Compiled.as_text()`, or a file of `--xla_dump_to`): computations of one instruction a line,
-`%name = shape opcode(operands), attributes`. A scheduled program is its entry computation and, from there, the bodies
-of its loops; a fusion's inside is one step of the schedule.
+The text is XLA's HLO (`Compiled.as_text()`, or a file of `--xla_dump_to`). A computation has one instruction per line,
+`%name = shape opcode(operands), attributes`. The schedule of a program follows the entry computation and the bodies of
+loops; a whole fusion is one step of the schedule.
 """
 
 import math
@@ -18,7 +18,7 @@ COPIES = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "convert")
 
 
 class Instruction(NamedTuple):
-    """One line. `text` is what follows the operands."""
+    """One line. `text` holds the attributes, after the operands."""
 
     name: str
     shape: str
@@ -27,26 +27,26 @@ class Instruction(NamedTuple):
     text: str
 
     def called(self, attribute: str) -> str | None:
-        """The computation that `calls=`, `body=`, `condition=` or `to_apply=` names."""
+        """Returns the computation that `calls=`, `body=`, `condition=` or `to_apply=` names."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found and found[1]
 
     @property
     def op_name(self) -> str:
-        """The place in the Python program that it came from, as JAX names it; empty where XLA made it up."""
+        """JAX's name of the place in the Python program; empty for instructions that XLA added."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
 
 class Program(NamedTuple):
-    """Computations by name, each a dict of its instructions in order."""
+    """Computations by name, each a dict of instructions in order."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
 
 def parse(text: str) -> Program:
-    """A program from its text. Raises: ValueError, where there is no entry computation."""
+    """Parses the text of a program. Raises: ValueError, if there is no entry computation."""
     computations, entry, current, pending = {}, "", None, ""
     for line in text.splitlines():
         begins = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -70,7 +70,7 @@ def parse(text: str) -> Program:
 
 
 def instruction(line: str) -> Instruction:
-    """Of `  ROOT %name = shape opcode(%a, %b), attributes`; a tuple's shape has spaces and parentheses of its own."""
+    """Parses `  ROOT %name = shape opcode(%a, %b), attributes`; the shape of a tuple has spaces and parentheses."""
     name, rest = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line, re.DOTALL).groups()
     end = closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
@@ -82,7 +82,7 @@ def instruction(line: str) -> Instruction:
 
 
 def add_element(siblings: dict[str, Instruction], name: str) -> None:
-    """Adds what an operand `tuple#1` stands for, which programs since jax 0.11 write so: a get-tuple-element."""
+    """Adds the get-tuple-element that an operand `tuple#1` stands for, the short form since jax 0.11."""
     whole, _, index = name.rpartition("#")
     if whole and name not in siblings:
         add_element(siblings, whole)
@@ -91,7 +91,7 @@ def add_element(siblings: dict[str, Instruction], name: str) -> None:
 
 
 def elements(shape: str) -> list[str]:
-    """The shapes in a tuple's."""
+    """Splits the shape of a tuple into the shapes of the elements."""
     depth, found = 0, [""]
     for letter in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")
@@ -103,7 +103,7 @@ def elements(shape: str) -> list[str]:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` ends."""
+    """Returns the index of the parenthesis that closes the parenthesis at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -113,20 +113,20 @@ def closing(text: str, start: int) -> int:
 
 
 def num_bytes(shape: str) -> int:
-    """Of an array or of all in a tuple, without the padding of its layout."""
+    """Returns the bytes of an array, or of all arrays in a tuple, without the padding of the layout."""
     arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
     return sum(ITEM_BITS[kind] * math.prod(map(int, filter(None, sizes.split(",")))) // 8 for kind, sizes in arrays)
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Of the first array in a shape."""
+    """Returns the dimensions of the first array in a shape."""
     return tuple(int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size)
 
 
 def schedule(program: Program) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, times it runs) for each step of the schedule, loops' bodies included.
+    """Yields (computation, instruction, number of runs) for each step of the schedule, bodies of loops included.
 
-    Branches of conditionals and what other cores than the main one run (`async_execution_thread`) are left out.
+    Branches of conditionals and work on other cores than the main core (`async_execution_thread`) are left out.
     """
 
     def walk(computation: str, times: int):
@@ -141,7 +141,7 @@ def schedule(program: Program) -> Iterator[tuple[str, Instruction, int]]:
 
 
 def inside(program: Program, step: Instruction) -> Iterator[tuple[str, Instruction]]:
-    """(computation, instruction) within a fusion, a call or an asynchronous start, to any depth."""
+    """Yields (computation, instruction) within a fusion, a call or an asynchronous start, to any depth."""
     offloaded = re.search(r"called_computations=\{%?([\w.\-]+)", step.text)
     called = offloaded[1] if offloaded else step.called("to_apply" if step.opcode == "call" else "calls")
     for inner in program.computations.get(called, {}).values():
@@ -150,12 +150,12 @@ def inside(program: Program, step: Instruction) -> Iterator[tuple[str, Instructi
 
 
 def trips(program: Program, computation: str, loop: Instruction) -> int:
-    """How often a loop's body runs: XLA's own count, or limit - start of the counter that its condition compares.
+    """Returns how often the body of a loop runs: XLA's own count, or limit - start of the counter in the condition.
 
-    The start matters: a loop whose first turn was peeled off begins at 1. A counter goes up by 1, as JAX writes loops.
+    The start matters: a loop whose first turn was peeled off begins at 1. JAX's counters go up by 1.
 
     Raises:
-      ValueError: a condition of another form.
+      ValueError: the condition has another form.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
     if known:
@@ -178,10 +178,10 @@ def trips(program: Program, computation: str, loop: Instruction) -> int:
 
 
 def start(program: Program, computation: str, loop: Instruction, index: int) -> int:
-    """The constant that element `index` of a loop's state has before the first turn.
+    """Returns the constant in element `index` of a loop's state before the first turn.
 
     Raises:
-      ValueError: it is no constant.
+      ValueError: the element is not a constant.
     """
     steps = program.computations[computation]
     step = steps[loop.operands[0]]
@@ -193,7 +193,7 @@ def start(program: Program, computation: str, loop: Instruction, index: int) -> 
 
 
 def source(siblings: dict[str, Instruction], name: str) -> Instruction:
-    """What made a value, behind its copies."""
+    """Returns the instruction that made a value, behind all copies."""
     step = siblings[name]
     while step.opcode in COPIES:
         step = siblings[step.operands[0]]

@@ -1,4 +1,4 @@
-"""Config files: those that a user or a run wrote are read, and others written that are one of them with some keys set."""
+"""Reads the config files of users and runs, and writes config files that change keys of others."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, parse
 
 
 def split(path: str) -> tuple[str, list[str]]:
-    """The file of FILE[:ARGUMENT…], as --config has it, and the arguments of its get_config(), which are texts."""
+    """Splits FILE[:ARGUMENT…], the value of --config, into the file and the arguments of get_config(), all texts."""
     file, dot, arguments = path.partition(".py:")
     return (f"{file}.py", arguments.split(":")) if dot else (path, [])
 
@@ -27,8 +27,9 @@ def load(path: str, overrides: dict[str, str]) -> Config:
     """The Config of a file, with `KEY: TEXT` overrides from the command line.
 
     Args:
-      path: of a Python file with a `get_config()`, and its arguments, as of `split`; or of the config.json of a run, for
-        another that is to be like it.
+      path: a Python file with a `get_config()`, and arguments, as in `split`; or the config.json of a run, for a new
+        run like that run.
+      overrides: texts by key.
 
     Raises:
       Refused: for a file that is missing or broken, too few or too many arguments, an unknown key, or a value of the
@@ -60,7 +61,7 @@ def _of_module(path: str, arguments: list[str]) -> ConfigDict:
         config = module["get_config"](*arguments) if "get_config" in module else None
     except Refused:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is a fault of the file
+    except (Exception, SystemExit) as error:  # any exception in a user's file is a fault of the file
         raise Refused(f"{path}: {_fault(error)}") from error
     if "get_config" not in module:
         raise Refused(
@@ -75,7 +76,7 @@ def _of_module(path: str, arguments: list[str]) -> ConfigDict:
 
 
 def _check_arguments(path: str, get_config, arguments: list[str]) -> None:
-    """Raises: Refused, where get_config() takes fewer or more than there are."""
+    """Raises: Refused, if get_config() takes fewer or more arguments than were given."""
     parameters = inspect.signature(get_config).parameters.values() if callable(get_config) else []
     needed = [each.name.upper() for each in parameters if each.default is each.empty]
     if not len(needed) <= len(arguments) <= len(parameters):
@@ -86,28 +87,28 @@ def _check_arguments(path: str, get_config, arguments: list[str]) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with a config file, from an exception; ConfigDict's own lists every field of the section."""
-    text = str(error)[:2000]  # the patterns below take long over a long one
+    """The fault in a config file, from an exception; ConfigDict's own message lists every field of the section."""
+    text = str(error)[:2000]  # the patterns below are slow on long texts
     unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
     if unknown and isinstance(error, (AttributeError, KeyError)):
         return f'unknown key "{unknown[1]}".{_nearest_key(unknown[1])}'
     mistyped = re.search(r"override field '(\w+)' .*\. (.*) is of original type .* type <class '.*?(\w+)'>", text)
     if mistyped:
-        return f"{mistyped[1]}={mistyped[2]} is not of type {mistyped[3]}."
+        return f"{mistyped[1]}={mistyped[2]} must be of type {mistyped[3]}."
     return f"{type(error).__name__}: {' '.join(text.split())}."
 
 
 def _nearest_key(key: str) -> str:
-    """A hint at the key, in whatever section, or the section that `key` is probably meant to be."""
+    """A hint at the key or section, anywhere in the config, that `key` probably means."""
     keys = flatten(default())
     sections = {key.partition(".")[0] for key in keys}
-    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections))
+    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections, strict=True))
     close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
     return f' Did you mean "{by_name[close[0]]}"?' if close else ""
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets `config.KEY` from the text of a command line, as the type that the key has.
+    """Sets `config.KEY` from a text of the command line, read as the type of the key.
 
     Raises: Refused.
     """
@@ -121,7 +122,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     try:
         value = read[type(old)](text.lower() if type(old) is bool else text)
     except (KeyError, ValueError) as error:
-        raise Refused(f"--config.{key}={text} is not of type {type(old).__name__}: its default is {old!r}.") from error
+        raise Refused(f"--config.{key}={text} must be of type {type(old).__name__}: the default is {old!r}.") from error
     section, _, name = key.rpartition(".")
     target = config
     for part in section.split(".") if section else ():
@@ -137,7 +138,7 @@ def _finite(text: str) -> float:
 
 
 def write(path: pathlib.Path, original: str, docstring: str, values: dict[str, object]) -> None:
-    """Writes a config file that is `original`, as of `config.split`, with these values by key, whole or not at all."""
+    """Writes a config file that is `original` (as in `split`) with these values by key, whole or not at all."""
     file, arguments = split(original)
     lines = "".join(f"    config.{key} = {value!r}\n" for key, value in values.items())
     text = (

@@ -1,7 +1,8 @@
-"""One Config: the sections of the rooms that read them, checked together before anything is computed.
+"""The Config: the sections of all packages, checked together before anything is computed.
 
-Outside, in config files and on the command line, it is a locked `ConfigDict` (`default()`), so an unknown key fails
-where it is written. Inside it is a tree of frozen dataclasses (`parse()`).
+Config files and the command line use a locked `ConfigDict` (`default()`), so an unknown key fails where it is
+written. The program uses a tree of frozen dataclasses (`parse()`). This file and the sections import no JAX, so that a mistake is
+refused before JAX is loaded.
 """
 
 import dataclasses
@@ -45,21 +46,21 @@ if TYPE_CHECKING:  # configs are parsed before JAX is imported
 class Config:
     """Everything a run depends on."""
 
-    seed: int = 0
-    num_steps: int = 1000  # updates
+    seed: int = 0  # of the initial weights, dropout and the order of the data
+    num_steps: int = 1000  # updates of the whole run
     batch_size: int = 32  # sequences in the whole update, over all devices
     seq_len: int = 256  # tokens in a sequence
     grad_accum_steps: int = 1  # micro-batches that an update is summed from
-    log_every: int = 10
-    eval_every: int = 200
+    log_every: int = 10  # steps between two rows of metrics
+    eval_every: int = 200  # steps between two evaluations
     eval_batches: int = 0  # an evaluation reads this × batch_size held-out sequences; 0 is all
-    checkpoint_every: int = 200
-    tracker: str = ""  # where rows go besides: wandb, or package.module:function (tracking.py)
-    num_samples: int = 2  # texts that a finished run writes
-    sample_prompt: str = ""  # what they go on from; of a longer one than half a sequence, its end
-    init_from: str = ""  # a workdir whose model a new run begins with; empty: with weights that are drawn
-    init_step: int = -1  # the checkpoint there; -1 is the newest
-    compiler_options: str = ""  # of XLA, for the train step: NAME=VALUE …; see compiler.py
+    checkpoint_every: int = 200  # steps between two checkpoints
+    tracker: str = ""  # a tracker that gets the rows too: wandb, or package.module:function
+    num_samples: int = 2  # texts that a finished run writes to samples.txt
+    sample_prompt: str = ""  # text that the samples continue; cut to its end if longer than half a sequence
+    init_from: str = ""  # workdir whose model a new run starts from; empty: random weights
+    init_step: int = -1  # checkpoint of init_from; -1 is the newest
+    compiler_options: str = ""  # XLA options for the train step: xla_NAME=VALUE …
     lora: LoraConfig = LoraConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -85,23 +86,23 @@ class Config:
 
     @property
     def phases(self) -> list[Phase]:
-        """What a new run of this config reads, in its order."""
+        """The phases of a new run of this config, in order."""
         return curriculum.phases(self.mixture, self.curriculum, self.seq_len, self.batch_size)
 
     @property
     def largest(self) -> "Config":
-        """This config with the batch of its phase with the most tokens a step."""
+        """This config with the batch of the phase that has the most tokens per step."""
         return self.at(max(self.phases, key=lambda phase: phase.batch_size * phase.seq_len))
 
     def at(self, phase: Phase) -> "Config":
-        """This config with the batch of a phase for good."""
+        """This config with the batch of a phase, and without a curriculum."""
         return dataclasses.replace(
             self, seq_len=phase.seq_len, batch_size=phase.batch_size, curriculum=CurriculumConfig()
         )
 
 
-# What runs of earlier versions name in their config.json, and what never changed which function is computed: passed
-# over there, so that their checkpoints stay readable.
+# Keys in the config.json of earlier versions that never changed the computed function. They are ignored, so that old
+# checkpoints stay readable.
 RETIRED_KEYS = ("model.isolate_products",)
 
 MAX_JSON_BYTES = 1 << 20  # of a config.json
@@ -120,7 +121,7 @@ def parse(config) -> Config:
 def _build(kind, values, prefix):
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(values, (dict, ConfigDict)):
-        raise Refused(f"{prefix.removesuffix('.') or 'config'}={shown(values)} is no section of keys.")
+        raise Refused(f"{prefix.removesuffix('.') or 'config'}={shown(values)} must be a section of keys.")
     made = {}
     for key, value in values.items():
         if prefix + str(key) in RETIRED_KEYS:
@@ -133,27 +134,27 @@ def _build(kind, values, prefix):
         if dataclasses.is_dataclass(expected):
             made[key] = _build(expected, value, f"{prefix}{key}.")
         elif type(value) is int and value.bit_length() > 63:
-            raise Refused(f"{prefix}{key} has {value.bit_length()} bits, and a number here at most 63.")
+            raise Refused(f"{prefix}{key} must have at most 63 bits; found {value.bit_length()}.")
         elif expected is float and type(value) is int:
             made[key] = float(value)
         elif type(value) is not expected:
-            raise Refused(f"{prefix}{key}={shown(value)} is not of type {expected.__name__}.")
+            raise Refused(f"{prefix}{key}={shown(value)} must be of type {expected.__name__}.")
         elif expected is str and not _is_text(value):
-            raise Refused(f"{prefix}{key}={shown(value)} is no text in UTF-8, or has a NUL in it.")
+            raise Refused(f"{prefix}{key}={shown(value)} must be UTF-8 text without NUL.")
         elif expected is float and not math.isfinite(value):
-            raise Refused(f"{prefix}{key}={value} is not a finite number.")
+            raise Refused(f"{prefix}{key}={value} must be a finite number.")
         else:
             made[key] = value
     return kind(**made)
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be printed, encoded, and a part of a path."""
+    """Whether a text can be printed, encoded and used in a path."""
     return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
 def resolve(config: Config) -> Config:
-    """Checks values across sections and works out what is derived. Raises: Refused."""
+    """Checks values across sections and fills in derived values. Raises: Refused."""
     config = dataclasses.replace(config, model=config.model.resolved())
     for key in (
         "num_steps",
@@ -167,14 +168,14 @@ def resolve(config: Config) -> Config:
         if getattr(config, key) < 1:
             raise Refused(f"{key}={getattr(config, key)} must be at least 1.")
     if config.num_steps >= 1 << 31:
-        raise Refused(f"num_steps={config.num_steps} is more than the {(1 << 31) - 1} that a step counts to.")
+        raise Refused(f"num_steps={config.num_steps} must be at most {(1 << 31) - 1}, the largest step.")
     for key in ("seed", "eval_batches", "num_samples"):
         if getattr(config, key) < 0:
             raise Refused(f"{key}={getattr(config, key)} must not be negative.")
     if config.seed >= 1 << 32:
-        raise Refused(f"seed={config.seed} has more than the 32 bits of a JAX key: use one below {1 << 32}.")
+        raise Refused(f"seed={config.seed} must be below {1 << 32}: a JAX key has 32 bits.")
     if config.checkpoint.keep < 1:
-        raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run goes on from the newest.")
+        raise Refused(f"checkpoint.keep={config.checkpoint.keep} must be at least 1: a run resumes from the newest.")
     for key in ("checkpoint.keep_every", "checkpoint.write_seconds", "loss.z_loss"):
         value = flatten(dataclasses.asdict(config))[key]
         if value < 0:
@@ -182,7 +183,7 @@ def resolve(config: Config) -> Config:
     for key in ("watchdog.silent_seconds", "watchdog.step_seconds", "watchdog.phase_seconds"):
         value = flatten(dataclasses.asdict(config))[key]
         if value < 2:
-            raise Refused(f"{key}={value} must be at least 2: processes tell of themselves once a second.")
+            raise Refused(f"{key}={value} must be at least 2: processes send a beat once a second.")
     for phase in (config, *config.phases):
         if config.loss.num_chunks < 1 or phase.seq_len % config.loss.num_chunks:
             raise Refused(
@@ -205,20 +206,20 @@ def resolve(config: Config) -> Config:
             "for its newest."
         )
     if config.init_from and config.tokenizer.kind != "byte" and not config.tokenizer.path:
-        its = dataclasses.replace(config.tokenizer, path=f"{config.init_from.rstrip('/')}/tokenizer")
-        config = dataclasses.replace(config, tokenizer=its)
+        tokenizer = dataclasses.replace(config.tokenizer, path=f"{config.init_from.rstrip('/')}/tokenizer")
+        config = dataclasses.replace(config, tokenizer=tokenizer)
     if config.data.prompt_field and config.clean.steps():
         raise Refused(
             f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
-            "would not know where prompts end: put it off."
+            "would not know where prompts end: turn cleaning off."
         )
     options.options(config.compiler_options)
     check_lora(config.lora, config.init_from)
     optimizer.check(config.optimizer, config.num_steps)
     if config.model.mup_base_width and config.optimizer.name == "adafactor":
         raise Refused(
-            f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: how its rate depends on "
-            "the width is not worked out; choose adamw, lion or muon."
+            f"model.mup_base_width={config.model.mup_base_width} with optimizer.name=adafactor: adafactor has no rule "
+            "for its rate by width; choose adamw, lion or muon."
         )
     tasks.check(config.tasks)
     early_stopping.check(config.stopping)
@@ -226,13 +227,13 @@ def resolve(config: Config) -> Config:
     pipeline.check(config.clean)
     packing.check(config.packing)
     augment.check(config.augment)
-    if not config.tokenizer.path and not config.mixture.stores:  # else the tokenizer may have more than are named here
+    if not config.tokenizer.path and not config.mixture.stores:  # otherwise the tokenizer may have more special tokens
         augment.check_special(config.augment, special_names(config.tokenizer.special_tokens))
     return config
 
 
 def check_batch(config: Config, mesh: "jax.sharding.Mesh") -> None:
-    """The batch of every phase divides over the mesh. Raises: Refused."""
+    """Checks that the batch of every phase divides over the mesh. Raises: Refused."""
     for phase in config.phases:
         _check_batch(config.at(phase), mesh)
 

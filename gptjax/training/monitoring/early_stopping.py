@@ -1,7 +1,7 @@
-"""Early stopping: the end of a run whose held-out loss goes down no more, and its best checkpoint (Prechelt 1998).
+"""Early stopping (Prechelt 1998): ends a run whose held-out loss no longer falls, and keeps the best checkpoint.
 
-Both follow from the evaluations in metrics.jsonl alone, which a run that goes on keeps up to its checkpoint. So a run
-that was killed, whenever it was, ends at the same step, and nothing has to be told between its processes.
+Both decisions follow from the evaluations in metrics.jsonl alone, which a resumed run keeps up to the checkpoint. A
+killed run therefore ends at the same step, and the processes need no further agreement.
 """
 
 import dataclasses
@@ -13,26 +13,26 @@ from gptjax.errors import Refused
 
 @dataclasses.dataclass(frozen=True)
 class StoppingConfig:
-    """When a run ends early. With it on, the checkpoint of the best evaluation so far is kept."""
+    """Says when a run ends early. With early stopping on, the checkpoint of the best evaluation so far is kept."""
 
-    patience: int = 0  # evaluations in a row that improve nothing, after which the run ends; 0 is never
-    min_delta: float = 0.0  # nats a token by which the held-out loss has to fall to count as better
+    patience: int = 0  # the run ends after this many evaluations in a row without improvement; 0: never
+    min_delta: float = 0.0  # the held-out loss must fall by more nats per token than this to count as improved
 
 
 def check(config: StoppingConfig) -> None:
-    """Raises: Refused."""
+    """Raises: Refused, for a negative value."""
     for key in ("patience", "min_delta"):
         if getattr(config, key) < 0:
             raise Refused(f"stopping.{key}={getattr(config, key)} must not be negative.")
 
 
-def told(config: StoppingConfig) -> str:
-    """Why a run ends, in words."""
+def reason(config: StoppingConfig) -> str:
+    """Says in words why a run ends."""
     return f"the held-out loss has not improved in stopping.patience={config.patience} evaluations"
 
 
 def over(config: StoppingConfig, losses: Mapping[int, float]) -> bool:
-    """Whether the last `patience` evaluations have improved nothing."""
+    """Says whether the last `patience` evaluations brought no improvement."""
     lowest, waited = math.inf, 0
     for step in sorted(step for step, loss in losses.items() if math.isfinite(loss)):
         better = losses[step] < lowest - config.min_delta

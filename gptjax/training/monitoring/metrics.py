@@ -1,4 +1,4 @@
-"""What a run tells: throughput, utilization, and the rows of its steps and evaluations."""
+"""Logs a run: throughput, utilization, and one row per logged step and evaluation."""
 
 import contextlib
 import math
@@ -18,9 +18,9 @@ def _of_task(key: str) -> bool:
 
 
 class Log:
-    """One row a logged step, written one step late, so that the device always has the next step to do.
+    """Writes one row per logged step, one step late, so that the device always has the next step to compute.
 
-    A context manager: leaving it without an exception writes what is left.
+    The log is a context manager: leaving the block without an exception writes the pending row.
     """
 
     def __init__(
@@ -34,17 +34,25 @@ class Log:
         peak: float | None,
         tracker: Callable | None = None,
     ):
-        """`watch`: sees the loss and the gradient's norm of each step before anything else is done with them. `done`: the
-        tokens, and the FLOPs of the model, in all steps up to one. `tracker`: as `Writers` takes it.
+        """
+        Args:
+          workdir: folder of metrics.jsonl and TensorBoard's files.
+          bar: shows progress and prints the messages.
+          start: completed updates at the start.
+          watch: sees each step's loss and gradient norm before anything else uses them.
+          log_every: steps from one row to the next.
+          done: gives the tokens and the model's FLOPs of all steps up to a step.
+          peak: FLOPs per second that all devices reach at best; None if unknown.
+          tracker: as in `Writers`.
         """
         self._bar, self._watch, self._log_every = bar, watch, log_every
         self._done, self._peak = done, peak
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
         self._start, self._starting = start, None
-        self._flops = 0  # of the last logged step
-        self.step_seconds = []  # of the logged steps of as many FLOPs, which a curriculum changes
-        self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
+        self._flops = 0  # FLOPs of the last logged step
+        self.step_seconds = []  # times of the logged steps since a curriculum last changed the FLOPs per step
+        self.floor_seconds = None  # time of such a step at the peak, where the peak is known
         self._writers = Writers(workdir, start, bar, tracker) if distributed.first() else None
         rows = self._writers.rows if distributed.first() else []
         self.losses = dict(distributed.exchange([*records.evaluations(rows).items()])[0])  # on held-out text, by step
@@ -60,17 +68,17 @@ class Log:
             self._writers.close()
 
     def starting(self, began: float, facts: dict) -> None:
-        """Has the row of this start written once its first step is done: `facts`, and the seconds since `began`."""
+        """Schedules the row of this start: after the first step it gets `facts` and the seconds since `began`."""
         self._starting = began, facts
 
     def push(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step just dispatched; waits for the step before it, and writes its row if due."""
+        """Takes the metrics of a step just dispatched; waits for the previous step and writes that step's row if due."""
         self._flush()
         self._pending = step, metrics
 
     @contextlib.contextmanager
     def paused(self):
-        """Around what is not training: the last step is finished first, and the time does not count as a step's."""
+        """Context manager for work that is not training: finishes the last step first, and stops the step clock."""
         self._flush()
         before = time.perf_counter()
         if distributed.first():
@@ -85,8 +93,8 @@ class Log:
         self._pending = None
         with heartbeat.waiting():
             loss, grad_norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))  # waits for the step
-        if told := self._watch.see(step, float(loss), float(grad_norm)):
-            self._bar.print(told)
+        if message := self._watch.see(step, float(loss), float(grad_norm)):
+            self._bar.print(message)
         if self._starting and distributed.first():
             began, facts = self._starting
             seconds = time.perf_counter() - began
@@ -122,11 +130,12 @@ class Log:
         """Writes the row of an `evaluate.Evaluation`."""
         self.losses[step] = result.loss
         row = {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte, "eval_accuracy": result.accuracy}
-        for name, its in result.sources.items():
-            row |= {f"eval_loss/{name}": its.loss, f"eval_bits_per_byte/{name}": its.bits_per_byte}
-            row |= {f"eval_accuracy/{name}": its.accuracy}
+        for name, source in result.sources.items():
+            row |= {f"eval_loss/{name}": source.loss, f"eval_bits_per_byte/{name}": source.bits_per_byte}
+            row |= {f"eval_accuracy/{name}": source.accuracy}
         each = "".join(
-            f"; {name} {its.loss:.4f}, {its.bits_per_byte:.4f} bits a byte" for name, its in result.sources.items()
+            f"; {name} {source.loss:.4f}, {source.bits_per_byte:.4f} bits a byte"
+            for name, source in result.sources.items()
         )
         self._evaluation(
             step,
@@ -136,28 +145,28 @@ class Log:
         )
 
     def scores(self, step: int, results: dict[str, dict[str, float]]) -> None:
-        """Writes the row of the metrics of tasks, by their names."""
+        """Writes a row with the metrics of each task, by task name."""
         self.scored.add(step)
-        row = {f"task/{name}/{metric}": value for name, its in results.items() for metric, value in its.items()}
+        row = {f"task/{name}/{metric}": value for name, task in results.items() for metric, value in task.items()}
         each = (
-            f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in its.items() if metric != "samples")
-            for name, its in results.items()
+            f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in task.items() if metric != "samples")
+            for name, task in results.items()
         )
         self._evaluation(step, row, f"step {step}: {'; '.join(each)}")
 
     def failed_evaluation(self, step: int, error: Exception) -> None:
-        """Writes a row that says why there is none."""
+        """Writes a row with the reason why an evaluation failed."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        told = f"warning: step {step} could not be evaluated ({reason}); the run goes on"
-        self._evaluation(step, {"eval_error": reason}, told)
+        message = f"warning: step {step} could not be evaluated ({reason}); the run goes on"
+        self._evaluation(step, {"eval_error": reason}, message)
 
-    def _evaluation(self, step: int, row: dict, told: str) -> None:
+    def _evaluation(self, step: int, row: dict, message: str) -> None:
         if distributed.first():
             self._writers.write({"step": step} | row)
-            self._bar.print(told)
+            self._bar.print(message)
 
     def saved(self, saves: list) -> None:
-        """Writes a row for each `saving.Save`."""
+        """Writes one row for each `async_save.Save`."""
         for save in saves if distributed.first() else ():
             row = {"step": save.step, "save_blocked_seconds": save.blocked_seconds, "save_seconds": save.seconds}
             self._writers.write(row)

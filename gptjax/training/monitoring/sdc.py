@@ -1,7 +1,7 @@
-"""Silent corruption: a step computed twice, to find a device that computes wrongly and does not say so.
+"""Silent data corruption (SDC): computes a step twice to find a device that silently computes wrong numbers.
 
-It takes the time of two steps, and the memory of two states. The step has to be deterministic, as XLA's programs on
-TPUs and CPUs are; on GPUs, where some kernels add up in any order, set XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+The check takes the time of two steps and the memory of two states. The step must be deterministic, as XLA's programs
+on TPUs and CPUs are. On GPUs some kernels add in any order: set XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
 import socket
@@ -15,13 +15,15 @@ from gptjax.runtime import distributed
 
 
 def twice(step, state, batch):
-    """What `step(state, batch)` returns, after it returned the same a second time, bit for bit. Donates the state.
+    """Returns `step(state, batch)` after checking that a second call gives the same bits. Donates the state.
 
     Args:
       step: the compiled train step.
+      state: the train state.
+      batch: the batch of the step.
 
     Raises:
-      Failed: on all processes, naming the devices on which the two differ, their hosts, and the arrays.
+      Failed: on all processes, if results differ; names the devices, their hosts and the arrays.
     """
     again = step(jax.tree.map(copied, state), batch)
     result = step(state, batch)
@@ -38,17 +40,17 @@ def twice(step, state, batch):
 
 
 def copied(array: jax.Array) -> jax.Array:
-    """A copy in other memory of the same devices and kind, whoever the devices belong to."""
+    """Copies an array within the same devices and memory kind, whichever process the devices belong to."""
     shards = [jax.device_put(part.data, part.data.sharding, may_alias=False) for part in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def differences(result, again) -> dict[int, list[str]]:
-    """By the number of each of this process's devices, the arrays of which it holds other bits in the two trees."""
+    """Returns the names of arrays whose bits differ between the two trees, by the number of this process's device."""
     found = {}
     for (name, one), other in zip(named_leaves(result).items(), named_leaves(again).values(), strict=True):
-        for part, its in zip(one.addressable_shards, other.addressable_shards, strict=True):
-            if not np.array_equal(bits(part.data), bits(its.data)):
+        for part, repeated in zip(one.addressable_shards, other.addressable_shards, strict=True):
+            if not np.array_equal(bits(part.data), bits(repeated.data)):
                 found.setdefault(part.device.id, []).append(name.partition(".")[2])
     return found
 
@@ -58,7 +60,7 @@ def bits(array: jax.Array) -> np.ndarray:
 
 
 def sentence(step: int, found: dict[tuple[int, int, str], list[str]], num_devices: int) -> str:
-    """Of what was found, by (device, process, host)."""
+    """Describes the differences found. found: array names by (device, process, host)."""
     places = ", ".join(
         f"device {device} (process {process}, host {host})" for device, process, host in sorted(found)[:8]
     )
@@ -67,7 +69,7 @@ def sentence(step: int, found: dict[tuple[int, int, str], list[str]], num_device
     arrays = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     remedy = "take it out" if len(found) == 1 else "take them out"
     if 1 < len(found) == num_devices:
-        remedy = "a sum over devices carried it to all, so test each of them, and take out the one that is at fault"
+        remedy = "a sum over devices spread the error to all, so test each device and take out the faulty one"
     return (
         f"Step {step}, computed twice from the same state and batch, came out differently on {places}{more}, in "
         f"{arrays}: {remedy}, and start again; nothing was saved since."

@@ -5,17 +5,13 @@ from etils import epath
 from gptjax.errors import Refused, shown
 from gptjax.runtime import untrusted
 
-NOTHING = {"ledger": [], "losses": []}  # what a run knows before its first step
-
-
-ROW = dict.fromkeys(("step", "first_batch", "num_batches"), int) | {"reason": str}  # of the ledger
-
-
+NOTHING = {"ledger": [], "losses": []}  # the record before the first step
+ROW = dict.fromkeys(("step", "first_batch", "num_batches"), int) | {"reason": str}  # types of a row of the ledger
 MAX_BATCHES = 1 << 53
 
 
 def check_saved(saved: dict, step: int, where: epath.Path) -> None:
-    """What the checkpoint of a step in `where` holds for a `Watch` has its form. Raises: Refused."""
+    """Checks the form of the record for `rollback.Watch` in the checkpoint of a step at `where`. Raises: Refused."""
     remedy = "put back the checkpoint that the run wrote"
     untrusted.check_types(saved, {"recovery": dict}, where, remedy)
     untrusted.check_types(saved["recovery"], {"ledger": list, "losses": list}, where, remedy)
@@ -34,16 +30,17 @@ def check_saved(saved: dict, step: int, where: epath.Path) -> None:
 
 
 def batch_index(ledger: list[dict], step: int) -> int:
-    """The batch that is read after `step` steps.
+    """Returns the index of the batch that is read after `step` steps.
 
     Args:
-      ledger: what was skipped, as rows of step (to which the run went back), first_batch, num_batches and reason.
+      ledger: rollbacks as rows of step (the one rolled back to), first_batch, num_batches and reason.
+      step: completed updates.
     """
     return step + sum(row["num_batches"] for row in ledger if row["step"] <= step)
 
 
 def steps_within(ledger: list[dict], step: int, first: int, stop: int) -> int:
-    """How many of the steps up to `step` read one of the batches `first` to `stop`."""
+    """Counts the steps up to `step` that read a batch from `first` up to but not including `stop`."""
     gone = [range(row["first_batch"], row["first_batch"] + row["num_batches"]) for row in ledger if row["step"] < step]
     last = min(stop, batch_index(ledger, step - 1) + 1) if step else first
     return max(last - first, 0) - sum(max(min(last, each.stop) - max(first, each.start), 0) for each in gone)

@@ -1,4 +1,4 @@
-"""What the processes of a run do now, as WORKDIR/hosts tells it, and which of them the others wait for."""
+"""Reads from WORKDIR/hosts what each process of a run is doing, and which process the others wait for."""
 
 import contextlib
 import dataclasses
@@ -11,17 +11,17 @@ from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, untrusted
 from gptjax.training.monitoring import records
 
-MAX_BYTES = 1 << 16  # of a beat
-FRESH_SECONDS = 60.0  # how old the beat of a process of another machine may be; on gs:// there is one in ten seconds
+MAX_BYTES = 1 << 16  # size of a beat's file
+FRESH_SECONDS = 60.0  # a process of another machine counts as running until its beat is older; gs:// gets one per 10 s
 
 
 def status(folder: epath.Path) -> dict:
-    """The facts: `processes` (a beat's fields, and seconds_ago, running), `slowest`, `unreadable`, `last_step`.
+    """Returns the facts `processes` (fields of a beat, seconds_ago, running), `slowest`, `unreadable`, `last_step`.
 
-    slowest: of those that run, the process that is behind, with steps_behind the first and how many seconds another has
-    waited; None where fewer than two run. last_step: the last in metrics.jsonl; None where it has none.
+    slowest: the running process that is behind, with steps_behind the first process and the longest wait of another in
+    seconds; None if fewer than two run. last_step: the last step in metrics.jsonl; None if there are none.
 
-    Raises: Refused, where the folder is not the workdir of a run.
+    Raises: Refused, if the folder is not the workdir of a run.
     """
     if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", heartbeat.FOLDER)):
         raise Refused(f"--workdir={folder} has no config.json, metrics.jsonl or hosts/: give the folder of a run.")
@@ -31,7 +31,7 @@ def status(folder: epath.Path) -> dict:
         try:
             processes.append(_fact(heartbeat.parsed(untrusted.read(path, MAX_BYTES, "see that process's output"))))
         except (Refused, ValueError, RecursionError) as error:
-            if path.exists():  # else it has just ended
+            if path.exists():  # otherwise the process has just ended
                 unreadable.append(f"{path.name}: {error}")
     running = [fact for fact in processes if fact["running"]]
     last_step = _last_step(folder / "metrics.jsonl")
@@ -48,7 +48,7 @@ def _fact(beat: heartbeat.Beat) -> dict:
 def _slowest(running: list[dict]) -> dict | None:
     if len(running) < 2:
         return None
-    # Of those at one step it is whoever the others wait for.
+    # Among processes at the same step, the slowest is the one that the others wait for.
     slowest = min(running, key=lambda fact: (fact["ticks"], fact["waiting"], fact["idle_seconds"]))
     waited = max((fact["idle_seconds"] for fact in running if fact["waiting"] and fact is not slowest), default=0.0)
     behind = max(fact["step"] for fact in running) - slowest["step"]
@@ -57,16 +57,16 @@ def _slowest(running: list[dict]) -> dict | None:
 
 def _last_step(path: epath.Path) -> int | None:
     steps = []
-    with contextlib.suppress(Exception):  # of whatever file system: it tells what it can
+    with contextlib.suppress(Exception):  # each file system raises errors of its own; report what could be read
         for row in records.each_row(path):
             steps.append(row["step"])
     return max(steps, default=None)
 
 
 def text(found: dict) -> str:
-    """The facts as a table."""
+    """Formats the facts as a table."""
     head = ("process", "host", "pid", "phase", "step", "in it for", "beat", "")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for fact in found["processes"]:
         phase = fact["phase"] + (f" + {fact['background']}" if fact["background"] else "")
         waits = f"waiting for {fact['idle_seconds']:.1f} s" if fact["waiting"] else ""
@@ -83,7 +83,7 @@ def text(found: dict) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines = lines if found["processes"] else []
     lines += [f"unreadable: {name}" for name in found["unreadable"]]
     if not any(fact["running"] for fact in found["processes"]):

@@ -1,7 +1,7 @@
-"""`tracker=wandb`: rows to Weights & Biases. A run that goes on is the same run there, by WORKDIR/wandb_id.
+"""`tracker=wandb`: sends rows to Weights & Biases. A resumed run continues the same wandb run, by WORKDIR/wandb_id.
 
-Environment variables of wandb say the rest: WANDB_PROJECT (gptjax by default), WANDB_MODE=offline to keep all in the
-workdir until `wandb sync`.
+Environment variables of wandb set everything else: WANDB_PROJECT (gptjax by default), or WANDB_MODE=offline, which
+keeps all rows in the workdir until `wandb sync`.
 """
 
 import os
@@ -16,7 +16,7 @@ from gptjax.runtime import untrusted
 
 
 def check() -> None:
-    """Raises: Refused, where wandb would have to ask who is there. Needs no network."""
+    """Raises: Refused, if wandb would have to prompt for a login. Needs no network."""
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
         return
     if not wandb.login(prompt=False, verify=False):
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 def start(config: dict, workdir: str):
-    """Begins the run there or goes on with it; returns what logs a row."""
+    """Starts or resumes the wandb run; returns the function that logs a row."""
     folder = epath.Path(workdir)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "gptjax"),
@@ -35,13 +35,13 @@ def start(config: dict, workdir: str):
         resume="allow",
         settings=wandb.Settings(console="off", silent=True),
     )
-    # A save's row comes after later steps, and a run that went back tells some again: wandb's own count can't be ours.
+    # A save's row comes after later steps, and a rollback repeats steps, so wandb's own step counter can't be used.
     run.define_metric("*", step_metric="step")
     return lambda step, row: run.log({"step": step} | row)
 
 
 def run_id(folder: epath.Path) -> str:
-    """What the run is called there: kept in its workdir, made when it begins."""
+    """Returns the wandb id of the run: made when the run starts, and kept in the workdir."""
     path = folder / "wandb_id"
     if path.exists():
         known = untrusted.read(path, 100, "remove it").decode(errors="replace").strip()

@@ -1,4 +1,4 @@
-"""A record a line: JSON Lines and CSV, plain or compressed, and the documents that a step before `prepare` left."""
+"""Formats with a record a line: JSON Lines, CSV, and documents that a step of `prepare` wrote."""
 
 import csv
 import json
@@ -13,9 +13,9 @@ NAME_PROMPT = "name the one that holds the prompt in data.prompt_field"
 
 
 def read_jsonl(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """Objects, of each the field data.text_field; offset is the byte at which the line begins. Blank lines are none.
+    """Reads the field data.text_field of each JSON object; offset is the byte where the line begins. Skips blank lines.
 
-    With data.prompt_field each has a prompt and a response, which are put together as they are.
+    With data.prompt_field each object has a prompt and a response, which are joined unchanged.
     """
     remedies = {data.prompt_field: NAME_PROMPT} if data.prompt_field else {}
     remedies |= {data.text_field: NAME_IT}
@@ -23,24 +23,25 @@ def read_jsonl(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docum
         bad = [field for field in remedies if not isinstance(record.get(field), str)]
         if bad:
             (field, *_) = bad
-            state = f'text in the field "{field}" ({record[field]!r:.40})' if field in record else ""
+            state = f'field "{field}" that is text ({record[field]!r:.40})' if field in record else ""
             state = state or f'field "{field}" (it has {listed(record)})'
-            damages(lines.where, f"has no {state}", remedies[field])
+            damages(lines.where, f"must have a {state}", remedies[field])
         elif data.prompt_field and not record[data.text_field]:
-            damages(lines.where, f'has an empty response in the field "{data.text_field}"', "give it one")
+            damages(lines.where, f'has an empty response in the field "{data.text_field}"', "add the response")
         else:
             *prompt, response = (record[field] for field in remedies)
             yield Document(part.path, lines.offset, "".join([*prompt, response]), sum(map(len, prompt)))
 
 
 def read_documents(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """Lines that `line_of` wrote: each document keeps its name and offset."""
+    """Reads lines that `line_of` wrote; each document keeps its name and offset."""
     kinds = {"name": str, "offset": int, "text": str, "prompt": int}
     for lines, record in _objects(part, damages):
         if {name: type(value) for name, value in record.items()} == kinds:
             yield Document(**record)
         else:
-            damages(lines.where, f"has {listed(record)} and no name, offset, text and prompt", "prepare the data again")
+            problem = f"has {listed(record)} instead of name, offset, text and prompt"
+            damages(lines.where, problem, "prepare the data again")
 
 
 def line_of(document: Document) -> bytes:
@@ -56,18 +57,18 @@ def _objects(part: Part, damages: Damages) -> Iterator[tuple[files.Lines, dict]]
         try:
             record = json.loads(_decoded(lines, line))
             if type(record) is not dict:
-                raise ValueError("it is no object")
-        except (ValueError, RecursionError) as error:  # of ValueErrors also too long a number, and no UTF-8
-            damages(lines.where, f"is no JSON object ({error})", "mend the line")
+                raise ValueError("the line holds another value")
+        except (ValueError, RecursionError) as error:  # ValueError covers too long numbers, and bytes outside UTF-8
+            damages(lines.where, f"is not a JSON object ({error})", "mend the line")
         else:
             yield lines, record
 
 
 def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """The column data.text_field, by the names in the first line; offset is the byte at which the record begins."""
+    """Reads the column data.text_field, named in the first line; offset is the byte where the record begins."""
     csv.field_size_limit(RECORD_BYTES)
     lines = files.Lines(part, damages)
-    texts = (_decoded(lines, line, "surrogateescape") for line in lines)  # of other columns any bytes will do
+    texts = (_decoded(lines, line, "surrogateescape") for line in lines)  # other columns may hold any bytes
     tabs = part.path.endswith((".tsv", *(f".tsv{end}" for end in files.COMPRESSED)))
     rows = csv.reader(texts, delimiter="\t" if tabs else ",", strict=True)
     header = next(rows, [])
@@ -82,9 +83,9 @@ def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
         except StopIteration:
             return
         except csv.Error as error:
-            damages(lines.where, f"is no CSV ({error})", f"mend the record, which begins at byte {offset}")
+            damages(lines.where, f"is not CSV ({error})", f"mend the record, which begins at byte {offset}")
             continue
-        if not row:  # a blank line is no record
+        if not row:  # a blank line
             continue
         if len(row) != len(header):
             damages(lines.where, f"has {len(row)} fields where the first line has {len(header)}", "mend the record")
@@ -99,6 +100,6 @@ def _decoded(lines: files.Lines, line: bytes, errors: str = "strict") -> str:
 
 
 def listed(names) -> str:
-    """A few names for a sentence."""
+    """A few names for a message."""
     names = [str(name)[:40] for name in names]
     return ", ".join(names[:8]) + ", …" * (len(names) > 8) if names else "none"

@@ -1,4 +1,4 @@
-"""Tables of columns: Parquet, and what Hugging Face's `datasets` saved on disk."""
+"""Formats with columns: Parquet, and data sets that Hugging Face's `datasets` saved on disk."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ ROWS = 64  # in memory at a time
 
 
 def parquet_parts(data: DataConfig) -> list[Part]:
-    """Files, and row groups of large ones."""
+    """Files as parts, and row groups for large files."""
     return [part for file, size in files.sized(data) for part in _row_groups(file, size, data)]
 
 
@@ -26,7 +26,7 @@ def _row_groups(file: epath.Path, size: int, data: DataConfig) -> list[Part]:
     try:
         with file.open("rb") as stream:
             count = _parquet(data).ParquetFile(stream).num_row_groups
-    except (OSError, ValueError):  # damaged: who reads it says so
+    except (OSError, ValueError):  # damaged: `read_parquet` reports it
         return whole
     step = max(1, count * PART_BYTES // size)
     ranges = [range(count)[start : start + step] for start in range(0, count, step)]
@@ -38,7 +38,7 @@ def _parquet(data: DataConfig):
 
 
 def read_parquet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """The column data.text_field; offset is the number of the row in the file, from 0."""
+    """Reads the column data.text_field; offset is the number of the row in the file, from 0."""
     with epath.Path(part.path).open("rb") as stream:
         table = _parquet(data).ParquetFile(stream, page_checksum_verification=True)
         names = table.schema_arrow.names
@@ -53,7 +53,7 @@ def read_parquet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Doc
 
 
 def _documents(path: str, first: int, column, damages: Damages) -> Iterator[Document]:
-    """Those of an Arrow column whose first value is in row `first`; a text may also be bytes of UTF-8."""
+    """Yields the documents of an Arrow column of text, or bytes of UTF-8, whose first value is in row `first`."""
     for row, value in enumerate(column, first):
         try:
             text = value.as_py()
@@ -69,13 +69,13 @@ def _documents(path: str, first: int, column, damages: Damages) -> Iterator[Docu
 
 
 def huggingface_parts(data: DataConfig) -> list[Part]:
-    """Ranges of rows."""
-    _opened.cache_clear()  # what is listed anew is opened anew
+    """Ranges of rows as parts."""
+    _opened.cache_clear()  # a new listing opens the data set anew
     try:
         table = _load(data)
     except Refused:
         raise
-    except Exception as error:  # whatever the library raises for a folder that it can't read
+    except Exception as error:  # the library raises anything for a folder that it can't read
         raise Refused(f"{data.path} can't be loaded ({error}): give the folder that save_to_disk wrote.") from error
     if data.text_field not in table.column_names:
         names = listed(table.column_names)
@@ -89,7 +89,7 @@ def huggingface_parts(data: DataConfig) -> list[Part]:
 def _load(data: DataConfig):
     datasets = optional.package("datasets", "data.source=huggingface")
     if not data.path:
-        raise Refused('data.source=huggingface needs data.path, which is "": give the folder that save_to_disk wrote.')
+        raise Refused('data.source=huggingface needs data.path; found "": give the folder that save_to_disk wrote.')
     datasets.disable_progress_bars()
     table = datasets.load_from_disk(data.path)
     if isinstance(table, datasets.DatasetDict):
@@ -97,12 +97,12 @@ def _load(data: DataConfig):
     return table.with_format("arrow")
 
 
-# A data set of many files takes long to open, and has a part of each 8 MiB.
+# Opening a data set of many files is slow, and there is a part for every 8 MiB.
 _opened = functools.lru_cache(maxsize=1)(_load)
 
 
 def read_huggingface(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """The column data.text_field; offset is the number of the row, from 0."""
+    """Reads the column data.text_field; offset is the number of the row, from 0."""
     row = part.start
     for batch in _opened(data).select_columns([data.text_field]).select(range(part.start, part.stop)).iter(ROWS):
         yield from _documents(part.path, row, batch.column(0), damages)

@@ -1,5 +1,6 @@
-"""Plain text: the source code of the standard library, and files of UTF-8."""
+"""Plain text: the source code of the standard library, and files in UTF-8."""
 
+import functools
 import os
 import sysconfig
 import tokenize
@@ -13,7 +14,7 @@ from gptjax.data.sources import files
 from gptjax.data.sources.documents import END, Damages, DataConfig, Document, Part
 from gptjax.errors import Refused
 
-# A larger text file is several documents, so that a corpus in one file has documents to hold out.
+# A larger text file becomes several documents, so that a corpus in one file has documents to hold out.
 MAX_TEXT_BYTES = 64 * 1024
 SOURCE = """
     asm bash bzl c cc clj cmake cpp cs css cu cuh cxx d dart el elm erl ex exs f f90 fs go gradle groovy h hh hpp hrl hs
@@ -25,13 +26,17 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 def stdlib_parts(data: DataConfig) -> list[Part]:
-    """Python's standard library without its tests; data.path must be empty."""
+    """The files of Python's standard library without its tests; data.path must be empty."""
     if data.path:
-        raise Refused(f'data.path is "{data.path}", but data.source=stdlib takes no path: set data.source=text.')
+        raise Refused(f'data.path="{data.path}" must be empty with data.source=stdlib: set data.source=text.')
     root = _library()
-    names = sorted(file.relative_to(root) for file in root.rglob("*.py"))
-    sizes = [(name, (root / name).stat().st_size) for name in names if NOT_LIBRARY.isdisjoint(name.parts)]
-    return [Part("stdlib", name.as_posix(), 0, size, size) for name, size in sizes]
+    names = []
+    for folder, inside, files_there in os.walk(root):
+        inside[:] = [name for name in inside if name not in NOT_LIBRARY]  # site-packages alone has ten times the files
+        parts = Path(folder).relative_to(root).parts
+        names += [(*parts, name) for name in files_there if name.endswith(".py")]
+    sizes = [("/".join(parts), root.joinpath(*parts).stat().st_size) for parts in sorted(names)]
+    return [Part("stdlib", name, 0, size, size) for name, size in sizes]
 
 
 def read_stdlib(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
@@ -39,16 +44,17 @@ def read_stdlib(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docu
         encoding, _ = tokenize.detect_encoding(code.readline)
         code.seek(0)
         text = code.read().decode(encoding)
-    if text:  # an empty __init__.py is no document
+    if text:  # an empty __init__.py is skipped
         yield Document(part.path, 0, text)
 
 
+@functools.cache
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def code_parts(data: DataConfig) -> list[Part]:
-    """Source files in a folder and all that are in it; of a glob, what it matches. Empty ones are left out."""
+    """Source files below a folder, or the files that a glob matches; empty files are left out."""
     folder = epath.Path(data.path).expanduser()
     files_there = _tree(folder) if data.path and folder.is_dir() else None
     if files_there is not None and not files_there:
@@ -60,7 +66,7 @@ def code_parts(data: DataConfig) -> list[Part]:
 
 
 def _tree(folder: epath.Path) -> list[epath.Path]:
-    """The source files in a folder, sorted; hidden folders and NOT_SOURCE are not looked into, nor are links."""
+    """The source files below a folder, sorted; skips hidden folders, NOT_SOURCE and links."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in NOT_SOURCE or os.path.islink(path):
@@ -73,10 +79,10 @@ def _tree(folder: epath.Path) -> list[epath.Path]:
 
 
 def read_text(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
-    """One document of a small file; several of a large one, cut after the last line end that fits."""
+    """Yields a small file as one document; cuts a large file into several, after the last line end that fits."""
     with files.opened(part.path) as stream:
         start, stop = _boundary(stream, part.start), _boundary(stream, part.stop)
-        if (part.start, part.stop) != (0, END):  # of a decompressed one only the start can be found
+        if (part.start, part.stop) != (0, END):  # in a compressed file only the start can be found
             stream.seek(start)
         offset, rest = start, b""
         while read := stream.read(min(MAX_TEXT_BYTES + 1 - len(rest), stop - offset - len(rest))):
@@ -92,7 +98,7 @@ def read_text(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docume
 
 
 def _boundary(stream: BinaryIO, at: int) -> int:
-    """Where documents are cut near byte `at`: after the next line end if that is near, else between characters."""
+    """Where to cut documents near byte `at`: after the next line end if one is near, else between characters."""
     if at in (0, END):
         return at
     stream.seek(at - 4)  # no character is longer
@@ -106,7 +112,7 @@ def _character_boundary(data: bytes, at: int) -> int:
 
 
 def decoded(data: bytes, path: str, offset: int, damages: Damages) -> Iterator[Document]:
-    """The document of some bytes, unless they are not UTF-8."""
+    """Yields the document of some bytes, or reports that they are not UTF-8."""
     try:
         yield Document(path, offset, data.decode())
     except UnicodeDecodeError as error:
