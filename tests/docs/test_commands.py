@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 import tempfile
+from typing import Any
 
 import pytest
 
@@ -161,7 +162,7 @@ def test_the_files_of_the_architecture_exist():
 def test_the_example_of_the_python_api_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python-api.md").read_text(), re.MULTILINE | re.DOTALL)
-    names: dict = {}
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
     assert names["run"].step == 10
