@@ -75,7 +75,7 @@ def test_a_tracker_that_is_none(module, refused, corpus, tmp_path, name, words):
 
 
 def test_wandb_without_a_key_is_refused_before_anything(tmp_path):
-    code = "from gptjax import tracking\nfrom gptjax.errors import Refused\ntry: tracking.find('wandb')\nexcept Refused as no: print(no)"
+    code = "from gptjax.training.monitoring import trackers\nfrom gptjax.errors import Refused\ntry: trackers.find('wandb')\nexcept Refused as no: print(no)"
     hidden = {"WANDB_API_KEY", "WANDB_MODE", "NETRC"}
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
