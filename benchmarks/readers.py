@@ -16,7 +16,7 @@ from gptjax.errors import Refused
 from gptjax.models import remat
 from gptjax.parallel import mesh
 from gptjax.planning import topology
-from gptjax.runtime import distributed, files
+from gptjax.runtime import files, rendezvous
 from gptjax.training import loop, workdir
 from gptjax.training.config import files as config_file
 from gptjax.training.config import schema
@@ -94,8 +94,8 @@ def command_line(folder: pathlib.Path) -> Reader:
         args = main.parse(argv)
         if args.verb == "train":
             loop.profiled(args.profile_steps, 1000)
-            given = {name: getattr(args, name) for name in distributed.FLAGS if getattr(args, name) is not None}
-            return given and distributed._given(given)
+            given = {name: getattr(args, name) for name in rendezvous.FLAGS if getattr(args, name) is not None}
+            return given and rendezvous.given(given)
         if args.verb == "plan":
             return topology.parse(args.topology, args.slices)
         return args
@@ -126,7 +126,7 @@ def words(folder: pathlib.Path) -> Reader:
     tries = {
         "topology": lambda text, number: topology.parse(text, number),
         "profile": lambda text, number: loop.profiled(text, max(number, 1)),
-        "coordinator": lambda text, number: distributed._given(
+        "coordinator": lambda text, number: rendezvous.given(
             {"coordinator": text, "num_processes": number, "process_id": 0}
         ),
         "remat": lambda text, number: remat.parse(text),

@@ -72,7 +72,7 @@ class Save(threading.Thread):
         except Exception as error:
             self.failure = reason(error)
         del self._write, self._content  # these hold a copy of the state, and the tokenizer
-        # glibc keeps freed memory for each thread, and orbax starts new threads at each save: 10 % more after 200 saves.
+        # glibc keeps freed memory per thread, and orbax starts new threads at each save: 10 % more after 200 saves.
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
         self.seconds = time.perf_counter() - self.began
@@ -96,7 +96,7 @@ class Save(threading.Thread):
                 manifest.write(self._folder, self._content | {"files": dict(files)})
 
     def _agreed(self, part: str, work: Callable[[], object]) -> list:
-        """Returns each process's result of `work`. Raises: _Failure, on all, if this or an earlier part failed on one."""
+        """Returns the results of `work` by process. Raises: _Failure, on all, if this or an earlier part failed on one."""
         failure, value = self.failure, None
         if not failure:
             try:

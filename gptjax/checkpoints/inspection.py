@@ -179,7 +179,7 @@ def _prune(folder: epath.Path, steps: list[int], keep: int, best: int, dry_run: 
         if (len(kept) < keep or step == best) and not _damage(folder, step):
             kept.append(step)
     if not kept:
-        raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: list them by ls.")
+        raise Refused(f"None of the {len(steps)} checkpoints in {folder} verifies, so none is removed: see `ls`.")
     _, left = retention.found(folder)
     for path in [*left, *retention.aside(folder), *(retention.at(folder, step) for step in steps if step not in kept)]:
         try:

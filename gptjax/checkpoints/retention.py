@@ -46,7 +46,7 @@ def aside(folder: epath.Path) -> list[epath.Path]:
 
 
 def put_aside(folder: epath.Path, step: int, why: str) -> epath.Path:
-    """Renames a checkpoint to step_….WHY, with a number if that name is taken. Returns the new path. Raises: OSError."""
+    """Renames a checkpoint to step_….WHY, numbered if that name is taken; returns the new path. Raises: OSError."""
     taken = {path.name for path in folder.iterdir()}
     names = (f"{at(folder, step).name}.{why}{number}" for number in ("", *range(2, len(taken) + 3)))
     return at(folder, step).rename(folder / next(name for name in names if name not in taken))

@@ -12,10 +12,10 @@ def join(args: argparse.Namespace, facts: dict, silence: float = 0) -> None:
     """
     import jax
 
-    from gptjax.runtime import distributed
+    from gptjax.runtime import distributed, rendezvous
 
-    given = {name: getattr(args, name) for name in distributed.FLAGS if getattr(args, name) is not None}
-    own = (*distributed.FLAGS, "function", "overrides", "config")
+    given = {name: getattr(args, name) for name in rendezvous.FLAGS if getattr(args, name) is not None}
+    own = (*rendezvous.FLAGS, "function", "overrides", "config")
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in own}
     distributed.join(given, facts | flags, args.coordinator_timeout, silence)
     if not jax.config.jax_compilation_cache_dir:

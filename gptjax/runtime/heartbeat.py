@@ -1,8 +1,8 @@
-"""What this process does at the moment, and for how long: its phase, its step, and whether it waits for others.
+"""Heartbeat: records the phase and step of this process, how long each lasts, and whether the process waits for others.
 
-A process has one heart, so this is the state of the module. The code says where it is (`phase`, `reached`, `tick`,
-`moved`, `waiting`); `lifeline.py` tells the other processes and judges, and a thread writes WORKDIR/hosts/N.json, which
-`gptjax status` reads. Only the standard library is imported: signals are answered before JAX is.
+A process has one state, held by this module. The code reports progress (`phase`, `reached`, `tick`, `moved`,
+`waiting`); `supervisor.py` sends beats to the other processes and judges theirs; a thread writes WORKDIR/hosts/N.json
+for `gptjax status`. The module imports only the standard library, because signals must be answered before JAX loads.
 """
 
 import contextlib
@@ -15,62 +15,64 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 FOLDER = "hosts"  # in the workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """One sign of life."""
+    """One sign of life of a process."""
 
     process: int
     host: str
     pid: int
     phase: str
-    background: str  # what the saving thread does; empty: nothing
+    background: str  # activity of the saving thread; empty: none
     step: int  # completed updates
     ticks: int  # train steps and evaluation batches begun since the start
-    waiting: bool  # for the devices or for the other processes, which mostly is one and the same
-    idle_seconds: float  # since it last went on
+    waiting: bool  # for the devices or the other processes; the two mostly coincide
+    idle_seconds: float  # since the last progress
     phase_seconds: float  # since the phase began
-    longest_seconds: float  # from one tick to the next in this phase; 0 where there were no two yet
-    time: float  # of the beat, seconds since 1970
+    longest_seconds: float  # longest time from one tick to the next in this phase; 0 before two ticks
+    time: float  # time of the beat, seconds since 1970
 
 
 def parsed(text: str | bytes) -> Beat:
-    """The beat of a line or file. Raises: ValueError, for anything else."""
+    """Parses the beat of a line or file. Raises: ValueError, for anything else."""
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
     for field in dataclasses.fields(Beat):
-        value = values.get(field.name)
-        number = field.type is float and type(value) is int
-        fits = type(value) is field.type or number
-        if not fits or field.type is float and not abs(value) < 1e15 or field.type is str and not value.isprintable():
+        value: Any = values.get(field.name)
+        fits = type(value) is field.type or (field.type is float and type(value) is int)
+        too_large = fits and field.type is float and not abs(value) < 1e15
+        if not fits or too_large or (field.type is str and not value.isprintable()):
             raise ValueError(f"{field.name} is {value!r:.40}")
     return Beat(**{field.name: values[field.name] for field in dataclasses.fields(Beat)})
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine has that number."""
+    """Says whether a process of this machine has that number."""
     try:
         if pid > 0:
             os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return pid > 0
 
 
 class _Heart:
-    """The state; one lock, because threads ask while the main thread goes on."""
+    """The state of this process, under a lock, because threads read while the main thread goes on."""
 
     def __init__(self):
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.process, self.phase, self.background, self.step, self.ticks = 0, "starting", "", 0, 0
         self.began = self.moved = time.monotonic()
-        self.waiting, self.ticked, self.longest = False, None, {}
+        self.waiting, self.longest = False, {}
+        self.ticked: float | None = None  # when the last tick began
 
     def tick_ended(self) -> None:
         if self.ticked is not None:
@@ -86,22 +88,25 @@ class _Heart:
         _changed.set()
 
 
-_changed = threading.Event()  # the phase, so that the file follows at once
+_changed = threading.Event()  # set when the phase changes, so that the file follows at once
 _writing = threading.Lock()
 _heart = _Heart()
-_folder = None  # WORKDIR/hosts, once it may be written to
-_stacks = None  # the file that an abort leaves stacks in
+_folder = None  # WORKDIR/hosts, once this run may write there
+_stacks = None  # file for the stacks of an abort
 
 
 def begin() -> None:
-    """A run that has just started."""
+    """Resets the state for a run that has just started."""
     global _heart, _folder
     _heart, _folder = _Heart(), None
 
 
 @contextlib.contextmanager
 def phase(name: str):
-    """What the main thread does in the block; then again what it did before, unless the run fails in it."""
+    """Sets the main thread's phase in the block, and afterwards restores the previous phase.
+
+    If the block raises and the previous phase is "starting", the phase that failed stays.
+    """
     before, failed = _heart.phase, True
     _heart.enter(name)
     try:
@@ -114,7 +119,7 @@ def phase(name: str):
 
 @contextlib.contextmanager
 def background(name: str):
-    """What the thread that saves does in the block."""
+    """Names the saving thread's activity in the block."""
     _heart.background = name
     try:
         yield
@@ -124,8 +129,8 @@ def background(name: str):
 
 @contextlib.contextmanager
 def waiting():
-    """Around what may wait for the devices or for other processes: in it nobody is at fault for standing still."""
-    if threading.current_thread() is not threading.main_thread():  # the saving thread's waits hold up nobody
+    """Context manager around a wait for the devices or other processes, in which this process is not at fault."""
+    if threading.current_thread() is not threading.main_thread():  # waits of the saving thread hold up nobody
         yield
         return
     before = _heart.waiting
@@ -142,13 +147,13 @@ def _wait(waits: bool) -> None:
 
 
 def moved() -> None:
-    """The main thread went on with a long phase."""
+    """Records that the main thread made progress in a long phase."""
     with _heart.lock:
         _heart.moved = time.monotonic()
 
 
 def tick() -> None:
-    """A train step or an evaluation batch begins."""
+    """Records that a train step or an evaluation batch begins."""
     with _heart.lock:
         _heart.tick_ended()
         _heart.ticks += 1
@@ -160,23 +165,23 @@ def ticks() -> int:
 
 
 def reached(step: int) -> None:
-    """So many updates are done."""
+    """Records the number of completed updates."""
     _heart.step = step
 
 
 def number(process: int) -> None:
-    """Which of the run's processes this is."""
+    """Records the number of this process in the run."""
     _heart.process = process
 
 
 def excuse(seconds: float) -> None:
-    """The whole process stood still for so long (Ctrl-Z, a suspended machine): not a fault of its main thread."""
+    """Discounts seconds in which the whole process stood still (Ctrl-Z, a suspended machine)."""
     with _heart.lock:
         _heart.moved += seconds
 
 
 def beat() -> Beat:
-    """What this process does now."""
+    """Returns the current beat of this process."""
     with _heart.lock:
         now = time.monotonic()
         return Beat(
@@ -196,11 +201,11 @@ def beat() -> Beat:
 
 
 def publish(workdir, processes: int) -> None:
-    """From now on `write` writes into a workdir (an epath.Path), which is this run's to write to."""
+    """Lets `write` write into a workdir (an epath.Path) that this run has locked."""
     global _folder
     folder = workdir / FOLDER
     if _heart.process == 0 and folder.exists():
-        for path in folder.glob("*.json"):  # of a run of more processes that was killed
+        for path in folder.glob("*.json"):  # left by a killed run of more processes
             if path.stem.isdecimal() and int(path.stem) >= processes:
                 path.unlink(missing_ok=True)
     _folder = folder
@@ -208,9 +213,9 @@ def publish(workdir, processes: int) -> None:
 
 
 def write() -> None:
-    """Writes this process's file once a second, and when the phase changes, until `end`; for a thread of its own.
+    """Writes this process's file once a second, and when the phase changes, until `end`; runs in a separate thread.
 
-    Every ten seconds on gs://, which takes no more than one write a second to a file.
+    On gs://, which accepts at most one write a second per file, the interval is ten seconds.
     """
     heart, seconds, warned = _heart, 1.0, False
     while True:
@@ -218,12 +223,12 @@ def write() -> None:
             with _writing:
                 if heart.ended.is_set():
                     return
-                if _folder is not None and _begun(_folder.parent):
+                if _folder is not None and _has_content(_folder.parent):
                     seconds = 10.0 if "://" in str(_folder) else 1.0
                     _write(_folder)
-        except FileNotFoundError:  # of a run that is refused right now the workdir goes
+        except FileNotFoundError:  # a run that is refused right now removes the workdir
             pass
-        except Exception as error:  # of whatever file system; none of it may harm the run
+        except Exception as error:  # each file system raises errors of its own; none may harm the run
             if not warned:
                 print(f"gptjax: {_folder} can't be written to ({error}): gptjax status will not see this process.",
                       file=sys.stderr, flush=True)  # fmt: skip
@@ -233,8 +238,8 @@ def write() -> None:
         _changed.clear()
 
 
-def _begun(workdir) -> bool:
-    """Whether anything of the run is there: for one that is refused no workdir is to stay."""
+def _has_content(workdir) -> bool:
+    """Says whether the run has written anything, because a refused run must leave no workdir."""
     return workdir.exists() and any(path.name not in ("owner.json", FOLDER) for path in workdir.iterdir())
 
 
@@ -247,11 +252,11 @@ def _write(folder) -> None:
     write_whole(path, (json.dumps(dataclasses.asdict(beat())) + "\n").encode())
     if _stacks is None and "://" not in str(folder) and not faulthandler.is_enabled():
         _stacks = open(folder / f"{_heart.process}.stacks.txt", "a")
-        faulthandler.enable(_stacks)  # where JAX itself ends the process, by an abort
+        faulthandler.enable(_stacks)  # for aborts by JAX itself
 
 
 def leave_stacks(why: str) -> str:
-    """Adds what every Python thread is at to hosts/N.stacks.txt. Returns where that is."""
+    """Appends the stacks of all Python threads to hosts/N.stacks.txt. Returns the path, or why there is no file."""
     if _folder is None:
         return "in no file, for want of a workdir"
     path = _folder / f"{_heart.process}.stacks.txt"
@@ -262,7 +267,7 @@ def leave_stacks(why: str) -> str:
         try:
             earlier = path.read_text() if path.exists() else ""
             path.write_text(earlier + dumped.read() + "\n")
-        except Exception as error:  # of whatever file system
+        except Exception as error:  # each file system raises errors of its own
             return f"in no file ({error})"
     return str(path)
 
@@ -276,17 +281,17 @@ def end() -> None:
 
 
 def withdraw() -> None:
-    """Ends `write` and takes this process's file away: it ends in order. What dies leaves its last beat."""
+    """Ends `write` and removes this process's file, at an orderly end. A process that dies leaves the last beat."""
     global _folder, _stacks
     end()
     if _stacks is not None:
         faulthandler.disable()
         _stacks.close()
-        with contextlib.suppress(FileNotFoundError):  # where the run is refused and its workdir went
+        with contextlib.suppress(FileNotFoundError):  # a refused run has removed the workdir
             if not os.path.getsize(_stacks.name):
                 os.unlink(_stacks.name)
     if _folder is not None:
-        with contextlib.suppress(Exception):  # of whatever file system
+        with contextlib.suppress(Exception):  # each file system raises errors of its own
             (_folder / f"{_heart.process}.json").unlink(missing_ok=True)
-            _folder.rmdir()  # where it is empty: stacks of an earlier failure stay
+            _folder.rmdir()  # fails if stacks of an earlier failure are there, which stay
     _folder = _stacks = None

@@ -1,8 +1,9 @@
-"""Where a run stops when it is asked to: all its processes before the same train step or evaluation batch.
+"""Preemption: on request all processes of a run stop before the same train step or evaluation batch.
 
-A *tick* is a call before each thing that all processes do together, and every process makes the same sequence of them.
-Asked to stop, each says how many ticks it has begun and from then on waits at its next one; when it hears the most that
-any has begun, it goes on up to that one and stops before the next. So all stop at one step, and a step costs nothing.
+A *tick* is a call before each thing that all processes do together; every process makes the same sequence of ticks.
+On a request to stop, each process says how many ticks have begun there, and waits at the next tick. Each then learns
+the highest count of any process, goes on up to that count, and stops before the next tick. All processes thus stop at
+the same step, and a normal step costs nothing.
 """
 
 import threading
@@ -12,11 +13,11 @@ from gptjax.runtime import heartbeat
 
 
 class Stop:
-    """Whether to stop, and where. `tick` is the main thread's, the others are the lifeline's."""
+    """Holds whether to stop, and where. The main thread calls `tick`; the supervisor calls the other methods."""
 
     def __init__(self):
         self._changed = threading.Condition()
-        self._held, self._last, self._reason = False, None, ""
+        self._held, self._last, self._reason = False, None, ""  # _last: ticks until the stop, once agreed
 
     def tick(self) -> None:
         with self._changed:
@@ -27,13 +28,13 @@ class Stop:
             heartbeat.tick()
 
     def hold(self) -> int:
-        """From now on the next tick waits for `after`. Returns how many have begun."""
+        """Makes the next tick wait for `after`. Returns the number of ticks begun."""
         with self._changed:
             self._held = True
             return heartbeat.ticks()
 
     def after(self, ticks: int, reason: str) -> None:
-        """The tick after so many raises Preempted."""
+        """Makes the tick after so many raise Preempted."""
         with self._changed:
             self._last, self._reason = ticks, reason
             self._changed.notify_all()
@@ -43,12 +44,12 @@ _stop = Stop()
 
 
 def begin() -> Stop:
-    """A new run, which nobody has asked to stop."""
+    """Starts a new run, which nobody has asked to stop."""
     global _stop
     _stop = Stop()
     return _stop
 
 
 def tick() -> None:
-    """To be called before each thing that all processes do together. Raises: Preempted, on all at the same one."""
+    """Must be called before each thing that all processes do together. Raises: Preempted, on all at the same tick."""
     _stop.tick()

@@ -1,4 +1,4 @@
-"""Progress on a terminal: a bar where there is one, plain lines in a log file."""
+"""Shows progress: a bar on a terminal, plain lines in a log file."""
 
 import contextlib
 import sys
@@ -9,10 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, start: int = 0, plain_seconds: float = 5.0):
-    """A bar that counts from `start` to `total` (None: unknown), closed when the block ends, by an exception too.
+    """Context manager: a bar that counts from `start` to `total` (None: unknown), closed also by an exception.
 
-    Where stdout is not a terminal each `update` prints a line, but no more often than every `plain_seconds` (0 prints
-    each one), and the last one always.
+    If stdout is not a terminal, each `update` prints a line, at most once every `plain_seconds` (0: every update). The
+    last line is always printed.
     """
     if not sys.stdout.isatty():
         bar = PlainBar(description, total, start, plain_seconds)
@@ -27,7 +27,7 @@ def progress(description: str, total: int | None, start: int = 0, plain_seconds:
 
 
 class Bar:
-    """The bar of a terminal."""
+    """A bar on a terminal."""
 
     def __init__(self, rich: Progress, task):
         self._rich, self._task = rich, task
@@ -37,12 +37,12 @@ class Bar:
         self._rich.update(self._task, completed=completed, text=text)
 
     def print(self, line: str):
-        """Prints a line above the bar, as it is: brackets are not markup."""
+        """Prints a line verbatim above the bar: brackets are not markup."""
         self._rich.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class PlainBar:
-    """The same two methods, as lines that a log file can hold."""
+    """The same two methods, printing lines for a log file."""
 
     def __init__(self, description: str, total: int | None, start: int, plain_seconds: float):
         self._description, self._total, self._start, self._plain_seconds = description, total, start, plain_seconds
@@ -70,7 +70,7 @@ class PlainBar:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as 0:42, 12:05 or 3:00:00."""
+    """Formats `seconds` as 0:42, 12:05 or 3:00:00."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

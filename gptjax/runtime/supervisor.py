@@ -1,19 +1,19 @@
-"""The thread that keeps a run's processes in touch, and answers signals while the main thread is deep in a compiler.
+"""The supervisor: a thread that connects a run's processes, and answers signals while the main thread compiles.
 
-Each process holds a TCP connection with process 0 for as long as the run lasts, and sends a beat (heartbeat.py) over it
-every second; process 0 sends its own to all. A connection that closes is a process that is gone; process 0 judges the
-others' silence and standstill (watchdog.py), they judge its silence. The verdict is printed by every process that is
-left, with its stacks in WORKDIR/hosts/N.stacks.txt, and ends it with exit code 75: the same command goes on from the last
-checkpoint. JAX would notice later and name nobody.
+During the run each process holds a TCP connection to process 0 and sends a beat (heartbeat.py) every second; process 0
+sends beats to all. A closed connection means that a process is gone. Process 0 judges the silence and standstill of the
+others (watchdog.py); the others judge the silence of process 0. Every remaining process prints the verdict, leaves
+stacks in WORKDIR/hosts/N.stacks.txt and ends with exit code 75: the same command resumes from the last checkpoint. JAX
+alone would notice later and name nobody.
 
-Messages are JSON objects of one key, a line each:
+Messages are JSON objects with one key, one per line:
     beat: …                    beat of the sender
-    stop: why                  to process 0, which got or is told of a signal
+    stop: why                  to process 0: the sender got a signal
     hold: why                  from process 0: wait at the next tick, and answer
     held: ticks                the answer
-    after: [ticks, why]        from process 0: stop after so many (preemption.py)
+    after: [ticks, why]        from process 0: stop after so many ticks (preemption.py)
     verdict: [sentence, code]  from process 0: end at once
-    end: [sentence, code]      the sender ends by itself; with code 0 it is done
+    end: [sentence, code]      the sender ends by itself; with code 0 in order
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from gptjax.runtime.heartbeat import Beat
 from gptjax.runtime.watchdog import WatchdogConfig
 
 SIGNALS = signal.SIGTERM, signal.SIGINT
-# Phases with nothing unsaved, where ending at once loses nothing. In all others the main thread stops at a tick. A run
-# also compiles where it goes back, to what is saved.
+# Phases with nothing unsaved, in which the process may end at once. In all others the main thread stops at a tick. A
+# rollback also compiles, but returns to a saved state.
 SAVED = "starting", "preparing data", "compiling", "restoring", "sampling"
-SAME_SECONDS = 1.0  # some launchers send a signal to a process and to its group, which is no second request
-REFUSED_SECONDS = 2.0  # a refusal is mostly one of all, each of which tells it by itself
-FAREWELL_SECONDS = 3.0  # for others to hear why; when process 0 ends, JAX aborts them within 0.1 s
+SAME_SECONDS = 1.0  # some launchers signal a process and then the process group; a repeat within this time is ignored
+REFUSED_SECONDS = 2.0  # most refusals happen on all processes, and each prints the refusal itself within this time
+FAREWELL_SECONDS = 3.0  # for others to hear the reason; when process 0 ends, JAX aborts the others within 0.1 s
 
 
 class Peer:
@@ -56,21 +56,23 @@ class Peer:
         return time.monotonic() - self.heard
 
 
-class Lifeline(threading.Thread):
-    """All that this module's text says, in one thread. Only `connect`, `watch` and `leave` are the main thread's."""
+class Supervisor(threading.Thread):
+    """The thread that this module describes. The main thread calls only `connect`, `watch` and `leave`."""
 
     def __init__(self):
-        super().__init__(name="lifeline", daemon=True)
+        super().__init__(name="supervisor", daemon=True)
         self.stop = preemption.begin()
-        self.process, self.peers, self.config = 0, {}, None
+        self.process, self.peers = 0, {}
+        self.config: WatchdogConfig | None = None
         self._selector = selectors.DefaultSelector()
-        self._ear, self.signalled = socket.socketpair()  # the signal's number, or 0 to be woken
+        self._ear, self.signalled = socket.socketpair()  # carries a signal's number, or 0 to wake the thread
         self._ear.setblocking(False)
         self.signalled.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
-        self._due, self._leaving = 0.0, None  # when to beat next; what `leave` was given
-        self._asked_at, self._why, self._held, self._agreed = None, "", {}, False  # of a signal; ticks, by process
-        self._sentence = None  # when to end by what another process said: (time, sentence, code)
+        self._due, self._leaving = 0.0, None  # time of the next beat; arguments of `leave`
+        self._asked_at, self._why = None, ""  # time of the first signal, and the reason to stop
+        self._held, self._agreed = {}, False  # ticks by process; whether the last tick is agreed
+        self._sentence = None  # a pending end announced by another process: (time, sentence, code)
 
     def connect(self, process: int, connections: dict[int, socket.socket]) -> None:
         heartbeat.number(process)
@@ -87,7 +89,7 @@ class Lifeline(threading.Thread):
         self.config = config
 
     def leave(self, sentence: str, code: int) -> None:
-        """The run ends on this process: tells the others, and ends this thread."""
+        """Tells the other processes that the run ends on this process, and ends the thread."""
         self._leaving = sentence, code
         self.signalled.send(b"\0")
         self.join(FAREWELL_SECONDS)
@@ -95,7 +97,7 @@ class Lifeline(threading.Thread):
     def run(self) -> None:
         try:
             self._serve()
-        except Exception:  # without this thread nobody would hear a signal, nor the other processes
+        except Exception:  # without this thread, signals and the other processes would go unheard
             with contextlib.suppress(OSError, ValueError):
                 traceback.print_exc()
             os._exit(TRY_AGAIN)
@@ -107,7 +109,7 @@ class Lifeline(threading.Thread):
                 key.data()
             if time.monotonic() >= self._due:
                 late = time.monotonic() - beaten - 1
-                if late > 2:  # the whole process stood still, and so could not hear the others
+                if late > 2:  # the whole process stood still, and could not hear the others
                     heartbeat.excuse(late)
                     for peer in self.peers.values():
                         peer.heard += late
@@ -137,7 +139,7 @@ class Lifeline(threading.Thread):
     # Messages
 
     def _tell(self, peer: Peer, message: dict) -> None:
-        with contextlib.suppress(OSError):  # that it is gone is noticed where it is heard
+        with contextlib.suppress(OSError):  # `_receive` notices that a peer is gone
             peer.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _tell_all(self, message: dict) -> None:
@@ -186,7 +188,7 @@ class Lifeline(threading.Thread):
 
     def _hear(self) -> None:
         for number in self._ear.recv(64):
-            if number not in SIGNALS:  # to be woken, or another one that Python handles
+            if number not in SIGNALS:  # a wake-up, or another signal that Python handles
                 continue
             if self._asked_at is None:
                 self._asked_at = time.monotonic()
@@ -227,7 +229,7 @@ class Lifeline(threading.Thread):
     # The end
 
     def _end(self, sentence: str, code: int) -> None:
-        """Ends all processes with a sentence that names the culprit, whatever the main thread is at."""
+        """Ends all processes with a sentence that names the culprit, whatever the main thread is doing."""
         if self.process == 0:
             self._tell_all({"verdict": [sentence, code]})
         own = heartbeat.beat()
@@ -251,46 +253,47 @@ class Lifeline(threading.Thread):
 
 
 ON_DISK = f"the same command goes on from the last checkpoint (exit code {TRY_AGAIN})"
-_line = None
+_current: Supervisor | None = None
 
 
 def say(sentence: str) -> None:
-    """On stderr, of any process and from any thread."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+    """Prints a sentence to stderr, from any process and thread."""
+    with contextlib.suppress(OSError, ValueError):  # stderr has no reader any more, or is closed
         print(f"gptjax: {sentence}", file=sys.stderr, flush=True)
 
 
 def in_time(function: Callable[[], None]) -> None:
-    """Calls what needs a file system, which may be what everything hangs on."""
+    """Calls a function that needs the file system, and waits a limited time, because the file system may hang."""
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     thread.join(FAREWELL_SECONDS)
 
 
 def connect(process: int, connections: dict[int, socket.socket]) -> None:
-    """Takes over the connections of a run's processes: of process 0 with each other, of another with process 0."""
-    if _line is not None:
-        _line.connect(process, connections)
-    else:  # a verb that needs none
+    """Takes over the connections between a run's processes, by process: to process 0, or from process 0 to all."""
+    if _current is not None:
+        _current.connect(process, connections)
+    else:  # a command without a supervisor
         for connection in connections.values():
             connection.close()
 
 
 def watch(config: WatchdogConfig) -> None:
-    """From now on who stands still for too long, or is silent, is named, and the run ends."""
-    _line.watch(config)
+    """Starts the watch: a process that stands still too long, or is silent, is named, and the run ends."""
+    assert _current is not None
+    _current.watch(config)
 
 
 @contextlib.contextmanager
 def alive():
-    """In the block SIGTERM and SIGINT stop the run in order, and the other processes are told how this one fares."""
-    global _line
+    """Context manager: SIGTERM and SIGINT stop the run in order, and the other processes learn how this one ends."""
+    global _current
     heartbeat.begin()
-    line = _line = Lifeline()
-    # The number goes to the thread from C, whatever the main thread is at; a Python handler would wait for it.
-    wakeup = signal.set_wakeup_fd(line.signalled.fileno(), warn_on_full_buffer=False)
+    current = _current = Supervisor()
+    # Python passes the signal's number to the thread from C; a Python handler would have to wait for the main thread.
+    wakeup = signal.set_wakeup_fd(current.signalled.fileno(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    line.start()
+    current.start()
     threading.Thread(target=heartbeat.write, name="heartbeat", daemon=True).start()
     sentence, code, in_order = "", 0, True
     try:
@@ -302,20 +305,20 @@ def alive():
         raise
     except BaseException as error:
         sentence, code, in_order = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1, False
-        _hear_of_others(line, error)
+        _hear_of_others(current, error)
         raise
     finally:
-        line.leave(sentence, code)
+        current.leave(sentence, code)
         in_time(heartbeat.withdraw if in_order else heartbeat.end)
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _line = None
+        _current = None
 
 
-def _hear_of_others(line: Lifeline, error: BaseException) -> None:
-    """Collectives fail soon after a process is gone or stopped. Then the verdict, which ends this one too, is due."""
-    if line.peers and isinstance(error, RuntimeError):  # JAX's own are
-        seconds = line.config.silent_seconds + FAREWELL_SECONDS
+def _hear_of_others(current: Supervisor, error: BaseException) -> None:
+    """Waits for the verdict on a lost process: collectives fail soon after a process is gone or stopped."""
+    if current.peers and current.config and isinstance(error, RuntimeError):  # JAX's own errors are RuntimeErrors
+        seconds = current.config.silent_seconds + FAREWELL_SECONDS
         say(f"{type(error).__name__}; waiting up to {seconds:.0f} s to hear whether another process is lost")
         time.sleep(seconds)

@@ -1,13 +1,14 @@
-"""Reading files that anyone may have made or damaged: within bounds, as plain data, never executed.
+"""Reads files that anyone may have made or damaged: within bounds, as plain data, never executed.
 
-A workdir or a store may come from somebody else, or from a disk that lost power. Whatever such a file holds gives a
-value or a refusal: no other exception, no waiting on a pipe, and no more memory than its bound allows.
+A workdir or a store may come from somebody else, or from a disk that lost power. Any content of such a file gives a
+value or a refusal: no other exception, no wait on a pipe, and no more memory than the bound allows.
 """
 
 import io
 import json
 import os
 import re
+import typing
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -15,52 +16,56 @@ from etils import epath
 
 from gptjax.errors import Refused, shown
 
-MAX_DEPTH = 16  # of nested JSON; whoever walks it may recurse
-# What this program itself names its files. Not `..`, not `/etc`, not `gs://other`.
+MAX_DEPTH = 16  # nesting of JSON, so that code which walks a value may recurse
+# Paths in the form that this program writes: not `..`, not `/etc`, not `gs://other`.
 PLAIN_PATH = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*", re.ASCII)
 
 
 def read(path: epath.Path, most: int, remedy: str) -> bytes:
-    """The bytes of a file.
+    """Returns the bytes of a file.
 
     Args:
-      most: bytes that it may have. remedy: what to do about it, as the end of a sentence.
+      path: the file.
+      most: the largest size in bytes that is accepted.
+      remedy: the action for the user, as the end of a sentence.
 
-    Raises: Refused, for what is no file, can't be read, or is larger.
+    Raises: Refused, if the path is missing, not a file, unreadable, or too large.
     """
     try:
         if not is_file(path):
-            raise Refused(f"{path} is {'no file' if path.exists() else 'missing'}: {remedy}.")
+            raise Refused(f"{path} is {'not a file' if path.exists() else 'missing'}: {remedy}.")
         with path.open("rb") as file:
             content = file.read(most + 1)
     except Refused:
         raise
-    except Exception as error:  # ValueError: a name that no file can have; those of gcsfs are no OSError
+    except Exception as error:  # ValueError: a name that no file can have; errors of gcsfs are not OSError
         raise Refused(f"{path} can't be read ({getattr(error, 'strerror', None) or error}): {remedy}.") from error
     if len(content) > most:
-        raise Refused(f"{path} has more than the {most} bytes that such a file may have: {remedy}.")
+        raise Refused(f"{path} must have at most {most} bytes, and has more: {remedy}.")
     return content
 
 
 def opened(path: epath.Path) -> BinaryIO:
-    """A file to read bytes of. Raises: OSError, or what a bucket's library does."""
+    """Opens a file to read bytes. Raises: OSError, or the errors of a bucket's library."""
     file = path.open("rb")
-    return io.BufferedReader(file) if "://" in str(path) else file  # gcsfs reads lines of any length alone
+    if "://" in str(path):
+        return io.BufferedReader(typing.cast(io.RawIOBase, file))  # gcsfs ignores the bound of readline
+    return typing.cast(BinaryIO, file)
 
 
 def is_file(path: epath.Path) -> bool:
-    """Whether it can be read to an end; `epath` also calls a pipe a file, which would be waited for."""
+    """Says whether the path is a file with an end; `epath` also accepts a pipe, on which a reader would wait."""
     return path.is_file() if "://" in str(path) else os.path.isfile(path)
 
 
 def json_object(content: bytes, where, remedy: str) -> dict:
-    """The JSON object that the bytes of a file are. Raises: Refused, for anything else, or one nested too deep."""
+    """Parses a file's bytes as a JSON object. Raises: Refused, for anything else, or for nesting beyond MAX_DEPTH."""
     try:
         value = json.loads(content.decode())
         if type(value) is not dict:
-            raise ValueError(f"{shown(value)} is no object")
+            raise ValueError(f"{shown(value)} is not an object")
         if _depth(value) > MAX_DEPTH:
-            raise ValueError(f"it is nested {_depth(value)} deep")
+            raise ValueError(f"the object is nested {_depth(value)} deep")
     except (ValueError, RecursionError) as error:
         raise Refused(f"{where} is damaged ({error}): {remedy}.") from error
     return value
@@ -75,12 +80,12 @@ def _depth(value) -> int:
 
 
 def read_json(path: epath.Path, most: int, remedy: str) -> dict:
-    """The JSON object in a file of at most `most` bytes. Raises: Refused."""
+    """Reads the JSON object in a file of at most `most` bytes. Raises: Refused."""
     return json_object(read(path, most, remedy), path, remedy)
 
 
 def check_types(values: dict, kinds: dict[str, type], where, remedy: str) -> None:
-    """Raises: Refused, where `values` lacks one of these names or has another type there."""
+    """Raises: Refused, if `values` lacks a name in `kinds` or has another type there."""
     for name, kind in kinds.items():
         if type(values.get(name)) is not kind:
             found = shown(values[name]) if name in values else "missing"
@@ -88,9 +93,9 @@ def check_types(values: dict, kinds: dict[str, type], where, remedy: str) -> Non
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of those fields of a protobuf message that have a length; repeated ones each time.
+    """Yields (number, content) of each field with a length in a protobuf message; a repeated field several times.
 
-    Raises: ValueError, for what is no whole message, and for what protobuf's own readers might take in another way.
+    Raises: ValueError, for an incomplete message, and for bytes that protobuf's own readers might read differently.
     """
     at = 0
     while at < len(message):
@@ -112,7 +117,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     number = 0
-    for shift, byte in zip(range(0, 70, 7), message[at : at + 10]):
+    for shift, byte in zip(range(0, 70, 7), message[at : at + 10], strict=False):
         number |= (byte & 127) << shift
         if byte < 128:
             return number, at + 1 + shift // 7
@@ -120,9 +125,9 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def inside(folder: epath.Path, name: str, remedy: str) -> epath.Path:
-    """The file of that name in a folder. Raises: Refused, where the name, or a link on the way, leads out of it."""
+    """Returns the file of a name in a folder. Raises: Refused, if the name, or a link, leads out of the folder."""
     path = folder / name if PLAIN_PATH.fullmatch(name) else None
-    if path is None or "://" not in str(folder) and not _within(os.path.realpath(path), os.path.realpath(folder)):
+    if path is None or ("://" not in str(folder) and not _within(os.path.realpath(path), os.path.realpath(folder))):
         raise Refused(f"{shown(name)} leads out of {folder}: {remedy}.")
     return path
 

@@ -1,35 +1,35 @@
-"""Who is lost, and who is at fault when a run stands still."""
+"""Decides which process is lost, and which is at fault when a run stands still."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from gptjax.runtime.heartbeat import Beat
 
-# Their ticks come at a steady pace. Everything else may take long, and says nothing while it does.
+# Phases whose ticks come at a steady pace. Any other phase may take long without a sign.
 STEADY = "training", "evaluating"
-SLACK = 10  # times the longest that a tick has taken
+SLACK = 10  # allowed time of a tick, in multiples of the longest tick so far
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """When a process counts as lost, and the run ends with exit code 75 (try again)."""
+    """Says when a process counts as lost; the run then ends with exit code 75 (try again)."""
 
-    silent_seconds: float = 30.0  # without a beat: stopped, or cut off
-    step_seconds: float = 60.0  # without going on in training or evaluating; or ten times its longest step, if more
-    phase_seconds: float = 3600.0  # without going on in any other phase, such as compiling, or before two steps
+    silent_seconds: float = 30.0  # without a beat: the process is stopped, or cut off
+    step_seconds: float = 60.0  # without progress in training or evaluating; ten times the longest step, if more
+    phase_seconds: float = 3600.0  # without progress in any other phase, such as compiling, or before two steps
 
 
 def limit(beat: Beat, config: WatchdogConfig) -> float:
-    """How many seconds a process may stand still at what it does."""
+    """Returns the seconds that a process may stand still in the current phase."""
     if beat.phase in STEADY and beat.longest_seconds:
         return max(config.step_seconds, SLACK * beat.longest_seconds)
     return config.phase_seconds
 
 
 def at_fault(beats: Sequence[Beat], config: WatchdogConfig) -> list[Beat]:
-    """Those that hold up the run: who has stood still for too long, and not who waits for them.
+    """Returns the processes that hold up the run: those that stood still too long, but not those waiting for others.
 
-    Where all wait (for a device, or a network that lost something), those that are behind.
+    If all processes wait (for a device, or a network that lost a message), those with the fewest ticks.
     """
     busy = [beat for beat in beats if not beat.waiting]
     if busy:
@@ -41,18 +41,18 @@ def at_fault(beats: Sequence[Beat], config: WatchdogConfig) -> list[Beat]:
 
 
 def described(beat: Beat) -> str:
-    """Who it is and where: `process 1 (node-b, pid 4711) while training, after step 23`."""
+    """Names a process and its state: `process 1 (node-b, pid 4711) while training, after step 23`."""
     return f"process {beat.process} ({beat.host}, pid {beat.pid}) while {beat.phase}, after step {beat.step}"
 
 
 def stuck(beats: Sequence[Beat]) -> str:
-    """The sentence about those at fault."""
+    """Returns the sentence about the processes at fault."""
     waits = ", waiting for its device or the others" if beats[0].waiting else ""
     return " and ".join(f"{described(beat)}, has not gone on for {beat.idle_seconds:.0f} s{waits}" for beat in beats)
 
 
 def silent(beat: Beat, seconds: float) -> str:
-    return f"{described(beat)}, has given no sign of life for {seconds:.1f} s: it is stopped, or cut off"
+    return f"{described(beat)}, has given no sign of life for {seconds:.1f} s: stopped, or cut off"
 
 
 def gone(beat: Beat, seconds: float) -> str:

@@ -37,10 +37,10 @@ def refusals(*arrivals, num_processes=None, timeout=20) -> list[str]:
     "given, message",
     [
         ({"coordinator": "a:1", "process_id": 0}, "--coordinator=a:1 and --process_id=0 without --num_processes: give"),
-        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "--coordinator=a is no HOST:PORT"),
-        ({"coordinator": "a:²", "num_processes": 2, "process_id": 0}, "--coordinator=a:² is no HOST:PORT"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "--coordinator=a must be HOST:PORT"),
+        ({"coordinator": "a:²", "num_processes": 2, "process_id": 0}, "--coordinator=a:² must be HOST:PORT"),
         ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes=0 must be at least 1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id=2 is none of the 2 .* give 0 to 1"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id=2 must be from 0 to 1, below .*=2"),
     ],
 )
 def test_flags_that_make_no_sense(given, message):
@@ -84,8 +84,8 @@ def test_versions_are_compared(monkeypatch):
 def test_who_is_missing_is_named():
     found = refusals((0, {}), (2, {}), num_processes=4, timeout=5)
     assert set(found) == {
-        "Of 4 processes only 2 came to HOST:PORT in 5 s, without processes 1, 3: see that they are started and what "
-        "they say."
+        "Of 4 processes only 2 came to HOST:PORT in 5 s, without processes 1, 3: check that all are started, "
+        "and read their output."
     }
 
 
@@ -96,7 +96,7 @@ def test_two_of_the_same_number():
 
 def test_a_coordinator_that_is_not_there():
     (found,) = refusals((1, {}), num_processes=2, timeout=1)
-    assert found.startswith("Process 1 of 2 can't reach the coordinator HOST:PORT in 1 s (Connection refused): see ")
+    assert found.startswith("Process 1 of 2 can't reach the coordinator HOST:PORT in 1 s (Connection refused): check ")
 
 
 def test_something_else_at_the_coordinators_port():

@@ -38,7 +38,7 @@ def test_every_phase_is_one_of_which_is_known_whether_anything_is_unsaved():
 
 @pytest.mark.parametrize("phase", [*UNSAVED, "a new one"])
 def test_where_something_may_be_unsaved_the_next_tick_stops(exits, phase):
-    line = supervisor.Lifeline()
+    line = supervisor.Supervisor()
     with heartbeat.phase(phase):
         line._ask("SIGTERM")
         with pytest.raises(Preempted, match="SIGTERM on "):
@@ -48,7 +48,7 @@ def test_where_something_may_be_unsaved_the_next_tick_stops(exits, phase):
 
 @pytest.mark.parametrize("phase", supervisor.SAVED)
 def test_where_nothing_is_unsaved_it_ends_at_once(exits, phase):
-    line = supervisor.Lifeline()
+    line = supervisor.Supervisor()
     with heartbeat.phase(phase):
         line._ask("SIGTERM")
     assert exits[0] == TRY_AGAIN
@@ -56,7 +56,7 @@ def test_where_nothing_is_unsaved_it_ends_at_once(exits, phase):
 
 def test_a_message_that_is_cut_short_ends_the_process_and_not_the_thread_alone(exits, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as there:
-        line = supervisor.Lifeline()
+        line = supervisor.Supervisor()
         line.connect(0, {1: server.accept()[0]})
         there.sendall(b'{"beat": {"proc{"end": ["", 0]}\n')
         line.run()
@@ -71,7 +71,7 @@ def test_nobody_reads_what_it_says(exits, monkeypatch):
         flush = write
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    line = supervisor.Lifeline()
+    line = supervisor.Supervisor()
     with heartbeat.phase("training"):
         line._ask("SIGTERM")
         with pytest.raises(Preempted):
@@ -79,7 +79,7 @@ def test_nobody_reads_what_it_says(exits, monkeypatch):
 
 
 def test_other_signals_are_not_asked_for(exits):
-    line = supervisor.Lifeline()
+    line = supervisor.Supervisor()
     line.signalled.send(bytes([signal.SIGUSR1]))
     line._hear()
     with heartbeat.phase("training"):

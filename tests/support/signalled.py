@@ -21,7 +21,7 @@ from gptjax.runtime import heartbeat, supervisor
 phase, step, seconds, names = sys.argv[1:5]
 sys.argv[1:] = ["train", *sys.argv[5:]]
 entered, heard = threading.Event(), threading.Event()
-real, real_ask = heartbeat.phase, supervisor.Lifeline._ask
+real, real_ask = heartbeat.phase, supervisor.Supervisor._ask
 
 
 def send() -> None:
@@ -60,7 +60,7 @@ def slow(real):
 
 
 os.rename, os.replace = slow(os.rename), slow(os.replace)
-heartbeat.phase, supervisor.Lifeline._ask = watched, ask
+heartbeat.phase, supervisor.Supervisor._ask = watched, ask
 threading.Thread(target=send, daemon=True).start()
 if phase == "starting":
     entered.set()

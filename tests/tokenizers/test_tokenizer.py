@@ -268,7 +268,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "is damaged (Expecting value"),
-    (b"3", "is damaged (3 is no object)"),
+    (b"3", "is damaged (3 is not an object)"),
     (b"{}", "is damaged (its kind is None)"),
     (b'{"kind": "byte", "special_tokens": [1]}', "is damaged (its special_tokens are [1])"),
     (b'{"kind": ["byte"]}', "is damaged (its kind is ['byte'])"),
