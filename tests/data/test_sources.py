@@ -94,7 +94,7 @@ def test_refusals(tmp_path):
         ("text", str(tmp_path), r"It is a folder: try \".*/\*\""),
         ("text", str(tmp_path / "empty.txt"), r"empty.txt is empty \(0 bytes\)"),
         ("text", "gs://bucket/**/x.txt", "one \\* for each level"),
-        ("stdlib", "x", "data.source=stdlib takes no path"),
+        ("stdlib", "x", "must be empty with data.source=stdlib"),
         ("stdlb", "", 'Did you mean "stdlib"'),
     ]:
         with pytest.raises(Refused, match=message):

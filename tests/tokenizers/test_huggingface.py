@@ -287,9 +287,9 @@ def test_text_that_a_file_drops_is_refused_when_it_comes(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "damaged (Expecting value"),
-    (b"{}", "is no tokenizer.json (its model is None)"),
+    (b"{}", "must be a tokenizer.json (its model is None)"),
     (b'{"model": {}}', "neither byte-level nor"),
-    (b'{"model": {"byte_fallback": true}}', "is no tokenizer.json ("),
+    (b'{"model": {"byte_fallback": true}}', "must be a tokenizer.json ("),
 ])  # fmt: skip
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content, words):
     (tmp_path / "tokenizer.json").write_bytes(content)
