@@ -46,8 +46,8 @@ GIVE = {
     "sentencepiece": "give a .model file that SentencePiece wrote, or no path",
     "huggingface": "give a tokenizer.json that Hugging Face's tokenizers wrote",
 }
-# Kept of a published model: ids that end a text, unread parts of tokenizer_config.json, the effect on a text that is not
-# applied here (`prefix`), and the parts taken out of its tokenizer.json.
+# Kept of a published model: ids that end a text, unread parts of tokenizer_config.json, the effect on a text that is
+# not applied here (`prefix`), and the parts taken out of its tokenizer.json.
 CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict}
 # A model of 256,000 pieces has some 5 MB, such a tokenizer.json some 30. A checkpoint's manifest holds the file as
 # base64, 4/3 of its size, within manifest.MAX_BYTES.
@@ -58,6 +58,7 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
     """The tokenizer that turns text into ids.
 
     kind: `byte` (256 bytes and end-of-text), `sentencepiece`, or `huggingface` (a tokenizer.json, given by `path`).

@@ -154,7 +154,7 @@ def test_one_that_would_give_other_ids_is_left_out(tmp_path, monkeypatch):
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(Refused, match="tokenizer.model is not a SentencePiece model"):
+    with pytest.raises(Refused, match="tokenizer.model must be a SentencePiece model"):
         carried.taken(tmp_path, 400, [])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(Refused, match="tokenizer.json"):

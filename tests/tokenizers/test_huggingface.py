@@ -199,7 +199,7 @@ def test_a_template_of_what_is_no_special_token_is_refused(tmp_path, id):
     template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": []}
     file = json.loads(gpt_2().to_str()) | {"post_processor": template | {"special_tokens": {"A": opening}}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(Refused, match=f"puts {id}, no special token, before a text"):
+    with pytest.raises(Refused, match=f"puts {id} before a text, which must be special"):
         tokenizer.check(TokenizerConfig(kind="huggingface", path=str(tmp_path)))
 
 

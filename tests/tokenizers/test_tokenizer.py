@@ -260,7 +260,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     with pytest.raises(Refused, match="x.model does not exist"):
         tokenizer.check(TokenizerConfig(path=str(tmp_path / "x.model")))
     (tmp_path / "junk.model").write_bytes(b"junk")
-    with pytest.raises(Refused, match="junk.model is not a SentencePiece model"):
+    with pytest.raises(Refused, match="junk.model must be a SentencePiece model"):
         tokenizer.check(TokenizerConfig(path=str(tmp_path / "junk.model")))
     with pytest.raises(Refused, match="there is no tokenizer"):
         tokenizer.load(tmp_path)
