@@ -270,7 +270,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
         sources.parts(DataConfig("huggingface", str(tmp_path / "set"), "body"))
     with pytest.raises(Refused, match='data.source="documents" must be one of stdlib, .*, wet[.]$'):
         sources.parts(DataConfig("documents", str(tmp_path)))
-    with pytest.raises(Refused, match='data.damaged is "skp".*Did you mean "skip"'):
+    with pytest.raises(Refused, match='data.damaged="skp".*Did you mean "skip"'):
         sources.parts(DataConfig(damaged="skp"))
 
 
@@ -307,7 +307,7 @@ def test_a_list_that_fails_names_the_path(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "with_bytes", fails)
     data = DataConfig("jsonl", str(jsonl(tmp_path, TEXTS)))
-    with pytest.raises(Failed, match=r"data.path=.*a.jsonl of .* can't be listed \(Input/output error\): see"):
+    with pytest.raises(Failed, match=r"data.path=.*a.jsonl of .* can't be listed \(Input/output error\): fix this"):
         prepare(data, TokenizerConfig(kind="byte"), tmp_path / "store")
 
 
