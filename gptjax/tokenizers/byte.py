@@ -12,10 +12,11 @@ class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text, and special tokens come after it."""
 
     begin = end_of_text = 256
-    ends, opening, prefix = (256,), (), ""
+    opening, prefix = (), ""
 
     def __init__(self, hash: str, names: Iterable[str] = ()):
         self.hash = hash
+        self.ends: tuple[int, ...] = (self.end_of_text,)
         self.special, self.vocab_size = exact.special_ids({exact.END_OF_TEXT: self.end_of_text}, names, 257)
         self.token_bytes = (np.arange(self.vocab_size) < 256).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""What every kind of tokenizer promises: text that comes back, ids that no text gives, and words for what breaks it."""
+"""Rules for every kind of tokenizer: text comes back exactly, special ids come from no text, and errors say why."""
 
 import re
 from collections.abc import Iterable
@@ -7,29 +7,33 @@ import numpy as np
 
 from gptjax.errors import Refused
 
-# SentencePiece, and what follows it, writes a space as this character, so that it has no piece of its own.
+# SentencePiece and its followers write a space as this character, which therefore has no piece of its own.
 SPACE_SIGN = "\u2581"
 END_OF_TEXT = "<|end_of_text|>"
-# What others call it.
+# Names of the end-of-text token in published tokenizers.
 ENDS = END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
-# What those open a text with who have another token for it.
+# Names of the token that opens a text in published tokenizers that have one.
 BEGINS = "<|begin_of_text|>", "<s>", "<bos>"
-# Ids kept for later, by their names here and in Llama 3's file.
+# Reserved ids, by their names here and in Llama 3's file.
 RESERVED = re.compile(r"<\|reserved_(special_token_)?\d+\|>")
-# What normalization, a dummy prefix, trimmed spaces, special pieces or a missing byte would change.
+# Text that normalization, a dummy prefix, trimmed spaces, special pieces or a missing byte would change.
 PROBE = f" a  b \t\r\n\n \0 12 \u00e9 e\u0301 \ufb01 \uff21 \u2028\ufeff \U0001f600 </s><unk><0x41>{SPACE_SIGN} "
 
 
 def reserved(count: int) -> list[str]:
-    """The names of so many ids that are kept for later."""
+    """The names of `count` reserved ids."""
     return [f"<|reserved_{number}|>" for number in range(count)]
 
 
 def special_ids(known: dict[str, int], names: Iterable[str], size: int) -> tuple[dict[str, int], int]:
-    """(ids of the special tokens by name, size of the vocabulary with them).
+    """Returns the ids of the special tokens by name, and the size of the vocabulary with them.
 
-    known: those that the vocabulary of `size` ids has. Of `names`, one that it doesn't know takes the first reserved
-    id, and where none is left a new one at the end.
+    A name that the vocabulary lacks takes the first reserved id, or a new id at the end if none is left.
+
+    Args:
+      known: the special tokens that the vocabulary has.
+      names: the special tokens that it must have.
+      size: ids of the vocabulary.
     """
     special = dict(sorted(known.items(), key=lambda item: item[1]))
     free = [name for name in special if RESERVED.fullmatch(name) and name not in set(names)]
@@ -41,7 +45,7 @@ def special_ids(known: dict[str, int], names: Iterable[str], size: int) -> tuple
 
 
 def end_of_text(special: dict[str, int], path: str) -> int:
-    """The id that opens every document. Raises: Refused, where no special token is known as one."""
+    """The id that opens every document. Raises: Refused, if no special token has a known name."""
     for name in ENDS:
         if name in special:
             return special[name]
@@ -52,7 +56,7 @@ def end_of_text(special: dict[str, int], path: str) -> int:
 
 
 def utf8(text: str) -> bytes:
-    """Raises: Refused, for half a surrogate pair."""
+    """Encodes a text. Raises: Refused, for half a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -63,7 +67,7 @@ def utf8(text: str) -> bytes:
 
 
 def probe(tokenizer, text: str, path: str, remedy: str) -> None:
-    """Refuses a tokenizer that does not give `text` back, or counts its bytes otherwise."""
+    """Refuses a tokenizer that does not reproduce `text`, or counts its bytes wrong."""
     ids: np.ndarray = tokenizer.encode(text)
     back = tokenizer.decode(ids)
     bytes_in, bytes_out = len(text.encode()), int(tokenizer.token_bytes[ids].sum())

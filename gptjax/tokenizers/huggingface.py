@@ -1,8 +1,8 @@
-"""A tokenizer.json of Hugging Face, read by the `tokenizers` library: byte-level ones, and those that fall back to bytes.
+"""Hugging Face's tokenizer.json, read by the `tokenizers` library: byte-level files, and files with byte fallback.
 
-What a file says of truncation, padding, templates and dropout does not hold here, and the text of a special token is
-text like any other. What would change text is refused: by the file's structure where that tells, by a probe, and at
-last by counting the bytes of each text that is encoded.
+Truncation, padding, templates and dropout of a file are ignored, and the text of a special token is encoded like other
+text. A file that changes text is refused: by its structure where possible, by a probe, and finally by counting the
+bytes of each text that is encoded.
 """
 
 import array
@@ -22,27 +22,27 @@ from gptjax.tokenizers.exact import SPACE_SIGN
 MODELS = "BPE", "Unigram"
 MAX_VOCAB = 1 << 22
 REMEDY = "give a tokenizer.json that Hugging Face's tokenizers wrote"
-# Of the normalizers, these alone lose nothing: a space as the sign that is turned back, and bytes as characters.
+# The only lossless normalizers: a space as the sign that decoding turns back, and bytes as characters.
 SPACE_TO_SIGN = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-# The characters that stand for bytes in a byte-level vocabulary: those that print for themselves, the others in order
-# from U+0100.
+# The characters that stand for bytes in a byte-level vocabulary: printable ones stand for themselves, others follow in
+# order from U+0100.
 PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = dict(zip(PRINTED, PRINTED)) | dict(enumerate(sorted({*range(256)} - {*PRINTED}), 0x100))
+BYTE_OF = {byte: byte for byte in PRINTED} | dict(enumerate(sorted({*range(256)} - {*PRINTED}), 0x100))
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json that gives every text back; see gptjax/tokenizers/tokenizer.py for what each kind has."""
+    """A tokenizer.json that reproduces every text; `tokenizer.py` lists the members of each kind."""
 
     def __init__(self, content: bytes, hash: str, names: Iterable[str], path: str):
-        """Raises: Refused, for what is no such file, or is seen to change text by its structure."""
+        """Raises: Refused, for a file of another format, or with a structure that changes text."""
         file = untrusted.json_object(content, path, REMEDY)
         self.opening = _opening(file, path)
         file = _switched_off(file, path)
         byte_level, signs = _spelling(file, path)
         self.hash, self._path = hash, path
         self._tokenizer = _loaded(file, path)
-        self._tokenizer.encode_special_tokens = True  # as text, that is, and not as themselves
+        self._tokenizer.encode_special_tokens = True  # their text is encoded like other text
         self._added = self._tokenizer.get_added_tokens_decoder()
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
         known = {token.content: i for i, token in self._added.items() if token.special}
@@ -50,10 +50,10 @@ class HuggingFaceTokenizer:
         self.end_of_text = exact.end_of_text(self.special, path)
         if strange := [i for i in self.opening if i not in self.special.values()]:
             raise Refused(
-                f"{path} has a post_processor that puts {strange[0]}, no special token, before a text: {REMEDY}."
+                f"{path} has a post_processor that puts {strange[0]} before a text, which must be special: {REMEDY}."
             )
         self.ends, self.prefix = (self.end_of_text,), ""
-        begins = [known[name] for name in exact.BEGINS if name in known]  # not those that a config names
+        begins = [known[name] for name in exact.BEGINS if name in known]  # excludes names from a config
         self.begin = [*self.opening, *begins, self.end_of_text][0]
         self._bytes = [b""] * self.vocab_size
         for piece, i in pieces.items():
@@ -71,15 +71,16 @@ class HuggingFaceTokenizer:
         self._space_sign = [pieces.get(f"<0x{byte:02X}>", 0) for byte in SPACE_SIGN.encode()] if signs else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Raises: Refused, where the text would not come back."""
+        """Raises: Refused, if the ids would not reproduce the text."""
         size = len(exact.utf8(text))
         return self._counted(self._ids(text), text, size)
 
     def encode_batch(self, texts: list[str], threads: int = -1) -> list[np.ndarray]:
         if threads == 1:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of this process from now on: who asks for it is a worker
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # for the rest of this process, which is a worker
         sizes = [len(exact.utf8(text)) for text in texts]
-        return [self._counted(ids, text, size) for ids, text, size in zip(self._all_ids(texts), texts, sizes)]
+        encoded = zip(self._all_ids(texts), texts, sizes, strict=True)
+        return [self._counted(ids, text, size) for ids, text, size in encoded]
 
     def encode_sampled(self, text: str, seed: int, alpha: float) -> np.ndarray:
         raise Refused(
@@ -96,18 +97,18 @@ class HuggingFaceTokenizer:
     def _all_ids(self, texts: list[str]) -> Iterator[np.ndarray]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:  # a panic of Rust, as of a regex that takes too long, is no Exception
+        except BaseException as error:  # a panic of Rust, for example a regex that takes too long
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise Refused(
                     f"{self._path} can't be used ({' '.join(str(error).split())[:200]}): {REMEDY}."
                 ) from error
             raise
-        # In half the time that NumPy takes for a list.
+        # Takes half the time of NumPy with a list.
         return (np.frombuffer(array.array("i", encoding.ids), np.int32) for encoding in encodings)
 
     def _counted(self, ids: np.ndarray, text: str, size: int) -> np.ndarray:
-        """The ids, if they stand for as many bytes as the text has; else those of the text cut where it may be read
-        as something else. (No special token stands for any.)"""
+        """Returns the ids if they stand for `size` bytes. Otherwise cuts the text where it may be misread and encodes
+        the parts. (Special tokens stand for no bytes.)"""
         if self.token_bytes[ids].sum() == size:
             return ids
         ids = np.concatenate(list(self._cut(text)))
@@ -116,8 +117,8 @@ class HuggingFaceTokenizer:
         return ids
 
     def _cut(self, text: str) -> Iterator[np.ndarray]:
-        """Ids of parts: cut within what looks like a special token or a byte's piece, which a Unigram model takes for
-        one; and the sign of a space as its bytes, since as a piece it would come back as a space."""
+        """Yields ids of parts. Cuts within anything that looks like a special token or a byte's piece, which a Unigram
+        model would match. Writes the space sign as its bytes, since its piece would decode to a space."""
         names = [re.escape(name) for name in self.special if name in text]
         looks_like = re.compile("|".join(f"(?={name})" for name in (*names, BYTE_PIECE.pattern)))
         for number, part in enumerate(text.split(SPACE_SIGN) if self._space_sign else [text]):
@@ -128,7 +129,7 @@ class HuggingFaceTokenizer:
 
 
 def lossless(content: bytes, hash: str, names: Iterable[str], path: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a tokenizer.json, refused if it is none or changes text."""
+    """The tokenizer of a tokenizer.json. Raises: Refused, for another format, or if the tokenizer changes text."""
     tokenizer = HuggingFaceTokenizer(content, hash, names, path)
     added = "".join(f"{token.content} {token.content}a" for token in tokenizer._added.values())
     for text in (exact.PROBE, f"Aa{exact.PROBE}{added}"):
@@ -137,16 +138,16 @@ def lossless(content: bytes, hash: str, names: Iterable[str], path: str) -> Hugg
 
 
 def _switched_off(file: dict, path: str) -> dict:
-    """A tokenizer.json without what is not about a text's own tokens. Raises: Refused, where parts are missing."""
+    """A tokenizer.json with only the parts that a text's own tokens need. Raises: Refused, if parts are missing."""
     if type(file.get("model")) is not dict:
-        raise Refused(f"{path} is no tokenizer.json (its model is {shown(file.get('model'))}): {REMEDY}.")
+        raise Refused(f"{path} must be a tokenizer.json (its model is {shown(file.get('model'))}): {REMEDY}.")
     off = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
     kept = {"normalizer": file.get("normalizer"), "pre_tokenizer": file.get("pre_tokenizer")}
     return file | kept | off | {"model": file["model"] | {"dropout": None}}
 
 
 def _opening(file: dict, path: str) -> list[int]:
-    """The ids that the template of a file puts before a text. Raises: Refused, where it is none."""
+    """The ids that a file's template puts before a text. Raises: Refused, for a damaged template."""
     try:
         ids = []
         for part in _parts(file.get("post_processor")):
@@ -161,11 +162,14 @@ def _opening(file: dict, path: str) -> list[int]:
 
 
 def _spelling(file: dict, path: str) -> tuple[bool, bool]:
-    """(whether pieces are spelled in characters that stand for bytes, else whether a sign in them stands for a space).
+    """Whether pieces are spelled in characters that stand for bytes, and otherwise whether a sign stands for a space.
 
-    Raises: Refused, for what changes text in a way that can be named.
+    Raises: Refused, for a part of the file that changes text.
     """
-    changes = lambda what, remedy: Refused(f"{path} changes text ({what}): {remedy}.")
+
+    def changes(what: str, remedy: str) -> Refused:
+        return Refused(f"{path} changes text ({what}): {remedy}.")
+
     normalizers, pre_tokenizers = (list(_parts(file[key])) for key in ("normalizer", "pre_tokenizer"))
     for part in normalizers:
         if part.get("type") not in ("Sequence", "ByteLevel") and part != SPACE_TO_SIGN:
@@ -186,7 +190,7 @@ def _spelling(file: dict, path: str) -> tuple[bool, bool]:
 
 
 def _parts(value) -> Iterator[dict]:
-    """The dicts in nested JSON that have a type."""
+    """Yields the dicts with a type in nested JSON."""
     if type(value) is dict:
         yield from [value] if "type" in value else []
         value = list(value.values())
@@ -195,19 +199,20 @@ def _parts(value) -> Iterator[dict]:
 
 
 def _loaded(file: dict, path: str):
-    """The library's own tokenizer. Raises: Refused."""
+    """The library's tokenizer. Raises: Refused."""
     library = optional.package("tokenizers", "tokenizer.kind=huggingface")
     try:
         tokenizer = library.Tokenizer.from_str(json.dumps(file))
-    except Exception as error:  # it has no other class
-        raise Refused(f"{path} is no tokenizer.json ({' '.join(str(error).split())[:200]}): {REMEDY}.") from error
+    except Exception as error:  # the library raises no other class
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{path} must be a tokenizer.json ({reason}): {REMEDY}.") from error
     if (model := type(tokenizer.model).__name__) not in MODELS:
         raise Refused(f"{path} has a {model} model, which does not give text back: use BPE or Unigram.")
     return tokenizer
 
 
 def _size(pieces: dict[str, int], path: str) -> int:
-    """The largest id + 1. Raises: Refused, where ids are none, too large, or of two pieces."""
+    """The largest id + 1. Raises: Refused, if ids are missing, too large, or shared by two pieces."""
     size = max(pieces.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB:
         raise Refused(f"{path} has a largest id of {size - 1}, and {MAX_VOCAB - 1} is the most: {REMEDY}.")
@@ -219,7 +224,7 @@ def _size(pieces: dict[str, int], path: str) -> int:
 def _byte_level(piece: str) -> bytes:
     try:
         return piece.translate(BYTE_OF).encode("latin-1")
-    except UnicodeEncodeError:  # no piece of bytes, and so in no text
+    except UnicodeEncodeError:  # not spelled in bytes, so it occurs in no text
         return piece.encode()
 
 

@@ -1,8 +1,9 @@
-"""SentencePiece: models trained on the corpus to be exact, or given, and refused where they are not."""
+"""SentencePiece: models trained on the corpus to be exact, or given models, refused if they change text."""
 
 import io
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -12,20 +13,20 @@ from gptjax.runtime import untrusted
 from gptjax.tokenizers import exact
 from gptjax.tokenizers.exact import SPACE_SIGN
 
-# Training drops longer sentences without a word; `_sentences` cuts them instead.
+# Training silently drops longer sentences; `_sentences` cuts them instead.
 MAX_SENTENCE_BYTES = 4096
 MODELS = "bpe", "unigram"
 REMEDY = (
     "train it with normalization_rule_name=identity, add_dummy_prefix=false, remove_extra_whitespaces=false and "
     "byte_fallback=true"
 )
-# In a model's protobuf message: its normalizers, and of one of them the table, which SentencePiece follows unchecked.
+# Fields of a model's protobuf message: its normalizers, and in them the table that SentencePiece trusts unchecked.
 NORMALIZERS, CHARSMAP = (3, 5), 2
-RANDOM_SEED = (1 << 32) - 1  # of SentencePiece's generator: the largest one asks for a random one
+RANDOM_SEED = (1 << 32) - 1  # SentencePiece's generator takes the largest seed as a request for a random one
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model that gives every text back; see gptjax/tokenizers/tokenizer.py for what each kind has."""
+    """A SentencePiece model that reproduces every text; `tokenizer.py` lists the members of each kind."""
 
     def __init__(self, model: bytes, hash: str, names: Iterable[str] = (), where: str = ""):
         self._pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -35,7 +36,7 @@ class SentencePieceTokenizer:
         self.special, self.vocab_size = exact.special_ids(control, names, size)
         self.end_of_text = pieces.eos_id() if pieces.eos_id() >= 0 else exact.end_of_text(self.special, where)
         self.ends, self.prefix = (self.end_of_text,), ""
-        self.opening = [pieces.bos_id()] if pieces.bos_id() >= 0 else []  # as Llama 2's; one trained here has none
+        self.opening = [pieces.bos_id()] if pieces.bos_id() >= 0 else []  # set in Llama 2's; unset in ours
         self.begin = [*self.opening, self.end_of_text][0]
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for i in range(size):
@@ -63,13 +64,13 @@ class SentencePieceTokenizer:
         return [self._encode(text) if SPACE_SIGN in text else next(encoded) for text in texts]
 
     def encode_sampled(self, text: str, seed: int, alpha: float) -> np.ndarray:
-        """One of the encodings of a text, drawn by `seed` alone (of nearly 32 bits): also exact.
+        """Draws an exact encoding of a text, determined by `seed` (of nearly 32 bits).
 
-        alpha: of BPE the share of merges that are left out (Provilkov et al. 2020); of unigram the exponent of a
+        alpha: for BPE the share of merges left out (Provilkov et al. 2020); for unigram the exponent of a
         segmentation's probability, so that 0 draws evenly (Kudo 2018).
         """
         exact.utf8(text)
-        sentencepiece.set_random_generator_seed(seed % RANDOM_SEED)  # of this thread alone
+        sentencepiece.set_random_generator_seed(seed % RANDOM_SEED)  # for this thread only
         try:
             return self._encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
         except RuntimeError as error:
@@ -78,29 +79,29 @@ class SentencePieceTokenizer:
     def _encode(self, text: str, **options) -> np.ndarray:
         if SPACE_SIGN not in text:
             return self._pieces.encode(text, return_type="numpy", **options)
-        # As its three bytes, the sign decodes to itself; as a piece it would come back as a space.
+        # The sign's three bytes decode to the sign; its piece would decode to a space.
         parts = [self._pieces.encode(part, return_type="numpy", **options) for part in text.split(SPACE_SIGN)]
         signs = [self._space_sign] * len(parts)
-        return np.concatenate([ids for pair in zip(signs, parts) for ids in pair][1:])
+        return np.concatenate([ids for pair in zip(signs, parts, strict=True) for ids in pair][1:])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._pieces.decode([int(i) for i in ids if self.token_bytes[i]])
 
 
 def lossless(model: bytes, hash: str, names: Iterable[str], path: str) -> SentencePieceTokenizer:
-    """The tokenizer of a model file, refused if the file is none or if the model changes text."""
+    """The tokenizer of a model file. Raises: Refused, for another format, or if the model changes text."""
     try:
         if table := _normalization_table(model):
             raise Refused(f"{path} changes text (by a table of {len(table)} bytes): {REMEDY}.")
         tokenizer = SentencePieceTokenizer(model, hash, names, path)
         exact.probe(tokenizer, exact.PROBE, path, REMEDY)
     except (IndexError, RuntimeError, ValueError, OSError) as error:
-        raise Refused(f"{path} is not a SentencePiece model: give a .model file that SentencePiece wrote.") from error
+        raise Refused(f"{path} must be a SentencePiece model: give a .model file that SentencePiece wrote.") from error
     return tokenizer
 
 
 def _normalization_table(model: bytes) -> bytes:
-    """Raises: ValueError, for what is no protobuf message."""
+    """The table of a model's normalizers. Raises: ValueError, if `model` can't be parsed as protobuf."""
     specs = [content for number, content in untrusted.protobuf_fields(model) if number in NORMALIZERS]
     fields = [field for spec in specs for field in untrusted.protobuf_fields(spec)]
     return b"".join(content for number, content in fields if number == CHARSMAP)
@@ -109,20 +110,20 @@ def _normalization_table(model: bytes) -> bytes:
 def train(
     texts: Iterable[str], *, vocab_size: int, model: str, split_digits: bool, control_symbols: list[str]
 ) -> bytes:
-    """The file of a model that gives every text back, trained to have vocab_size ids.
+    """Trains a model that reproduces every text and has vocab_size ids; returns its file.
 
-    Raises: Refused; and what reading `texts` raises.
+    Raises: Refused; and whatever reading `texts` raises.
     """
     file, failures = io.BytesIO(), []
-    # Named only where there are some, since a model holds what it was trained with, and its hash with it.
-    options = {"control_symbols": control_symbols} if control_symbols else {}
+    # Set only if there are some, since a model file records its options, which enter its hash.
+    options: dict[str, Any] = {"control_symbols": control_symbols} if control_symbols else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts, failures),
             model_writer=file,
             model_type=model,
             vocab_size=vocab_size,
-            # What goes in comes out: no normalization, no added or removed spaces, bytes for rare characters.
+            # Exact text: no normalization, no added or removed spaces, bytes for rare characters.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -157,9 +158,9 @@ def _refusal(vocab_size: int, error: Exception) -> Refused:
 
 
 def _sentences(texts: Iterable[str], failures: list) -> Iterator[str]:
-    """Lines, cut to the length that training accepts (a character has at most 4 bytes).
+    """Yields lines, cut to the length that training accepts (a character has at most 4 bytes).
 
-    What reading raises is added to `failures`, since SentencePiece makes a RuntimeError of it.
+    Exceptions of reading are added to `failures`, since SentencePiece turns them into a RuntimeError.
     """
     size = MAX_SENTENCE_BYTES // 4
     try:

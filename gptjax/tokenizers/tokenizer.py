@@ -1,24 +1,24 @@
 """Text to token ids and back, exactly: bytes, SentencePiece, or a tokenizer.json of Hugging Face.
 
-Every kind gives every text back unchanged, or refuses, and has
+Every kind reproduces every text exactly, or refuses. Every kind has:
 
     vocab_size: number of ids, the largest + 1.
-    end_of_text: the id that opens every document in a store, and so the one that is predicted where one ends.
-    begin: the id that a model is given in its place, from which it predicts the first token of a document; end_of_text,
-        but for published tokenizers that have one of its own, such as Llama's.
-    ends: the ids after which a model that is asked for text has no more to say: end_of_text, and what the files of a
-        published model name besides, as Llama 3's the end of a turn.
-    prefix: whether its model has seen texts with a space before them: "always", "unless there" (is one), or "" (no).
-    opening: the ids that its own file puts before a text for others to read, as a tokenizer.json with a template does.
-    special: ids by name that no text encodes to, end-of-text and the `special_tokens` of the config among them.
-    token_bytes: int32 [vocab_size], how many UTF-8 bytes an id stands for, 0 for special ones. The sum over a text's
-        tokens is its length in bytes; bits per byte rests on that.
-    hash: sha256 of the files it was loaded from.
-    encode(text): the ids, int32 [tokens]. Raises Refused, for half a surrogate pair, which has no UTF-8.
-    encode_batch(texts, threads): `encode` of each, by one thread or (-1) as many as there are cores.
+    end_of_text: the id that opens every document in a store, and is predicted where a document ends.
+    begin: the id that opens a document for the model; end_of_text, except in published tokenizers with an id of their
+        own, such as Llama's.
+    ends: the ids after which generation stops: end_of_text, and others that a published model names, such as Llama 3's
+        end of a turn.
+    prefix: whether the model was trained on texts with a leading space: "always", "unless there", or "" (never).
+    opening: the ids that the tokenizer's own file puts before a text, for example by a template in tokenizer.json.
+    special: ids by name that no text encodes to, including end-of-text and the config's `special_tokens`.
+    token_bytes: int32 [vocab_size], the UTF-8 bytes of each id, 0 for special ids. The sum over a text's tokens is the
+        length of the text in bytes, on which bits per byte rely.
+    hash: sha256 of the files that the tokenizer was loaded from.
+    encode(text): the ids, int32 [tokens]. Raises Refused, for half a surrogate pair, which UTF-8 lacks.
+    encode_batch(texts, threads): `encode` of each text, by one thread or (-1) as many as there are cores.
     encode_sampled(text, seed, alpha): one of several encodings, a pure function of its arguments. Raises Refused, for
-        a kind that has only one.
-    decode(ids): the text. Special ones are silent, and bytes that are not UTF-8 come out as U+FFFD.
+        a kind with one encoding only.
+    decode(ids): the text. Special ids are silent, and bytes that are not UTF-8 come out as U+FFFD.
 """
 
 import functools
@@ -39,18 +39,18 @@ from gptjax.tokenizers.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizers.sentencepiece import SentencePieceTokenizer
 
 KINDS = "byte", "sentencepiece", "huggingface"
-# What a tokenizer consists of, in the order in which it is hashed: which kind, and the file that the kind reads.
+# The files of a tokenizer, in the order of hashing: the first names the kind, the others belong to one kind each.
 FILES = "tokenizer.json", "sentencepiece.model", "huggingface.json"
 FILE = {"sentencepiece": "sentencepiece.model", "huggingface": "huggingface.json"}
 GIVE = {
     "sentencepiece": "give a .model file that SentencePiece wrote, or no path",
     "huggingface": "give a tokenizer.json that Hugging Face's tokenizers wrote",
 }
-# What is kept of a published model besides: ids that end a text, and what of tokenizer_config.json goes out unread.
-# And what it does to a text, which is not done here: `prefix`, and the parts of its tokenizer.json that were taken out.
+# Kept of a published model: ids that end a text, unread parts of tokenizer_config.json, the effect on a text that is
+# not applied here (`prefix`), and the parts taken out of its tokenizer.json.
 CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict}
-# A model of 256,000 pieces has some 5 MB, a tokenizer.json of as many some 30. A checkpoint's manifest holds it as
-# base64, 4/3 of it, and may have manifest.MAX_BYTES.
+# A model of 256,000 pieces has some 5 MB, such a tokenizer.json some 30. A checkpoint's manifest holds the file as
+# base64, 4/3 of its size, within manifest.MAX_BYTES.
 MAX_BYTES = 40 << 20
 REMEDY = "put back the tokenizer that the data was prepared with, or prepare the data again"
 
@@ -59,20 +59,20 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What turns text into tokens.
+    """The tokenizer that turns text into ids.
 
     kind: `byte` (256 bytes and end-of-text), `sentencepiece`, or `huggingface` (a tokenizer.json, given by `path`).
-    path: a tokenizer that exists, local or gs://, to use in place of training one: SentencePiece's .model or Hugging
-        Face's tokenizer.json, or a folder with it, such as `gptjax tokenizer train` writes.
-    special_tokens: names, separated by commas, of ids that no text encodes to. One that a given tokenizer doesn't know
-        takes an id that it has reserved, or a new one at the end.
+    path: an existing tokenizer, local or gs://, to use instead of training one: SentencePiece's .model, Hugging Face's
+        tokenizer.json, or a folder with either, for example from `gptjax tokenizer train`.
+    special_tokens: names, separated by commas, of ids that no text encodes to. A name that a given tokenizer lacks
+        takes a reserved id, or a new id at the end.
 
-    What SentencePiece is trained with; a tokenizer that is not trained keeps what it has:
+    Settings for training SentencePiece; an existing tokenizer keeps its own:
 
-    vocab_size: number of ids, all of those above and below included.
+    vocab_size: number of ids, including special and reserved ones.
     model: `bpe` or `unigram`.
-    split_digits: each digit is a token of its own.
-    num_reserved: ids kept for special tokens that are named later.
+    split_digits: whether each digit is a token of its own.
+    num_reserved: ids reserved for special tokens that are named later.
     """
 
     kind: str = "sentencepiece"
@@ -89,14 +89,13 @@ class TokenizerConfig:
 
 
 def check(config: TokenizerConfig):
-    """Refuses what `train` can't follow, whatever the corpus: an unknown kind, a file that is missing or lossy."""
+    """Refuses a config that `train` can't follow with any corpus: an unknown kind, a file that is missing or lossy."""
     if config.kind not in KINDS:
-        raise Refused(
-            f'tokenizer.kind is "{config.kind}", which is none of {", ".join(KINDS)}.{nearest(config.kind, KINDS)}'
-        )
+        hint = nearest(config.kind, KINDS)
+        raise Refused(f'tokenizer.kind="{config.kind}" must be one of {", ".join(KINDS)}.{hint}')
     if config.model not in sentencepiece.MODELS:
         hint = nearest(config.model, sentencepiece.MODELS)
-        raise Refused(f'tokenizer.model is "{config.model}", which is none of {", ".join(sentencepiece.MODELS)}.{hint}')
+        raise Refused(f'tokenizer.model="{config.model}" must be one of {", ".join(sentencepiece.MODELS)}.{hint}')
     if config.num_reserved < 0:
         raise Refused(f"tokenizer.num_reserved={config.num_reserved} must not be negative.")
     if config.path and config.kind == "byte":
@@ -119,10 +118,9 @@ def special_names(text: str) -> list[str]:
 
 
 def train(config: TokenizerConfig, texts: Iterable[str], folder: epath.PathLike) -> Tokenizer:
-    """Writes a tokenizer into `folder` (made if it is missing) and loads it.
+    """Writes a tokenizer into `folder`, which may be missing, and loads it.
 
-    `texts` is read only if there is something to train. Refuses what `check` does, and a vocabulary that the texts
-    can't fill.
+    `texts` is read only for training. Refuses whatever `check` does, and a vocabulary larger than the texts can fill.
     """
     check(config)
     names = special_names(config.special_tokens)
@@ -137,26 +135,26 @@ def train(config: TokenizerConfig, texts: Iterable[str], folder: epath.PathLike)
         )
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in reversed(FILES):  # the one that names the others at last
+    for name in reversed(FILES):  # the file that names the kind is written last
         if name in files:
             (folder / name).write_bytes(files[name])
     return load(folder)
 
 
 def given(config: TokenizerConfig) -> dict[str, bytes]:
-    """The files of a tokenizer as far as a config gives them, and none has to be trained. Raises: Refused."""
+    """The files of a tokenizer that a config gives without training. Raises: Refused."""
     if config.path:
         return _given(config)[0]
     return {"tokenizer.json": description(config.kind, special_names(config.special_tokens))}
 
 
 def description(kind: str, names: list[str], carried: Mapping = MappingProxyType({})) -> bytes:
-    """carried: what hf/tokenizer.py keeps of a published model, by the keys of CARRIED."""
+    """The content of tokenizer.json. carried: what is kept of a published model, by the keys of CARRIED."""
     return (json.dumps({"kind": kind} | ({"special_tokens": names} if names else {}) | dict(carried)) + "\n").encode()
 
 
 def existing(path: str) -> Tokenizer:
-    """The tokenizer at a path, as `TokenizerConfig.path` takes it, of whatever kind; or `byte`. Raises: Refused."""
+    """The tokenizer at a path of any kind, as in `TokenizerConfig.path`; or `byte`. Raises: Refused."""
     if path == "byte":
         return ByteTokenizer("")
     kind, *_ = _found(epath.Path(path), "huggingface" if path.endswith(".json") else "sentencepiece")
@@ -170,7 +168,7 @@ def _existing(config: TokenizerConfig) -> Tokenizer:
 
 
 def _given(config: TokenizerConfig) -> tuple[dict[str, bytes], epath.Path]:
-    """(the files of the tokenizer that `path` names, as `train` writes them; where its own is). Raises: Refused."""
+    """The files of the tokenizer at `path`, as `train` writes them, and the path of its own file. Raises: Refused."""
     kind, names, carried, path = _found(epath.Path(config.path), config.kind)
     if kind != config.kind:
         raise Refused(
@@ -182,7 +180,7 @@ def _given(config: TokenizerConfig) -> tuple[dict[str, bytes], epath.Path]:
 
 
 def _found(path: epath.Path, kind: str) -> tuple[str, list[str], dict, epath.Path]:
-    """(kind, names of special tokens, what is carried, its own file) of what is at a path; a file is taken to be of `kind`."""
+    """Kind, special tokens, carried keys and own file of the tokenizer at a path; a file is taken to be of `kind`."""
     if not path.exists():
         raise Refused(f"tokenizer.path {path} does not exist: {GIVE[kind]}.")
     if not path.is_dir():
@@ -198,10 +196,10 @@ def _found(path: epath.Path, kind: str) -> tuple[str, list[str], dict, epath.Pat
 
 
 def expected_vocab_size(config: TokenizerConfig) -> int:
-    """The size of the vocabulary that the tokenizer of a config is to have.
+    """The vocabulary size of a config's tokenizer.
 
-    Of one that is given by `path`, and is not to be found here, what the config says: a run that goes on needs it no
-    more, and looks at its store's. Whoever has no store calls `check` before.
+    If the file at `path` is missing, the config's own number: a resumed run no longer needs the file, and reads the
+    tokenizer of its store. Callers without a store call `check` first.
     """
     if config.kind == "byte":
         return 257 + len(special_names(config.special_tokens))
@@ -211,7 +209,7 @@ def expected_vocab_size(config: TokenizerConfig) -> int:
 
 
 def settings(config: TokenizerConfig) -> dict[str, object]:
-    """The keys that the tokens depend on."""
+    """The config keys that the tokens depend on, with values."""
     used = ["kind", "special_tokens"]
     if config.kind != "byte":
         used += ["path"]
@@ -221,7 +219,7 @@ def settings(config: TokenizerConfig) -> dict[str, object]:
 
 
 def check_same(config: TokenizerConfig, hash: str, where) -> None:
-    """Refuses a `path` that holds another tokenizer than that of the store in `where`."""
+    """Refuses a `path` with a tokenizer other than that of the store in `where`."""
     if config.path and epath.Path(config.path).exists() and (here := hash_of(_given(config)[0])) != hash:
         raise Refused(
             f"tokenizer.path {config.path} has hash {here[:12]}, but the tokens of {where} were made by {hash[:12]}: "
@@ -230,30 +228,30 @@ def check_same(config: TokenizerConfig, hash: str, where) -> None:
 
 
 def load(folder: epath.PathLike) -> Tokenizer:
-    """The tokenizer that `train` wrote into `folder`; refused if it isn't there, or can't be what was written."""
+    """Loads the tokenizer that `train` wrote into `folder`. Raises: Refused, if files are missing or damaged."""
     return from_files(read_files(folder), str(folder))
 
 
 def read_files(folder: epath.PathLike) -> dict[str, bytes]:
-    """The files of a tokenizer's folder, which `from_files` takes; those that are missing are left out."""
+    """The files of a tokenizer's folder, for `from_files`; missing files are left out."""
     there = [path for path in (epath.Path(folder) / name for name in FILES) if path.exists()]
     return {path.name: untrusted.read(path, MAX_BYTES, REMEDY) for path in there}
 
 
 def hash_of(files: dict[str, bytes]) -> str:
-    """The `hash` of the tokenizer of these files: compare it first, where one is known, and parse them then."""
+    """The `hash` of a tokenizer with these files; compare a known hash first, then parse."""
     return hashlib.sha256(b"".join(files[name] for name in FILES if name in files)).hexdigest()
 
 
 def from_files(files: dict[str, bytes], where: str, name: str = "") -> Tokenizer:
-    """The tokenizer of some files, found at `where`; refused if one is missing or damaged.
+    """Parses a tokenizer from its files, found at `where`. Raises: Refused, if files are missing or damaged.
 
-    name: what the kind's own file is called there, if not as `train` calls it.
+    name: file name of the kind's own file, if different from the one that `train` uses.
     """
     return _parsed(tuple(files.items()), where, name)
 
 
-# Where one tokenizer is asked for again and again, as by `plan --search`: a large tokenizer.json takes 2 s to parse.
+# Cached for repeated requests, for example by `plan --search`: parsing a large tokenizer.json takes 2 s.
 @functools.lru_cache(maxsize=1)
 def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Tokenizer:
     files = dict(pairs)
@@ -279,18 +277,18 @@ def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Toke
 
 
 def prompted(known: Tokenizer, text: str) -> str:
-    """A text as the tokenizer's model has seen texts: with its `prefix`."""
-    space = known.prefix == "always" or known.prefix == "unless there" and not text.startswith(" ")
+    """Adds the tokenizer's `prefix`, so that a text looks like the texts that its model was trained on."""
+    space = known.prefix == "always" or (known.prefix == "unless there" and not text.startswith(" "))
     return " " + text if text and space else text
 
 
 def encode_prompt(known: Tokenizer, text: str) -> np.ndarray:
-    """The ids of a text as the tokenizer's model has seen texts."""
+    """The ids of a text with the tokenizer's `prefix`."""
     return known.encode(prompted(known, text))
 
 
 def described_by(made: dict, where) -> tuple[str, list[str], dict]:
-    """(kind, names of special tokens, what is carried) by a tokenizer.json of ours. Raises: Refused."""
+    """Kind, special tokens and carried keys of one of our tokenizer.json files. Raises: Refused."""
     kind, names = made.get("kind"), made.get("special_tokens", [])
     if kind not in KINDS:
         raise Refused(f"{where}/tokenizer.json is damaged (its kind is {shown(kind)}): {REMEDY}.")

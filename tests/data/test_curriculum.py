@@ -82,12 +82,12 @@ def test_going_on_with_what_was_planned_changes_nothing():
 @pytest.mark.parametrize("lengths, sizes, words", [
     ("0: 24", "", "curriculum.seq_len has 24, which does not divide seq_len=32"),
     ("0: 64", "", "curriculum.seq_len has 64, which does not divide seq_len=32"),
-    ("0: 0", "", "curriculum.seq_len has 0: it must be at least 1"),
-    ("0: -8", "", "it must be at least 1"),
+    ("0: 0", "", "curriculum.seq_len has 0: each value must be at least 1"),
+    ("0: -8", "", "each value must be at least 1"),
     ("8 16", "", 'curriculum.seq_len has "8 16"; "BATCH: VALUE" must start at 0'),
     ("", "0: 4; 5: 0", "curriculum.batch_size has 0"),
-    ("", "0: 4; 5: 6; 5: 8", '"5: 8", where'),
-    ("", "0: 4; " + "9" * 5000 + ": 8", "where"),
+    ("", "0: 4; 5: 6; 5: 8", '"5: 8"; "BATCH: VALUE" must'),
+    ("", "0: 4; " + "9" * 5000 + ": 8", "must start at 0"),
     ("", "0: 6", "batch_size=6 is not divisible by grad_accum_steps=4"),
     ("0: 4", "", "seq_len=4 is not divisible by loss.num_chunks=8"),
 ])  # fmt: skip

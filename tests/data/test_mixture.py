@@ -166,7 +166,7 @@ def test_a_small_store_and_another_tokenizer_are_refused(folders, tmp_path):
     manifest = json.loads((other / "manifest.json").read_text())
     hash = mixture.Store.open(folders["code"]).tokenizer.hash
     files = {"tokenizer.json": (other / "tokenizer" / "tokenizer.json").read_bytes()}
-    manifest["tokenizer_hash"] = stores.tokenizers.hash_of(files)
+    manifest["tokenizer_hash"] = stores.hash_of(files)
     manifest["files"]["tokenizer/tokenizer.json"] = len(files["tokenizer.json"])
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Refused, match=f"code was made by tokenizer {hash[:12]} and other by"):

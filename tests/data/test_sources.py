@@ -91,10 +91,10 @@ def test_refusals(tmp_path):
         ("text", "", "data.source=text needs data.path"),
         ("text", str(tmp_path / "*.md"), "matches 0 files, and at least 1"),
         ("text", str(tmp_path / "missing.txt"), "matches 0 files"),
-        ("text", str(tmp_path), r"It is a folder: try \".*/\*\""),
+        ("text", str(tmp_path), r"This is a folder: try \".*/\*\""),
         ("text", str(tmp_path / "empty.txt"), r"empty.txt is empty \(0 bytes\)"),
         ("text", "gs://bucket/**/x.txt", "one \\* for each level"),
-        ("stdlib", "x", "data.source=stdlib takes no path"),
+        ("stdlib", "x", "must be empty with data.source=stdlib"),
         ("stdlb", "", 'Did you mean "stdlib"'),
     ]:
         with pytest.raises(Refused, match=message):

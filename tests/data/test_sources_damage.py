@@ -53,14 +53,14 @@ COUNT = len(TEXTS)
 
 
 @pytest.mark.parametrize("record, words", [
-    (b"{", "is no JSON object"),
-    (b"[1]", "is no JSON object (it is no object)"),
-    (b'{"a":' * 5000, "is no JSON object"),
-    (b'{"text": 1' + b"0" * 5000 + b"}", "is no JSON object"),
-    (b'{"text": "caf\xe9"}', "is no JSON object ('utf-8' codec can't decode byte 0xe9"),
-    (b'{"body": "x", "n": 1}', 'has no field "text" (it has body, n): name the one'),
-    (b'{"text": null}', 'has no text in the field "text" (None)'),
-    (b'{"text": ["x"]}', "has no text in the field"),
+    (b"{", "is not a JSON object"),
+    (b"[1]", "is not a JSON object (the line holds another value)"),
+    (b'{"a":' * 5000, "is not a JSON object"),
+    (b'{"text": 1' + b"0" * 5000 + b"}", "is not a JSON object"),
+    (b'{"text": "caf\xe9"}', "is not a JSON object ('utf-8' codec can't decode byte 0xe9"),
+    (b'{"body": "x", "n": 1}', 'must have a field "text" (it has body, n): name the one'),
+    (b'{"text": null}', 'must have a field "text" that is text (None)'),
+    (b'{"text": ["x"]}', 'must have a field "text" that is text'),
 ])  # fmt: skip
 def test_a_bad_line_is_named_by_its_number(tmp_path, monkeypatch, record, words):
     spoil(jsonl(tmp_path, TEXTS), lines(record, b"", record))
@@ -114,7 +114,7 @@ def test_what_can_not_be_decompressed(tmp_path, suffix, change):
 @pytest.mark.parametrize("row, words", [
     (b"1,2,3", "has 3 fields where the first line has 2"),
     (b"x", "has 1 fields where the first line has 2"),
-    (b'1,"a"b', "is no CSV (',' expected after '\"')"),
+    (b'1,"a"b', "is not CSV (',' expected after '\"')"),
     (b"1,caf\xe9", "is not UTF-8"),
 ])  # fmt: skip
 def test_a_bad_row_of_csv(tmp_path, row, words):
@@ -157,7 +157,7 @@ def test_rows_without_a_text(tmp_path):
 
 def test_records_without_a_text(tmp_path, monkeypatch):
     data = made("arrayrecord", tmp_path, text_field="text")
-    assert "record 0 is no tf.train.Example" in refusal_and_rest(data)[0]
+    assert "record 0 is not a tf.train.Example" in refusal_and_rest(data)[0]
     made("tfds", tmp_path, monkeypatch=monkeypatch)
     (file,) = tmp_path.glob("tiny/1.2.3/*-train.array_record*")
     data = DataConfig("arrayrecord", str(file))
@@ -259,7 +259,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     for source, path, message in [
         ("huggingface", "", "needs data.path"),
         ("huggingface", str(tmp_path / "none"), "none can't be loaded"),
-        ("tfds", "tiny", "needs NAME:VERSION"),
+        ("tfds", "tiny", "must be NAME:VERSION"),
         ("tfds", "tiny:9.9.9", "The split train of tiny:9.9.9 can't be read from"),
         ("jsonl", "", "data.source=jsonl needs data.path"),
         ("warc", str(tmp_path / "*.gz"), "matches 0 files"),
@@ -268,9 +268,9 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
             sources.parts(DataConfig(source, path))
     with pytest.raises(Refused, match='no column "body"'):
         sources.parts(DataConfig("huggingface", str(tmp_path / "set"), "body"))
-    with pytest.raises(Refused, match='data.source is "documents", which is none of stdlib, .*, wet[.]$'):
+    with pytest.raises(Refused, match='data.source="documents" must be one of stdlib, .*, wet[.]$'):
         sources.parts(DataConfig("documents", str(tmp_path)))
-    with pytest.raises(Refused, match='data.damaged is "skp".*Did you mean "skip"'):
+    with pytest.raises(Refused, match='data.damaged="skp".*Did you mean "skip"'):
         sources.parts(DataConfig(damaged="skp"))
 
 
@@ -295,7 +295,7 @@ def test_what_the_system_fails_at_is_no_damage(tmp_path, monkeypatch, error, dam
 
     data = DataConfig("jsonl", str(jsonl(tmp_path, TEXTS)), damaged=damaged)
     monkeypatch.setattr(files, "opened", fails)
-    with pytest.raises(Failed, match="a.jsonl can't be read .*the same command goes on"):
+    with pytest.raises(Failed, match="a.jsonl can't be read .*run the same command to resume"):
         list(sources.documents(data))
 
 
@@ -307,7 +307,7 @@ def test_a_list_that_fails_names_the_path(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "with_bytes", fails)
     data = DataConfig("jsonl", str(jsonl(tmp_path, TEXTS)))
-    with pytest.raises(Failed, match=r"data.path=.*a.jsonl of .* can't be listed \(Input/output error\): see"):
+    with pytest.raises(Failed, match=r"data.path=.*a.jsonl of .* can't be listed \(Input/output error\): fix this"):
         prepare(data, TokenizerConfig(kind="byte"), tmp_path / "store")
 
 

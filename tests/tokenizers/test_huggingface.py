@@ -161,7 +161,7 @@ def test_a_template_of_what_is_no_special_token_is_refused(tmp_path, id):
     template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": []}
     file = json.loads(gpt_2().to_str()) | {"post_processor": template | {"special_tokens": {"A": opening}}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(Refused, match=f"puts {id}, no special token, before a text"):
+    with pytest.raises(Refused, match=f"puts {id} before a text, which must be special"):
         tokenizer.check(TokenizerConfig(kind="huggingface", path=str(tmp_path)))
 
 
@@ -249,9 +249,9 @@ def test_text_that_a_file_drops_is_refused_when_it_comes(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "damaged (Expecting value"),
-    (b"{}", "is no tokenizer.json (its model is None)"),
+    (b"{}", "must be a tokenizer.json (its model is None)"),
     (b'{"model": {}}', "neither byte-level nor"),
-    (b'{"model": {"byte_fallback": true}}', "is no tokenizer.json ("),
+    (b'{"model": {"byte_fallback": true}}', "must be a tokenizer.json ("),
 ])  # fmt: skip
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content, words):
     (tmp_path / "tokenizer.json").write_bytes(content)

@@ -244,9 +244,9 @@ def test_what_reading_the_texts_raises_comes_out_as_itself(tmp_path, failure):
 
 
 def test_refusals_of_kinds_and_paths(tmp_path):
-    with pytest.raises(Refused, match='tokenizer.kind is "sentencepeice".* Did you mean "sentencepiece"'):
+    with pytest.raises(Refused, match='tokenizer.kind="sentencepeice".* Did you mean "sentencepiece"'):
         tokenizer.check(TokenizerConfig(kind="sentencepeice"))
-    with pytest.raises(Refused, match='tokenizer.model is "bep".* Did you mean "bpe"'):
+    with pytest.raises(Refused, match='tokenizer.model="bep".* Did you mean "bpe"'):
         tokenizer.check(TokenizerConfig(model="bep"))
     with pytest.raises(Refused, match="num_reserved=-1 must not be negative"):
         tokenizer.check(TokenizerConfig(num_reserved=-1))
@@ -260,7 +260,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     with pytest.raises(Refused, match="x.model does not exist"):
         tokenizer.check(TokenizerConfig(path=str(tmp_path / "x.model")))
     (tmp_path / "junk.model").write_bytes(b"junk")
-    with pytest.raises(Refused, match="junk.model is not a SentencePiece model"):
+    with pytest.raises(Refused, match="junk.model must be a SentencePiece model"):
         tokenizer.check(TokenizerConfig(path=str(tmp_path / "junk.model")))
     with pytest.raises(Refused, match="there is no tokenizer"):
         tokenizer.load(tmp_path)
