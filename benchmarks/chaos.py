@@ -75,9 +75,9 @@ def resumed(code: int | None, phase: str, log: str, step: int) -> bool:
     if code not in (0, -signal.SIGKILL):
         return False
     words = r"^(?:going on from the checkpoint of|The run in .* is complete at) step (\d+)"
-    told = re.findall(words, log, re.MULTILINE)
+    said = re.findall(words, log, re.MULTILINE)
     before = code != 0 and phase in ("starting", "preparing data", "restoring")
-    return before and not told or told[:1] == [str(step)] * (step > 0)
+    return (before and not said) or said[:1] == [str(step)] * (step > 0)
 
 
 def killed(

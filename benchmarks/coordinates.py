@@ -20,7 +20,7 @@ from gptjax.models.attention import attention
 from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
 from gptjax.parallel import batches, mesh
-from gptjax.training import step as update
+from gptjax.training import step as train_step
 from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.optim.config import OptimizerConfig
@@ -47,7 +47,10 @@ def batch_of(config: Config) -> Batch:
     shape = 1, config.batch_size, config.seq_len
     ids = np.random.default_rng(0).integers(0, VOCAB, (shape[1], shape[2] + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    place = lambda array: jax.device_put(array, batches.batch_sharding(jax.sharding.get_mesh()))
+
+    def place(array):
+        return jax.device_put(array, batches.batch_sharding(jax.sharding.get_mesh()))
+
     whole = ids[None, :, :-1], positions, np.zeros(shape, np.int32), ids[None, :, 1:], np.ones(shape, np.float32)
     return Batch(
         **{name: place(array) for name, array in zip(("inputs", "positions", "segments", "targets", "weights"), whole)}
@@ -56,9 +59,12 @@ def batch_of(config: Config) -> Batch:
 
 @jax.jit
 def activations(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-    """What flows through a model, by its own functions: of the last block, and the logits of all positions."""
+    """Returns the activations of the last block and the logits of all positions, by the model's own functions."""
     c, (inputs, positions, segments) = model.config, (batch.inputs[0], batch.positions[0], batch.segments[0])
-    attend = lambda q, k, v: attention(q, k, v, segments, c.sliding_window)
+
+    def attend(q, k, v):
+        return attention(q, k, v, segments, c.sliding_window)
+
     rotation = model.rotation(positions)
     found = {"embedding": (x := model.embed(inputs, positions, "act_stream"))}
     for index in range(c.num_layers):
@@ -79,7 +85,7 @@ def sizes(config: Config) -> np.ndarray:
     """Root mean squares, [steps + 1, places], before the first update and after each."""
     with jax.set_mesh(mesh.make_mesh(mesh.MeshConfig(), jax.devices()[:1])):
         batch = batch_of(config)
-        state = jax.jit(lambda: update.init_state(config, VOCAB))()
+        state = jax.jit(lambda: train_step.init_state(config, VOCAB))()
         rows, first = [], None
         for step in range(STEPS + 1):
             found = activations(state.model, batch)
@@ -87,12 +93,12 @@ def sizes(config: Config) -> np.ndarray:
             found["logits_change"] -= first
             rows.append([float(jnp.sqrt(jnp.square(found[place]).mean())) for place in PLACES])
             if step < STEPS:
-                state, _ = update.train_step(state, batch, config=config, vocab_size=VOCAB)
+                state, _ = train_step.train_step(state, batch, config=config, vocab_size=VOCAB)
     return np.array(rows)
 
 
 def slopes(widths, found: np.ndarray) -> dict[str, float]:
-    """Of log size over log width, by place, after the last step. found: [widths, steps + 1, places]."""
+    """Fits the slope of log size over log width by place, after the last step. found: [widths, steps + 1, places]."""
     line = np.polyfit(np.log(widths), np.log(found[:, -1]), 1)[0]
     return dict(zip(PLACES, line.round(3).tolist()))
 

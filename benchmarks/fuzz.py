@@ -64,18 +64,18 @@ def outcome(reader: readers.Reader, given, folder: pathlib.Path) -> str:
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         reader.read(given)
-        told = "accepted"
+        result = "accepted"
     except Refused as refusal:
         one_line(str(refusal)).encode()  # it can be printed
-        told = "refused"
+        result = "refused"
     except SystemExit as end:  # --help and --version
-        told = "accepted" if end.code == 0 else f"exit code {end.code}"
+        result = "accepted" if end.code == 0 else f"exit code {end.code}"
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__} in {pathlib.Path(where.filename).name}:{where.lineno}: {str(error)[:200]}"
+        result = f"{type(error).__name__} in {pathlib.Path(where.filename).name}:{where.lineno}: {str(error)[:200]}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return told if listing(folder) == before else f"wrote into the folder ({told})"
+    return result if listing(folder) == before else f"wrote into the folder ({result})"
 
 
 class Late(BaseException):
@@ -97,10 +97,10 @@ def fuzz(name: str, inputs: int, folder: pathlib.Path, seen: Callable[[object], 
     @given(reader.inputs)
     def one(given):
         seen(given)
-        told = outcome(reader, given, folder)
-        counts[told if told in counts else "other"] += 1
-        if told not in counts:
-            examples.setdefault(told, repr(given)[:500])
+        result = outcome(reader, given, folder)
+        counts[result if result in counts else "other"] += 1
+        if result not in counts:
+            examples.setdefault(result, repr(given)[:500])
 
     previous = signal.signal(signal.SIGALRM, late)
     try:
@@ -115,7 +115,10 @@ def child(name: str, inputs: int, last: str) -> None:
     """Prints the result of one reader as JSON, and what it took of memory. Keeps what it tries in the file `last`."""
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES,) * 2)
-    seen = lambda given: pathlib.Path(last).write_text(repr(given)[: 1 << 20], errors="backslashreplace")
+
+    def seen(given) -> None:
+        pathlib.Path(last).write_text(repr(given)[: 1 << 20], errors="backslashreplace")
+
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         result = fuzz(name, inputs, pathlib.Path(folder), seen)
@@ -143,11 +146,11 @@ def main() -> None:
         lost = {"refused": 0, "accepted": 0, "other": 1, "examples": died, "megabytes": 0}
         result = lost if done.returncode else json.loads(done.stdout.splitlines()[-1])
         counts, seconds = [result[kind] for kind in KINDS], time.monotonic() - began
-        totals.update(dict(zip(KINDS, counts)))
+        totals.update(dict(zip(KINDS, counts, strict=True)))
         numbers = (sum(counts), *counts, result["megabytes"], round(seconds))
         print(f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |")
-        for told, example in result["examples"].items():
-            print(f"    {told}\n        {example}")
+        for ending, example in result["examples"].items():
+            print(f"    {ending}\n        {example}")
         sys.stdout.flush()
     print(f"| all | {totals.total():,} | {' | '.join(f'{totals[kind]:,}' for kind in KINDS)} | | |")
 

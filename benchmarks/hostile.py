@@ -102,13 +102,16 @@ def changed_json(draw, value) -> bytes:
 
 
 def json_files(value):
-    """Of a JSON file: changed as a tree, or damaged as bytes."""
+    """Changes a JSON file as a tree, or damages the bytes."""
     return st.one_of(changed_json(value), damaged(json.dumps(value, indent=1).encode()))
 
 
 def of_text(text: str):
     """A word of the command line, damaged."""
-    as_text = lambda content: content.decode("utf-8", "surrogateescape").replace("\0", "")
+
+    def as_text(content: bytes) -> str:
+        return content.decode("utf-8", "surrogateescape").replace("\0", "")
+
     return st.one_of(words, damaged(text.encode("utf-8", "surrogatepass")).map(as_text))
 
 

@@ -20,9 +20,7 @@ import types
 from typing import NamedTuple
 
 from gptjax.parallel.hardware import GIB
-from gptjax.parallel.xla import analysis as compiled
-from gptjax.parallel.xla import hlo
-from gptjax.parallel.xla import options as compiler
+from gptjax.parallel.xla import analysis, hlo, options
 from gptjax.planning import aot, topology
 from gptjax.planning.plan import compute_floor, environment, plan
 from gptjax.planning.topology import Topology
@@ -33,7 +31,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
 class Row(NamedTuple):
-    """A step on a machine, told to both."""
+    """A step on a machine, for both frameworks."""
 
     about: str
     topology: Topology
@@ -100,9 +98,9 @@ ROWS = {
 
 
 def maxtext(row: Row, python: str, config: Config, ours: dict) -> str:
-    """What the compiler says of MaxText's step; ours: the plan of that config, whose FLOPs it is taken to do. Exits
+    """Returns the compiler's figures of MaxText's step; ours: the plan of that config, whose FLOPs it is taken to do. Exits
     where it fails for another reason than memory."""
-    options = " ".join(f"--{name}={value}" for name, value in compiler.options(config.compiler_options).items())
+    flags = " ".join(f"--{name}={value}" for name, value in options.options(config.compiler_options).items())
     find = "import importlib.util; print(importlib.util.find_spec('maxtext').submodule_search_locations[0])"
     package = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as name:
@@ -113,8 +111,8 @@ def maxtext(row: Row, python: str, config: Config, ours: dict) -> str:
             "skip_jax_distributed_system": True, "jax_cache_dir": "", "compile_topology": row.machine,
             "compile_topology_num_slices": row.topology.slices, "override_model_config": True,
         } | row.theirs  # fmt: skip
-        if options:
-            settings["compile_xla_flags"] = options
+        if flags:
+            settings["compile_xla_flags"] = flags
         command = [python, "-m", "maxtext.trainers.pre_train.train_compile", f"{package}/configs/base.yml"]
         env = environment(folder)
         del env["PYTHONPATH"]  # of this environment
@@ -123,18 +121,18 @@ def maxtext(row: Row, python: str, config: Config, ours: dict) -> str:
             env=env, cwd=name, capture_output=True, text=True,
         )  # fmt: skip
         if ended.returncode:
-            sizes = compiled.out_of_memory(ended.stderr)
+            sizes = analysis.out_of_memory(ended.stderr)
             if not sizes:
                 sys.exit(f"{ended.stderr[-3000:]}\nMaxText ended with code {ended.returncode}: see above.")
             return f"does not fit: {sizes[0] / GIB:.1f} of {sizes[1] / GIB:.1f} GiB"
-        told = re.search(r"Memory analysis: .*", ended.stdout)[0]
-        stats = {key: int(value) for key, value in re.findall(r"(\w+_in_bytes)=(\d+)", told)}
-        memory = compiled.laid_out(types.SimpleNamespace(**stats))
+        said = re.search(r"Memory analysis: .*", ended.stdout)[0]
+        stats = {key: int(value) for key, value in re.findall(r"(\w+_in_bytes)=(\d+)", said)}
+        memory = analysis.laid_out(types.SimpleNamespace(**stats))
         program = hlo.parse(aot.text_of(folder, "after_codegen"))
-        kernels = [kernel._asdict() for kernel in compiled.kernels(program, window=0)]
-        analysis = {"source": "compiled", "cycles": compiled.cycles(program), "kernels": kernels}
-        analysis["tokens_per_step"] = config.batch_size * config.seq_len
-        floor, warnings = compute_floor(config, row.topology, analysis)
+        kernels = [kernel._asdict() for kernel in analysis.kernels(program, window=0)]
+        found = {"source": "compiled", "cycles": analysis.cycles(program), "kernels": kernels}
+        found["tokens_per_step"] = config.batch_size * config.seq_len
+        floor, warnings = compute_floor(config, row.topology, found)
         ceiling = ours["mfu_ceiling"] * ours["floor_step_seconds"] / floor if floor else None
         return shown(memory.peak, memory.host, ceiling, "; ".join(warnings))
 
@@ -148,12 +146,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="of an environment with maxtext and libtpu")
     parser.add_argument("--row", action="append", choices=ROWS, help="all, where none is named")
-    parser.add_argument("--options", help="of the compiler, in place of our configs' (compiler.py)")
+    parser.add_argument("--options", help="of the compiler, in place of our configs' (gptjax/parallel/xla/options.py)")
     args = parser.parse_args()
     for name in args.row or ROWS:
         row = ROWS[name]
-        options = {} if args.options is None else {"compiler_options": args.options}
-        config = files.load(str(CONFIGS / row.config), row.ours | options)
+        changes = {} if args.options is None else {"compiler_options": args.options}
+        config = files.load(str(CONFIGS / row.config), row.ours | changes)
         made = plan(config, row.topology)
         print(f"{name}: {row.about}; {row.topology.name} × {row.topology.slices}")
         print(f"   gptjax   {shown(made['hbm_bytes'], made['host_bytes'], made['mfu_ceiling'])}", flush=True)

@@ -1,4 +1,4 @@
-"""What the compiler says of a train step's memory against what the process then takes, on a CPU.
+"""Compares the compiler's memory of a train step with the memory that the process then takes, on a CPU.
 
     python -m benchmarks.memory [REMAT …]
 
@@ -20,7 +20,7 @@ from gptjax.models.config import ModelConfig
 from gptjax.parallel import batches
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.xla import analysis
-from gptjax.training import step as update
+from gptjax.training import step as train_step
 from gptjax.training.config.schema import Config, resolve
 
 SHAPE = peer.Shape(layers=6, heads=6, width=384, length=256, batch=32, vocab=4096)
@@ -38,8 +38,8 @@ def measure(remat: str) -> tuple[float, float]:
     config = resolve(Config(batch_size=SHAPE.batch, seq_len=SHAPE.length, model=model))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        init = jax.jit(functools.partial(update.init_state, config, SHAPE.vocab)).lower().compile()
-        step = update.compile_step(config, SHAPE.vocab, update.abstract_state(config, SHAPE.vocab, mesh), mesh)
+        init = jax.jit(functools.partial(train_step.init_state, config, SHAPE.vocab)).lower().compile()
+        step = train_step.compile_step(config, SHAPE.vocab, train_step.abstract_state(config, SHAPE.vocab, mesh), mesh)
         batch = batches.place(ours.batch(SHAPE), np.arange(SHAPE.batch), batches.BatchLayout(mesh, SHAPE.batch))
         before = resident(os.getpid())
         state = init()

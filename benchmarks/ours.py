@@ -11,7 +11,7 @@ from gptjax.models.config import ModelConfig
 from gptjax.models.loss import LossConfig
 from gptjax.parallel import batches
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.training import step as update
+from gptjax.training import step as train_step
 from gptjax.training.config.schema import Config, resolve
 from gptjax.training.optim.config import OptimizerConfig
 
@@ -39,13 +39,13 @@ def build(shape: peer.Shape, biases: bool):
     ))  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices())
     jax.set_mesh(mesh)
-    state = jax.jit(functools.partial(update.init_state, config, shape.vocab))()
+    state = jax.jit(functools.partial(train_step.init_state, config, shape.vocab))()
     data = batches.place(batch(shape), np.arange(shape.batch), batches.BatchLayout(mesh, shape.batch))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
     def step():
         nonlocal state
-        state, metrics = update.train_step(state, data, config=config, vocab_size=shape.vocab)
+        state, metrics = train_step.train_step(state, data, config=config, vocab_size=shape.vocab)
         return metrics["loss"]
 
     return parameters, step

@@ -21,7 +21,10 @@ def build(shape: peer.Shape):
     layers, heads, width, length, _, vocab = shape
     padded = -(-vocab // 128) * 128
     keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 2))
-    normal = lambda *shape: 0.02 * jax.random.normal(next(keys), shape)
+
+    def normal(*shape):
+        return 0.02 * jax.random.normal(next(keys), shape)
+
     head = width // heads
     params = {
         "wte": normal(padded, width), "wpe": normal(length, width), "g": jnp.ones(width), "b": jnp.zeros(width),

@@ -69,9 +69,15 @@ def config_files(folder: pathlib.Path) -> Reader:
     others = st.builds(lambda key, value: f"config.{key} = {value!r}", keys, hostile.values)
     lines = st.lists(fault | fields | fields | others, max_size=3)
     head = "from gptjax.config import default\nnan = inf = float('nan')\ndef get_config():\n    config = default()\n"
-    text = lambda lines: head + "".join(f"    {line}\n" for line in (*lines, "return config"))
+
+    def text(lines) -> str:
+        return head + "".join(f"    {line}\n" for line in (*lines, "return config"))
+
     file = folder / "mine.py"
-    place = lambda given: hostile.put(file, given.encode("utf-8", "surrogatepass"))
+
+    def place(given: str) -> None:
+        hostile.put(file, given.encode("utf-8", "surrogatepass"))
+
     return Reader(lines.map(text), lambda _: config_file.load(str(file), {}), place)
 
 
@@ -84,7 +90,10 @@ def overrides(folder: pathlib.Path) -> Reader:
 
     flat = files.flatten(schema.default())
     known = st.sampled_from(list(flat.items())).flatmap(lambda item: st.tuples(st.just(item[0]), of(str(item[1]))))
-    of = lambda text: hostile.of_text(text) | hostile.numbers.map(str) | st.sampled_from(("true", "False", "full,x=y"))
+
+    def of(text: str):
+        return hostile.of_text(text) | hostile.numbers.map(str) | st.sampled_from(("true", "False", "full,x=y"))
+
     unknown = st.tuples(st.sampled_from(list(flat)).flatmap(hostile.of_text), hostile.words)
     return Reader(st.lists(known | known | unknown, min_size=1, max_size=2), read)
 

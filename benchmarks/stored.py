@@ -67,7 +67,10 @@ def read_store(folder: pathlib.Path):
 
 def store_manifest(folder: pathlib.Path) -> Reader:
     manifest, _ = small_store(folder / "store")
-    place = lambda given: hostile.put(folder / "store" / "manifest.json", given)
+
+    def place(given) -> None:
+        hostile.put(folder / "store" / "manifest.json", given)
+
     return Reader(hostile.json_files(manifest) | hostile.NO_FILES, lambda _: read_store(folder / "store"), place)
 
 
@@ -174,7 +177,9 @@ def read_status(folder: pathlib.Path) -> Reader:
             raise Refused(status.text(found))
         return status.text(found)
 
-    place = lambda given: hostile.put(folder / heartbeat.FOLDER / "0.json", given)
+    def place(given) -> None:
+        hostile.put(folder / heartbeat.FOLDER / "0.json", given)
+
     return Reader(hostile.json_files(beat) | hostile.NO_FILES, read, place)
 
 

@@ -1,4 +1,4 @@
-"""What `gptjax sweep` varies of the quickstart (NOTES.md, Sweep)."""
+"""The space that `gptjax sweep` searches around the quickstart (NOTES.md, Sweep)."""
 
 
 def get_space():

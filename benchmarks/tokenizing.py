@@ -51,7 +51,10 @@ def train(folder: str) -> dict[str, str]:
 def encoders(name: str, folder: str, threads: bool):
     """(ours, theirs): what encodes a list of texts, on all cores or on one."""
     made = tokenizer.load(folder)
-    ours = lambda texts: made.encode_batch(texts, -1 if threads else 1)
+
+    def ours(texts):
+        return made.encode_batch(texts, -1 if threads else 1)
+
     if name == "huggingface":
         # RAYON_NUM_THREADS says on how many.
         own = library.Tokenizer.from_file(f"{folder}/huggingface.json")

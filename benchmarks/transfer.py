@@ -31,8 +31,8 @@ def pairs(code: str):
     except SyntaxError:
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (told := ast.get_docstring(node)) and not node.name.startswith("_"):
-            yield f'"""{told.splitlines()[0]}"""\n({ast.unparse(node.args)})\n', f"{node.name}\n"
+        if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and not node.name.startswith("_"):
+            yield f'"""{text.splitlines()[0]}"""\n({ast.unparse(node.args)})\n', f"{node.name}\n"
 
 
 def prepare(folder: pathlib.Path) -> int:
@@ -52,13 +52,13 @@ def prepare(folder: pathlib.Path) -> int:
 def train(folder: pathlib.Path, **keys) -> dict:
     """The last evaluation of a run of the quickstart's model."""
     command = [sys.executable, "-m", "gptjax", "train", f"--config={QUICKSTART}", f"--workdir={folder}"]
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, *(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items())],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    print(told.stdout.splitlines()[0], file=sys.stderr)
+    print(done.stdout.splitlines()[0], file=sys.stderr)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "eval_loss" in row][-1]
 

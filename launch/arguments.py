@@ -113,5 +113,5 @@ def check_command(command: list[str]) -> None:
         raise Refused(f"--workdir={workdir} must be gs://BUCKET/FOLDER: it must be there when the machines are gone.")
     if config not in tracked():
         raise Refused(
-            f"--config={config} is no file that git tracks in {ROOT}, and only those are shipped: git add it."
+            f"--config={config} must be a file that git tracks in {ROOT}, since only those are shipped; run git add."
         )

@@ -14,7 +14,7 @@ WORKER = "gptjax/launch/worker.sh"
 
 
 class Worker(NamedTuple):
-    """What worker.sh says of one."""
+    """The state of a worker as reported by worker.sh."""
 
     node: str
     host: str
@@ -119,7 +119,7 @@ class Pod:
         self.remote(f"{unpack} && bash {WORKER} install")
 
     def statuses(self) -> list[Worker]:
-        """What all workers are at. Raises: Unreachable."""
+        """Returns the state of all workers. Raises: Unreachable."""
         nothing = 'echo "gptjax $(hostname) none 0 0"'
         found = []
         for node, text in self.remote(f"if [ -e {WORKER} ]; then bash {WORKER} status; else {nothing}; fi"):

@@ -36,7 +36,7 @@ class Preempted(Exception):
 
 
 class GivenUp(Exception):
-    """What went wrong, and the exit code that says so."""
+    """A failure with an exit code."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)

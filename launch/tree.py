@@ -1,4 +1,4 @@
-"""What is shipped: the files that git tracks, as they are in the working tree."""
+"""Ships the files that git tracks, in the state of the working tree."""
 
 import pathlib
 import subprocess

@@ -105,7 +105,7 @@ def fit(N, D, loss, starts=None) -> tuple[Law, np.ndarray]:
     """Fits the law of least Huber loss between logarithms, from the best of `starts`. Returns law and parameters.
 
     log L is the log-sum-exp of three lines, e, a - α log N and b - β log D. The lines are centred on the data, where
-    the five parameters hardly depend on one another. The original fit used L-BFGS, which is slow on these losses and often
+    the five parameters hardly depend on one another. The original fit used L-BFGS, which is slow here and often
     stops too early (Besiroglu et al. 2024, "Chinchilla scaling: a replication attempt"). This fit uses a trust-region
     method for least squares.
     """
