@@ -65,6 +65,7 @@ def on_a_disk(command, tmp_path_factory):
     return losses(folder)
 
 
+@pytest.mark.slow
 def test_a_run_and_all_that_is_done_with_it(gptjax_main, command, bucket, on_a_disk, tmp_path):
     run = bucket / "runs" / "one"
     code, out, _ = gptjax_main(*command(run))
@@ -105,6 +106,7 @@ def test_a_run_and_all_that_is_done_with_it(gptjax_main, command, bucket, on_a_d
     assert [path.name for path in (run / "checkpoints").glob("*[0-9]")] == ["step_00000006"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(command, bucket, on_a_disk):
     run = bucket / "runs" / "killed"
     argv = [sys.executable, "-m", "gptjax", *command(run)]

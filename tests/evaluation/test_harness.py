@@ -6,11 +6,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from etils import epath
 from lm_eval import evaluator
-from lm_eval.models.huggingface import HFLM
 from support.command import corpus_text, training
 from support.tokenizer_files import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -86,6 +83,8 @@ def cache_of_datasets(tmp_path_factory):
 
 def byte_level(folder, *special):
     """Saves byte-level BPE. With two special tokens, a template puts the first before each text, as in Llama 3."""
+    import transformers
+
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -102,6 +101,8 @@ def byte_level(folder, *special):
 
 
 def gpt2(folder):
+    import transformers
+
     byte_level(folder, "<|endoftext|>")
     return transformers.GPT2Config(
         vocab_size=301, n_positions=SEQ_LEN, n_embd=40, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=0,
@@ -110,6 +111,8 @@ def gpt2(folder):
 
 
 def llama(folder, vocab_size=301, begin=0, end=1):
+    import transformers
+
     byte_level(folder, "<|begin_of_text|>", "<|end_of_text|>")
     return transformers.LlamaConfig(
         vocab_size=vocab_size, max_position_embeddings=SEQ_LEN, hidden_size=40, num_hidden_layers=2,
@@ -125,9 +128,14 @@ def llama_2(folder):
     return config
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("make", [gpt2, llama, llama_2])
 def test_scores_are_those_of_the_back_end_for_hugging_face(folder, make, tmp_path):
     """Both back ends score the same model; `-n0 -s` prints the table of benchmarks/NOTES.md."""
+    import torch
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(make(tmp_path / "theirs")).save_pretrained(tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))

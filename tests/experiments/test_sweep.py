@@ -219,6 +219,7 @@ def test_a_report_of_the_trials(swept, gptjax_main, tmp_path):
     assert code == 0 and RATE in page and ">000</th>" in page and ">002</th>" in page
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_pruned_and_a_signal_stops_all_in_order(swept, tiny):
     """Of a sweep that already knows five good trials, and runs on."""
     folder = swept[0].parent / "pruned"
@@ -290,11 +291,12 @@ def test_a_table_and_a_picture_of_trials(tmp_path):
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("sampler, pruner", [("random", "none"), ("tpe", "hyperband"), ("gp", "median")])
+@pytest.mark.parametrize(
+    "sampler, pruner",
+    [("random", "none"), ("tpe", "hyperband"), pytest.param("gp", "median", marks=pytest.mark.parity)],
+)
 def test_a_sampler_goes_on_with_other_values(tmp_path, sampler, pruner):
     """Its seed depends on how many trials there are, or each start would draw the same again."""
-    if sampler == "gp":
-        pytest.importorskip("torch")
     file = str(file_of(tmp_path / "space", f"{{'{RATE}': ('log', 1e-5, 1e-3)}}"))
     drawn = []
     for _ in range(2):

@@ -9,11 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
 from etils import epath
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
+from support import hf_models
 from support.command import training, tree
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+from support.hf_models import LENGTH
 
 from gptjax.checkpoints import chunked
 from gptjax.errors import Refused
@@ -30,69 +30,38 @@ from gptjax.tokenizers.tokenizer import ByteTokenizer
 from gptjax.training import loading
 from gptjax.training.config import files, schema
 
-LENGTH = 96
-NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
-ROTARY = {"num_hidden_layers": 2, "intermediate_size": 88, "max_position_embeddings": LENGTH} | NO_ENDS
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# These models have no tokenizer, so ids are bytes. All vocabularies but one are not multiples of 128.
-MODELS = {
-    "gpt2, tied": GPT2Config(n_layer=2, n_embd=60, n_head=5, vocab_size=389, n_positions=LENGTH, **NO_ENDS),
-    "gpt2, untied, exact gelu": GPT2Config(
-        n_layer=2, n_embd=48, n_head=3, n_inner=100, vocab_size=261, n_positions=LENGTH, activation_function="gelu",
-        tie_word_embeddings=False, **NO_ENDS,
-    ),
-    "llama, 4 heads a group": LlamaConfig(
-        hidden_size=64, num_attention_heads=8, num_key_value_heads=2, vocab_size=300, **ROTARY
-    ),
-    "llama 3, tied, scaled": LlamaConfig(
-        hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=10, vocab_size=384, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, **ROTARY,
-    ),
-    "llama, linear": LlamaConfig(
-        hidden_size=48, num_attention_heads=4, num_key_value_heads=4, vocab_size=301,
-        rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}, **ROTARY,
-    ),
-    "qwen3, tied": Qwen3Config(
-        hidden_size=60, num_attention_heads=6, num_key_value_heads=3, head_dim=14, vocab_size=300,
-        tie_word_embeddings=True, **ROTARY,
-    ),
-    "qwen3, window": Qwen3Config(
-        hidden_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=18, vocab_size=257, sliding_window=20,
-        use_sliding_window=True, max_window_layers=0, **ROTARY,
-    ),
-    "mistral, window": MistralConfig(
-        hidden_size=60, num_attention_heads=4, num_key_value_heads=1, head_dim=22, vocab_size=333, sliding_window=24,
-        **ROTARY,
-    ),
-    "mistral, no window": MistralConfig(
-        hidden_size=50, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=400, sliding_window=None,
-        **ROTARY,
-    ),
-}  # fmt: skip
+NAMES = list(hf_models.recorded())
 
 
-def saved(name: str, folder: pathlib.Path, dtype=torch.float32, **more):
+def saved(name: str, folder: pathlib.Path, dtype="float32", **more):
     """Saves a model by `transformers`, with weights that all make a difference."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(hf_models.models()[name], attn_implementation="eager").eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    model = model.to(dtype)
+    model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, **more)
     return model
 
 
-def weights(folder: pathlib.Path) -> dict:
+def tensors(folder: pathlib.Path) -> dict:
     """Reads all safetensors of a folder."""
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    from safetensors.torch import load_file as load  # NumPy has no bfloat16
+
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load(path).items()}
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def logits(model, ids: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return model(torch.tensor(ids)).logits.float().numpy()
 
@@ -109,15 +78,31 @@ def our_logits(run: Run, ids: np.ndarray) -> np.ndarray:
         return np.asarray(scores(run.model, ids, positions, np.zeros_like(ids)))[:, : run.tokenizer.vocab_size]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_logits_are_those_that_were_recorded_from_transformers(name, tmp_path):
+    """Without PyTorch; tests/support/hf_models.py recorded them, and `test_parity` is the live comparison."""
+    hf_models.write(name, tmp_path / "theirs")
+    convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    run, model = loading.load(epath.Path(tmp_path / "ours"), -1), hf_models.recorded()[name]
+    assert run.tokenizer.vocab_size == model["config"]["vocab_size"]
+    found = our_logits(run, hf_models.ids(run.tokenizer.vocab_size))[:2]
+    assert found.shape == np.shape(model["logits"]) and np.std(model["logits"]) > 0.1
+    assert np.abs(found - np.array(model["logits"])).max() <= 1e-4
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
 def test_parity(name, tmp_path):
     """Logits and 64 greedy tokens are equal; converting in, out and in again gives the same bytes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     theirs = saved(name, tmp_path / "theirs")
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     run = loading.load(epath.Path(tmp_path / "ours"), -1)
-    assert (run.step, run.tokenizer.vocab_size) == (0, MODELS[name].vocab_size)
+    assert (run.step, run.tokenizer.vocab_size) == (0, theirs.config.vocab_size)
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, MODELS[name].vocab_size, (8, LENGTH), np.int32)
+    ids = rng.integers(0, theirs.config.vocab_size, (8, LENGTH), np.int32)
     assert np.abs(our_logits(run, ids) - logits(theirs, ids)[:, -1]).max() <= 1e-4
     prompt = rng.integers(0, 256, 31).tolist()
     with jax.set_mesh(run.mesh):
@@ -130,7 +115,7 @@ def test_parity(name, tmp_path):
 
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1, shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-    assert same(weights(tmp_path / "back"), weights(tmp_path / "theirs"))
+    assert same(tensors(tmp_path / "back"), tensors(tmp_path / "theirs"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(loaded) is type(theirs) and loaded.dtype == torch.float32
     assert np.array_equal(logits(loaded, ids), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), ids))
@@ -139,21 +124,25 @@ def test_parity(name, tmp_path):
     assert [*states[0].values()] == [*states[1].values()]
 
 
-@pytest.mark.parametrize("dtype, ours", [(torch.bfloat16, "bfloat16"), (torch.float16, "float32")])
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype, ours", [("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_half_precision_is_kept_exactly(dtype, ours, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
     saved("llama, 4 heads a group", tmp_path / "theirs", dtype)
     convert.from_hf(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     run = loading.load(epath.Path(tmp_path / "ours"), -1)
     assert run.config.model.param_dtype == run.config.model.dtype == ours
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
-    there, back = weights(tmp_path / "theirs"), weights(tmp_path / "back")
+    there, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
     assert same({name: value.float() for name, value in there.items()}, {n: v.float() for n, v in back.items()})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == getattr(torch, ours)
 
 
 def test_older_files_are_read(tmp_path):
     """Reads RoPE in the form of `transformers` 4, GPT-2 with masks and without a prefix, and a stored tied head."""
-    saved("llama 3, tied, scaled", tmp_path / "llama")
+    hf_models.write("llama 3, tied, scaled", tmp_path / "llama")
     path = tmp_path / "llama" / "config.json"
     described = json.loads(path.read_text())
     rope = described.pop("rope_parameters")
@@ -161,22 +150,22 @@ def test_older_files_are_read(tmp_path):
     path.write_text(json.dumps(described | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}))
     file = tmp_path / "llama" / "model.safetensors"
     loaded = load_file(file)
-    save_file(loaded | {"lm_head.weight": loaded["model.embed_tokens.weight"].clone()}, file)
+    save_file(loaded | {"lm_head.weight": loaded["model.embed_tokens.weight"].copy()}, file)
     convert.from_hf(str(tmp_path / "llama"), str(tmp_path / "ours"))
     model = loading.load(epath.Path(tmp_path / "ours"), -1).config.model
     assert (model.rope_scaling, model.rope_factor, model.rope_theta, model.rope_original_len) == ("llama3", 4, 1000, 32)
 
-    saved("gpt2, tied", tmp_path / "gpt2")
+    hf_models.write("gpt2, tied", tmp_path / "gpt2")
     file = tmp_path / "gpt2" / "model.safetensors"
     bare = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
-    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, file)
+    save_file(bare | {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool)}, file)
     convert.from_hf(str(tmp_path / "gpt2"), str(tmp_path / "our_gpt2"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs") / "llama"
-    saved("llama, 4 heads a group", folder)
+    hf_models.write("llama, 4 heads a group", folder)
     return folder
 
 
@@ -212,15 +201,15 @@ REFUSALS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "a missing tensor": (lambda folder: with_tensors(folder, lambda t: t.pop(NORM)), f"has no tensor {NORM}"),
     "an extra tensor": (
-        lambda folder: with_tensors(folder, lambda t: t.update({"score.weight": torch.ones(3)})),
+        lambda folder: with_tensors(folder, lambda t: t.update({"score.weight": np.ones(3, np.float32)})),
         "1 tensors that config.json does not ask for, such as score.weight",
     ),
     "a wrong shape": (
-        lambda folder: with_tensors(folder, lambda t: t.update({NORM: torch.ones(65)})),
+        lambda folder: with_tensors(folder, lambda t: t.update({NORM: np.ones(65, np.float32)})),
         f"{NORM} must have the shape (64,) by config.json; found (65,)",
     ),
     "a wrong dtype": (
-        lambda folder: with_tensors(folder, lambda t: t.update({NORM: torch.ones(64, dtype=torch.float64)})),
+        lambda folder: with_tensors(folder, lambda t: t.update({NORM: np.ones(64)})),
         f"{NORM} must be F32, F16, BF16; found F64",
     ),
     "a short file": (cut_short, "model.safetensors is damaged"),
@@ -360,8 +349,11 @@ def test_a_converted_model_is_a_workdir(converted, corpus, gptjax_main, refused)
     assert "model_type" in sentence
 
 
+@pytest.mark.parity
 def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
     """`transformers` reads the converted model and tokenizer of a run without any flag."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     code, out, _ = gptjax_main("convert", "to-hf", f"--workdir={finished}", f"--target={tmp_path / 'theirs'}")
     assert code == 0 and "gpt2 of" in out and "step 4" in out
     theirs, run = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), loading.load(epath.Path(finished), -1)
@@ -374,7 +366,10 @@ def test_a_trained_model_goes_out(finished, tmp_path, gptjax_main):
     assert tokenizer.eos_token_id == run.tokenizer.end_of_text == theirs.generation_config.eos_token_id
 
 
+@pytest.mark.parity
 def test_what_lora_has_added_goes_out_with_the_weights(finished, corpus, tmp_path, gptjax_main):
+    from transformers import AutoModelForCausalLM
+
     flags = [f"--config.init_from={finished}", "--config.lora.rank=3", "--config.optimizer.peak_learning_rate=0.03"]
     code, _, error = gptjax_main(*training(corpus, tmp_path / "run", *flags))
     assert code == 0, error
@@ -436,8 +431,10 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
         decoder.begin({0: Prompt([256, 97], 40, Sampling(temperature=0), 0, 0)})
         assert len(decoder.step([0], 32)[0]) == made.index(end)  # `begin` gave the first token
     convert.to_hf(epath.Path(tmp_path / "ours"), str(tmp_path / "back"), -1)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == [299, end, 256]
-    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "{{ messages }}"
+    written = [
+        json.loads((tmp_path / "back" / f"{kind}_config.json").read_text()) for kind in ("generation", "tokenizer")
+    ]
+    assert written[0]["eos_token_id"] == [299, end, 256] and written[1]["chat_template"] == "{{ messages }}"
     (folder / "generation_config.json").write_text("{}")
     assert config.read_config(folder).ends == [3]
     changed(folder, eos_token_id=300)

@@ -11,7 +11,6 @@ import sentencepiece
 import tokenizers as library
 from support.tokenizer_files import TEXTS, gpt_2, llama_2, llama_2_json
 from tokenizers import decoders, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptjax.errors import Refused
 from gptjax.interop.huggingface import tokenizer as hf_tokenizer
@@ -69,6 +68,8 @@ ODD = ["x", " x", "  two  spaces ", "naïve e\u0301tude", "東京 😀", "\n\tde
 
 
 def written(folder, files):
+    from transformers import AutoTokenizer
+
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -76,6 +77,8 @@ def written(folder, files):
 
 
 def mistral_json(folder):
+    from transformers import PreTrainedTokenizerFast
+
     made = llama_2()
     made.normalizer, made.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     last = decoders.Metaspace(prepend_scheme="first")
@@ -84,14 +87,19 @@ def mistral_json(folder):
 
 
 def normalized_json(folder):
+    from transformers import PreTrainedTokenizerFast
+
     made = gpt_2()
     made.normalizer, made.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=True)
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("make", [llama_2_json, mistral_json, normalized_json])
 def test_what_goes_out_reads_as_what_came(make, tmp_path):
     """`transformers` encodes and decodes alike before and after; prompts get the same ids here and there."""
+    from transformers import AutoTokenizer
+
     make(tmp_path / "theirs")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
     taken = hf_tokenizer.read_tokenizer(tmp_path / "theirs", 512, [])
@@ -106,6 +114,7 @@ def test_what_goes_out_reads_as_what_came(make, tmp_path):
             assert [*taken.tokenizer.opening, *prompt] == ids, text
 
 
+@pytest.mark.parity
 def test_a_sentencepiece_model_goes_out_with_its_space_and_its_opening(tmp_path):
     """Compares with SentencePiece itself: `transformers` 5 differs on texts that begin with a space."""
     theirs = trained(tmp_path)
@@ -119,8 +128,11 @@ def test_a_sentencepiece_model_goes_out_with_its_space_and_its_opening(tmp_path)
         assert back.decode([1, *ids], skip_special_tokens=True) == theirs.decode(ids) == text
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
 def test_our_sentencepiece_goes_out_with_the_same_ids(model, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
     settings = TokenizerConfig(vocab_size=600, model=model, special_tokens="<|user|>", num_reserved=2)
     ours = tokenizer.train(settings, CODE, tmp_path / "ours")
     files, ends, note = hf_tokenizer.tokenizer_files(tokenizer.read_files(tmp_path / "ours"), ours, 64)

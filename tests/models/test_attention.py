@@ -54,7 +54,7 @@ def same_as_masked(attend, length, heads, kv_heads, window, head_dim=H):
         gradients = jax.value_and_grad(lambda *qkv: (attend(*qkv) * direction).sum(), (0, 1, 2))
         return jax.jit(lambda q, k, v: (attend(q, k, v), gradients(q, k, v)[1]))(q, k, v)
 
-    for found, expected in zip(jax.tree.leaves(both(attend(segments))), jax.tree.leaves(both(reference))):
+    for found, expected in zip(jax.tree.leaves(both(attend(segments))), jax.tree.leaves(both(reference)), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_cached_attention_is_the_full_one(shape, window):
         )
     np.testing.assert_allclose(new[:, 0], np.asarray(full)[rows, positions], atol=1e-6)
     later = np.arange(8) > positions[:, None]
-    for array, filled in zip(cache, full_cache):
+    for array, filled in zip(cache, full_cache, strict=True):
         np.testing.assert_array_equal(array, np.where(later[:, None, :, None], 99, filled))
 
 

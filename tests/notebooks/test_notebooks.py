@@ -26,7 +26,13 @@ def test_all_are_there():
     assert found >= {"quickstart", "inside_the_model", "from_neuron_to_transformer", "plan_a_pod", "transfer"}
 
 
-@notebook
+# The quickest is the witness of the default run; the one that loads a model of transformers needs it.
+MARKS = {"inside_the_model": (), "transfer": pytest.mark.parity}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=MARKS.get(path.stem, pytest.mark.slow), id=path.stem) for path in NOTEBOOKS]
+)
 def test_it_runs(path, tmp_path, monkeypatch):
     for name in ("notebooks", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -44,8 +44,11 @@ def test_they_reach_the_compiler(lowered, tmp_path):
 
 
 def test_those_of_another_platform_are_passed_over(lowered):
-    options.compile(lowered, "xla_tpu_scoped_vmem_limit_kib=98304 xla_gpu_nothing=1", "cpu")
-    options.compile(lowered, "xla_cpu_nothing=1 xla_tpu_nothing=1", "metal")
+    for text, platform in (
+        ("xla_tpu_scoped_vmem_limit_kib=98304 xla_gpu_nothing=1", "cpu"),
+        ("xla_cpu_nothing=1 xla_tpu_nothing=1", "metal"),
+    ):
+        assert options.compile(lowered, text, platform)(jnp.zeros(8)).sum() == 8
 
 
 @pytest.mark.parametrize("text, words", [

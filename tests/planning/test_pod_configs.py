@@ -45,6 +45,7 @@ def test_it_fits_and_keeps_its_figures(name, machine, slices, request, monkeypat
     )
     assert made["hbm_bytes"] > memory["parameters"] + memory["optimizer"]
     gathers = [row for row in made["collectives"] if row["operation"].startswith("all-gather")]
+    assert gathers and gathers[0]["expected_bytes"] > 0
     assert sum(row["bytes"] for row in gathers) == pytest.approx(
         sum(row["expected_bytes"] for row in gathers[:1]), rel=0.01
     )

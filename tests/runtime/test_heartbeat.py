@@ -119,6 +119,7 @@ def lost(number: int, victim: int, how: signal.Signals, step: int, corpus, folde
     return [text for _, text in found]
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_each_fails_in_another_way_end_as_if_nothing_had_happened(two, corpus, tmp_path):
     folder = tmp_path / "run"
 
@@ -156,6 +157,7 @@ def test_two_processes_of_which_each_fails_in_another_way_end_as_if_nothing_had_
     assert losses(folder) == two
 
 
+@pytest.mark.slow
 def test_four_processes_then_two_then_one(two, corpus, tmp_path):
     folder = tmp_path / "run"
     assert all("is gone: its connection closed" in told for told in lost(4, 3, signal.SIGKILL, 7, corpus, folder))

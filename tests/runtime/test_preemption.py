@@ -44,6 +44,16 @@ def uninterrupted(corpus, tmp_path_factory):
     return folder
 
 
+def test_a_signal_in_training_is_a_save_and_the_run_goes_on(uninterrupted, corpus, tmp_path):
+    folder = tmp_path / "run"
+    ended = stopped(long_run(corpus, folder, *MORE), "training", 0, 0.1, "SIGTERM")
+    assert ended.code == 75 and re.search(r"SIGTERM on \S+: step \d+ is saved", ended.err), ended
+    done = subprocess.run(long_run(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert losses(folder) == losses(uninterrupted)
+
+
+@pytest.mark.slow
 def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted, corpus, tmp_path, record_property):
     """One run, started again after each stop."""
     folder = tmp_path / "run"

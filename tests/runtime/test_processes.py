@@ -137,6 +137,7 @@ def test_the_batches_are_those_of_one_process(alone, two):
     assert batches(two[0]) == batches(alone)
 
 
+@pytest.mark.slow
 def test_one_goes_on_as_two_and_then_as_one(alone, store, tmp_path):
     folder = half_way(alone, tmp_path / "run")
     ended = train(2, folder, store, "--config.checkpoint_every=1")
@@ -174,6 +175,7 @@ def test_two_go_on_as_one(two, store, tmp_path):
     assert rows(folder, "loss") == pytest.approx(rows(two[0], "loss"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_goes_on_as_four_which_find_each_other_by_slurm(alone, store, tmp_path):
     folder = half_way(alone, tmp_path / "run")
     ended = train(4, folder, store, slurm=True)
@@ -191,6 +193,7 @@ def test_evaluation(two):
     assert (found["step"], found["loss"]) == (STEPS, pytest.approx(rows(folder, "eval_loss")[STEPS], rel=1e-5))
 
 
+@pytest.mark.slow
 def test_generation(two):
     greedy = "generate", f"--workdir={two[0]}", "--prompt=1 plus", "--max_tokens=8", "--temperature=0"
     first, other = processes(2, *greedy)
@@ -208,6 +211,7 @@ def test_a_refusal_of_process_0_reaches_the_other(store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_is_known_to_both(two, store, tmp_path):
     folder = half_way(two[0], tmp_path / "run")
     first, other = train(2, folder, store, "--config.checkpoint.write_seconds=3", full=True)
@@ -218,6 +222,7 @@ def test_a_full_disk_of_one_is_known_to_both(two, store, tmp_path):
     assert [path.name for path in (folder / "checkpoints" / f"step_{STEPS:08}").iterdir()] == ["unfinished"]
 
 
+@pytest.mark.slow
 def test_damage_that_one_process_finds_is_passed_over_by_both(two, store, tmp_path):
     folder = shutil.copytree(two[0], tmp_path / "run")
     newest = folder / "checkpoints" / f"step_{STEPS:08}"
@@ -244,6 +249,7 @@ def damaged_for_one(two, where, split: str) -> dict:
     return dict(inside=[where / "first", where / "other"])
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_ends_the_other(two, store, tmp_path):
     """Soon, and not when JAX stops waiting for it (minutes)."""
     folder = half_way(two[0], tmp_path / "run")
@@ -252,6 +258,7 @@ def test_a_failure_of_one_ends_the_other(two, store, tmp_path):
     assert ended[1].code not in (0, 2)
 
 
+@pytest.mark.slow
 def test_held_out_rows_that_one_can_not_read_end_neither(two, store, tmp_path):
     folder = half_way(two[0], tmp_path / "run")
     ended = train(2, folder, store, "--config.data.store=store", **damaged_for_one(two, tmp_path, "heldout"))

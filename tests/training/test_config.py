@@ -9,8 +9,11 @@ import pytest
 from support.runs import mesh_of
 
 import gptjax
+from gptjax.data.sources.documents import DataConfig
 from gptjax.errors import Refused
 from gptjax.models import build
+from gptjax.models.config import ModelConfig
+from gptjax.parallel.mesh import MeshConfig
 from gptjax.runtime.files import flatten
 from gptjax.tokenizers.tokenizer import expected_vocab_size
 from gptjax.training.config import schema
@@ -173,19 +176,55 @@ def test_batch_must_divide_over_the_mesh():
         schema.check_batch(config, mesh_of(2, 2, 2))
 
 
+def reads(tree, sections: dict) -> set[tuple[str, str]]:
+    """(section, field) of each attribute of a section: of an annotated name, of `self` in its class, or `x.section.field`."""
+    known = {"Config", *(section.__name__ for section in sections.values())}
+    found = set()
+
+    def visit(node, kinds):
+        if isinstance(node, ast.ClassDef) and node.name in known:
+            kinds = kinds | {"self": node.name}
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            for each in every:
+                name = ast.unparse(each.annotation).split(" |")[0].rpartition(".")[2] if each.annotation else ""
+                if name in known:
+                    kinds = kinds | {each.arg: name}
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            of = node.value
+            if isinstance(of, ast.Name) and (kind := kinds.get(of.id, "")):
+                found.add((kind, node.attr))
+            elif isinstance(of, ast.Name) and of.id == "config":
+                found.add(("Config", node.attr))
+            elif isinstance(of, ast.Attribute) and of.attr in sections:
+                found.add((sections[of.attr].__name__, node.attr))
+            elif isinstance(of, ast.Attribute) and of.attr in ("config", "settings"):
+                found.add(("Config", node.attr))
+        for child in ast.iter_child_nodes(node):
+            visit(child, kinds)
+
+    visit(tree, {})
+    return found
+
+
 def test_every_field_is_read_somewhere():
     """A field that is only defined, set or documented changes nothing for whoever sets it."""
-    read = set()
-    for file in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-    for section in [Config] + [
-        field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
-    ]:
-        for field in dataclasses.fields(section):
-            by_name = section.__name__ == "MeshConfig"  # read as getattr(config, axis) for each of AXES
-            assert field.name in read or by_name, f"{section.__name__}.{field.name}"
+    sections = {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
+    read = set().union(*(reads(ast.parse(file.read_text()), sections) for file in ROOT.rglob("*.py")))
+    unread = [
+        f"{section.__name__}.{field.name}"
+        for section in (Config, *sections.values())
+        for field in dataclasses.fields(section)
+        if section is not MeshConfig  # read as getattr(config, axis) for each of AXES
+        if (section.__name__, field.name) not in read
+    ]
+    assert not unread
+
+
+def test_an_attribute_of_something_else_is_no_read_of_a_field():
+    sections = {"model": ModelConfig, "data": DataConfig}
+    text = "def f(config: DataConfig, file):\n    return config.path, file.name, file.model, file.heldout_fraction"
+    assert reads(ast.parse(text), sections) == {("DataConfig", "path")}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

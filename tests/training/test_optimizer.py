@@ -166,4 +166,5 @@ def test_refused(changes, words):
 
 
 def test_defaults_pass():
-    check(OptimizerConfig(), STEPS)
+    defaults = OptimizerConfig()
+    assert check(defaults, STEPS) is None and 0 < defaults.warmup_steps <= STEPS

@@ -443,6 +443,7 @@ def test_a_stop_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4, 6]
 
 
+@pytest.mark.slow
 def test_killed_after_it_went_back(corpus, tmp_path):
     """The real command and a real kill, on one device, before a checkpoint knows of it."""
 

@@ -331,6 +331,7 @@ def test_killed_and_started_again_bit_for_bit(uninterrupted, corpus, tmp_path):
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [30, LONG]
 
 
+@pytest.mark.slow
 def test_killed_on_eight_devices_and_started_again_on_two(uninterrupted, corpus, tmp_path):
     folder = tmp_path / "run"
     assert killed(long_run(corpus, folder), folder, 8, past=23)

@@ -97,7 +97,7 @@ def test_a_failure_while_starting_keeps_the_old_rows(tmp_path):
     assert len(told) == 1 and (tmp_path / "metrics.jsonl").read_text() == old
 
 
+@pytest.mark.parity
 def test_no_start_pays_for_torch():
-    pytest.importorskip("torch")
     script = "import sys, gptjax.training.loop; assert 'torch' not in sys.modules; import torch"
     subprocess.run([sys.executable, "-c", script], check=True)
