@@ -25,8 +25,11 @@ def grown(mup: bool, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "changes, bound",
-    [({}, 0.15), (dict(model=GROUPED, more_heads=False), 0.25), (dict(model=ONE_LAYER, name="muon"), 0.15)],
-    ids=["adamw", "larger heads", "muon"],
+    [
+        pytest.param({}, 0.15, id="adamw"),
+        pytest.param(dict(model=GROUPED, more_heads=False), 0.25, id="larger heads", marks=pytest.mark.slow),
+        pytest.param(dict(model=ONE_LAYER, name="muon"), 0.15, id="muon", marks=pytest.mark.slow),
+    ],
 )
 def test_activations_are_flat_over_widths(changes, bound):
     """At narrow widths, where a product of two as in swiglu is further from the limit."""

@@ -59,7 +59,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
     folder = tmp_path / "run"
     saved = lambda: sorted(int(path.name[-8:]) for path in (folder / "checkpoints").glob("step_????????"))
     for phase, step, seconds, signals, words in [
-        ("starting", 0, 0.5, "SIGTERM", "while starting: nothing is unsaved"),
+        ("starting", 0, 0.2, "SIGTERM", "while starting: nothing is unsaved"),
         ("preparing data", 0, 0, "SIGTERM", "while preparing data: nothing is unsaved"),
         ("compiling", 0, 0.3, "SIGINT", "SIGINT on .* while compiling: nothing is unsaved"),
         ("training", 0, 0.1, "SIGINT", r"SIGINT on \S+: step \d+ is saved"),
