@@ -39,8 +39,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
         local = splash_attention
     elif platform in ("gpu", "cuda") and fits_cudnn(q_BTNH):
         local = cudnn_attention
-    # Kernels don't declare over which axes their results vary. Every float that enters is cut over all of these axes, so
-    # no gradient is left to be summed.
+    # Kernels don't declare over which axes their results vary. Every float that enters is cut over all of these axes,
+    # so no gradient is left to be summed.
     a_BTNH = jax.shard_map(
         functools.partial(local, window=window),
         in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")),

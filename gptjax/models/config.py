@@ -33,7 +33,9 @@ class ModelConfig:
     num_layers: int = 6  # number of blocks
     layers: str = ""  # segments of blocks: see models/pattern.py; empty: num_layers blocks of attention and mlp
     num_heads: int = 6  # heads of the queries
-    num_kv_heads: int = 0  # heads of keys and values; 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    num_kv_heads: int = (
+        0  # heads of keys and values; 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    )
     head_dim: int = 0  # size of a head; 0: embed_dim / num_heads
     embed_dim: int = 384  # size of the hidden states between blocks
     mlp_dim: int = 0  # hidden size of the MLP; 0: 4 · embed_dim; swiglu: 8/3 · embed_dim, to a multiple of 64

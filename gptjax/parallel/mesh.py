@@ -14,7 +14,7 @@ AXES = ("slices", "data", "fsdp", "ring", "tensor")
 
 
 def num_slices(devices: list[jax.Device]) -> int:
-    """The number of TPU slices among the devices. GPUs have a slice index too, one a host, which does not count here."""
+    """The number of TPU slices among the devices. GPUs have a slice index too, one a host, ignored here."""
     return len({slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
