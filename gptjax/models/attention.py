@@ -97,7 +97,7 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret
 
     interpret: runs the kernel's program on any platform, slowly.
     """
-    B, T, N, H = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     # Here, because Pallas takes a tenth of a second to import, and only this function needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 

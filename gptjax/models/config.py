@@ -76,8 +76,8 @@ class ModelConfig:
     )
 
     # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8) makes the learning rate that
-    # is best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are the
-    # logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
+    # is best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are
+    # the logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
     # embeddings, are the same without this parametrization. At the base width nothing differs.
 
     @property
