@@ -52,7 +52,7 @@ def weights(model: LanguageModel) -> list[Weight]:
 
 
 def attention_maps(model: Transformer, tokens: Sequence[int]) -> np.ndarray:
-    """The attention weights of each head when the model reads these tokens as one document: float32 [layer, head, T, S].
+    """The attention weights of each head for these tokens read as one document: float32 [layer, head, T, S].
 
     Row t has the weights that position t gives to the positions s ≤ t, which add up to 1. Only transformers have them.
     """

@@ -1,7 +1,7 @@
 """Decoding: prompts all at once (prefill), then token by token.
 
-A `Decoder` has a fixed number of rows. A row takes a prompt and grows by a token a step. A row that is done takes the next
-prompt, wherever the other rows are. So `generate` and `gptjax serve` are the same few compiled programs.
+A `Decoder` has a fixed number of rows. A row takes a prompt and grows by a token a step. A row that is done takes the
+next prompt, wherever the other rows are. So `generate` and `gptjax serve` are the same few compiled programs.
 """
 
 import dataclasses

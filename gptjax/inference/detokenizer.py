@@ -30,7 +30,7 @@ class Continuation:
                 self.finish = "length"
 
     def text(self) -> str:
-        """The text before the first stop string. While the row goes on, a tail that may start a stop string is held back."""
+        """The text before the first stop string. Until the row is done, a tail that may start a stop string waits."""
         text = self._tokenizer.decode(self.tokens) if self.finish else self._whole_characters()
         end = self._stops_at(text)
         if end < 0:

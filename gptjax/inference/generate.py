@@ -92,9 +92,7 @@ def generate(model: LanguageModel, prompts: list[list[int]], tokenizer, request:
 
     Raises: Refused, when a prompt and `max_tokens` exceed the context.
     """
-    rows = []
-    for rows in grow(model, prompts, tokenizer, request):
-        pass
+    *_, rows = [], *grow(model, prompts, tokenizer, request)
     return [row.tokens for row in rows]
 
 

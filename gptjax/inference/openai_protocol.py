@@ -78,9 +78,7 @@ PARAMETERS = {
             type(value) is str
             or is_ids(value)
             or is_texts(value)
-            or type(value) is list
-            and value
-            and all(map(is_ids, value))
+            or (type(value) is list and value and all(map(is_ids, value)))
         ),
         "a string, a list of token ids, or a list of strings or of such lists",
     ),
@@ -94,7 +92,9 @@ PARAMETERS = {
     "stop": (
         [],
         lambda value: (
-            type(value) is str and value or value == [] or is_texts(value) and len(value) <= MAX_STOPS and all(value)
+            (type(value) is str and value)
+            or value == []
+            or (is_texts(value) and len(value) <= MAX_STOPS and all(value))
         ),
         f"a string, or a list of up to {MAX_STOPS}, none of them empty",
     ),

@@ -12,15 +12,15 @@ from gptjax.errors import Refused
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token of a row is drawn, in the order of the steps; the temperature acts second, after the penalty."""
+    """How the next token of a row is drawn, in order of the steps; the temperature acts after the penalty."""
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int = 0  # draws among the k most likely; 0 is off
     top_p: float = 1.0  # draws among the most likely that hold this probability (Holtzman et al. 2020, section 3.1)
     # Draws among tokens at least this many times as likely as the most likely (Nguyen et al. 2024, section 3).
     min_p: float = 0.0
-    # Divides the positive scores of tokens that the row has, and multiplies negative scores (Keskar et al. 2019, section
-    # 4.1, for scores of one sign); 1 is off.
+    # Divides the positive scores of tokens that the row has, and multiplies negative scores (Keskar et al. 2019,
+    # section 4.1, for scores of one sign); 1 is off.
     repetition_penalty: float = 1.0
 
     def check(self) -> None:
@@ -114,8 +114,8 @@ def among_the_nucleus(logits_BV, p_B):
 def least(logits_BV, weights_BV, most_B):
     """The logits with less weight than `most_B` above them, and -inf for the rest.
 
-    Bisects the 32 bits of a float to find the least such logit, with one pass over the vocabulary per bit. Sorting 50,000
-    numbers takes XLA some 50 times as long on a CPU (benchmarks/NOTES.md, Generation).
+    Bisects the 32 bits of a float to find the least such logit, with one pass over the vocabulary per bit. Sorting
+    50,000 numbers takes XLA some 50 times as long on a CPU (benchmarks/NOTES.md, Generation).
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # as integers, in the order of the floats

@@ -39,8 +39,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int):
         local = splash_attention
     elif platform in ("gpu", "cuda") and fits_cudnn(q_BTNH):
         local = cudnn_attention
-    # Kernels don't declare over which axes their results vary. Every float that enters is cut over all of these axes, so
-    # no gradient is left to be summed.
+    # Kernels don't declare over which axes their results vary. Every float that enters is cut over all of these axes,
+    # so no gradient is left to be summed.
     a_BTNH = jax.shard_map(
         functools.partial(local, window=window),
         in_specs=(q_spec, kv_spec, kv_spec, spec("act_batch", "act_seq")),
@@ -97,7 +97,7 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window: int, interpret
 
     interpret: runs the kernel's program on any platform, slowly.
     """
-    B, T, N, H = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     # Here, because Pallas takes a tenth of a second to import, and only this function needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 

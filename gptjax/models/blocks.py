@@ -1,7 +1,7 @@
 """Blocks: a mixer, which lets positions look at one another, then a feed-forward. Letters as in transformer.py.
 
-The weights of both halves are attributes of the block, so a checkpoint names them `blocks.query` and `blocks.up`. A block
-of a segment carries the repeats of the segment as the leading axis of each weight.
+The weights of both halves are attributes of the block, so a checkpoint names them `blocks.query` and `blocks.up`. A
+block of a segment carries the repeats of the segment as the leading axis of each weight.
 """
 
 import functools
@@ -76,10 +76,8 @@ class Attention:
     def empty_state(self, rows: int, slots: int) -> tuple:
         """Keys and values of no positions: zeros [B, K, S, H]."""
         c = self.config
-        shape, axes = (
-            (rows, c.num_kv_heads, slots, c.head_dim),
-            spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim"),
-        )
+        shape = rows, c.num_kv_heads, slots, c.head_dim
+        axes = spec("act_batch", "act_kv_heads", "act_seq", "act_head_dim")
         return jnp.zeros(shape, c.dtype, out_sharding=axes), jnp.zeros(shape, c.dtype, out_sharding=axes)
 
 
@@ -180,4 +178,4 @@ def unstacked(blocks: Block | nnx.List, segments: tuple[Segment, ...]) -> list[B
 @functools.partial(jax.jit, static_argnums=1)
 def one_by_one(block: Block, repeats: int) -> list[Block]:
     """The blocks of a stack."""
-    return [jax.tree.map(lambda leaf: leaf[layer], block) for layer in range(repeats)]
+    return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], block) for layer in range(repeats)]

@@ -33,7 +33,9 @@ class ModelConfig:
     num_layers: int = 6  # number of blocks
     layers: str = ""  # segments of blocks: see models/pattern.py; empty: num_layers blocks of attention and mlp
     num_heads: int = 6  # heads of the queries
-    num_kv_heads: int = 0  # heads of keys and values; 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    num_kv_heads: int = (
+        0  # heads of keys and values; 0: num_heads; fewer is grouped-query attention (Ainslie et al. 2023)
+    )
     head_dim: int = 0  # size of a head; 0: embed_dim / num_heads
     embed_dim: int = 384  # size of the hidden states between blocks
     mlp_dim: int = 0  # hidden size of the MLP; 0: 4 · embed_dim; swiglu: 8/3 · embed_dim, to a multiple of 64
@@ -74,8 +76,8 @@ class ModelConfig:
     )
 
     # The maximal-update parametrization (Yang et al. 2022, "Tensor Programs V", table 8) makes the learning rate that
-    # is best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are the
-    # logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
+    # is best at one width best at all. The update of a matrix between hidden units is divided by `widened`, and so are
+    # the logits; scores are q · k / head_dim up to a constant. The initial scales, 1 / √inputs and a constant for both
     # embeddings, are the same without this parametrization. At the base width nothing differs.
 
     @property

@@ -1,8 +1,8 @@
 """Weights as int8: every matrix is rounded to 255 steps, with a scale for each output.
 
 The steps are symmetric, the largest of an output's weights at ±127 (Jacob et al. 2018, section 2.1, without the zero
-point; Dettmers et al. 2022, section 2.1, by rows and columns). A matrix is a weight that declares inputs: the matrices of
-blocks and both embeddings. Norms, biases and learned positions keep their dtype.
+point; Dettmers et al. 2022, section 2.1, by rows and columns). A matrix is a weight that declares inputs: the matrices
+of blocks and both embeddings. Norms, biases and learned positions keep their dtype.
 """
 
 import functools

@@ -54,12 +54,12 @@ class LanguageModel(Protocol):
 
     def output(self) -> Output: ...
 
-    def for_decoding(self) -> "LanguageModel":
+    def for_decoding(self) -> LanguageModel:
         """The same model, laid out for `prefill` and `decode`; the given model stays as it is."""
         ...
 
     def empty_state(self, rows: int, slots: int) -> PyTree:
-        """The state of rows that have read nothing and may read `slots` tokens. The first axis of each leaf is the row."""
+        """The state of rows before any token, with room for `slots` tokens. The first axis of each leaf is the row."""
         ...
 
     def prefill(self, tokens_RT: jax.Array, lengths_R: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -82,7 +82,7 @@ class Architecture(Protocol):
     activation_names: tuple[str, ...]  # the activations that model.remat may name
     axis_keys: Mapping[str, str]  # logical axis → the config key to blame when it does not divide over the mesh
 
-    def resolved(self) -> "Architecture":
+    def resolved(self) -> Architecture:
         """The same with every derived size filled in. Raises: Refused."""
         ...
 

@@ -138,7 +138,7 @@ def rows(table_VD, ids_BT):
 
 @jax.custom_vjp
 def looked_up(table_VD, ids_BT):
-    """table_VD[ids_BT]. The gradient is summed in float32, because in bfloat16 a frequent id's sum would stop growing."""
+    """table_VD[ids_BT]. The gradient is summed in float32: in bfloat16 a frequent id's sum would stop growing."""
     return table_VD[ids_BT]
 
 

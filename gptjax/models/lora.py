@@ -1,8 +1,8 @@
 """Low-rank adaptation (Hu et al. 2021, section 4.1).
 
-An existing model stays as it is. Each matrix W of its blocks becomes W + alpha / rank · A · B, and only the narrow matrices
-A and B are trained; B starts as zeros. So summed gradients, moments and averages belong to A and B alone. Each step adds
-the products anew, and so does loading a run.
+An existing model stays as it is. Each matrix W of its blocks becomes W + alpha / rank · A · B. Only the narrow matrices
+A and B are trained; B starts as zeros. So summed gradients, moments and averages belong to A and B alone. Each step
+adds the products anew, and so does loading a run.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Layer patterns: which blocks a model has, as written in `model.layers`.
 
-`1(attention/mlp) 2(attention/mlp attention/mlp)` has two segments: one block, then twice a period of two blocks. A block
-is a mixer and a feed-forward. Each segment is one `lax.scan` over its repeats, so the weights of a segment are stacked.
+`1(attention/mlp) 2(attention/mlp attention/mlp)` has two segments: one block, then twice a period of two blocks.
+A block is a mixer and a feed-forward. Each segment is one `lax.scan` over its repeats, so the weights of a segment are
+stacked.
 """
 
 import re
@@ -31,8 +32,8 @@ def parse(text: str, num_layers: int) -> tuple[Segment, ...]:
         return (Segment(num_layers, (("attention", "mlp"),)),)
     if not re.fullmatch(rf"{SEGMENT.pattern}(\s+{SEGMENT.pattern})*", text.strip()):
         raise Refused(
-            f'model.layers="{text}" must be segments such as "{num_layers}(attention/mlp)", separated by spaces: a count '
-            "and a period of MIXER/FEED_FORWARD blocks."
+            f'model.layers="{text}" must be segments such as "{num_layers}(attention/mlp)", separated by spaces: each '
+            "a count and a period of MIXER/FEED_FORWARD blocks."
         )
     segments = []
     for repeats, blocks in SEGMENT.findall(text):

@@ -3,11 +3,11 @@
 Letters in tensors: B batch, T position, S cached position, D embed_dim, N num_heads, K num_kv_heads, H head_dim,
 F mlp_dim, V padded vocabulary, L layers of a segment, R rows of a prefill.
 
-The blocks of a segment carry the repeats as the leading axis of their weights. `jax.lax.scan` runs over that axis, so the
-program that XLA compiles does not grow with the depth.
+The blocks of a segment carry the repeats as the leading axis of their weights. `jax.lax.scan` runs over that axis, so
+the program that XLA compiles does not grow with the depth.
 
-Between blocks the residual stream is cut over `tensor` along the sequence. A half-block gathers the stream, works on its
-part of the heads or of the MLP, and reduce-scatters what it adds.
+Between blocks the residual stream is cut over `tensor` along the sequence. A half-block gathers the stream, works on
+its part of the heads or of the MLP, and reduce-scatters what it adds.
 """
 
 import functools
@@ -90,8 +90,8 @@ class Transformer(nnx.Module):
 
         first = 0  # layer of the segment
         for period, segment in zip(blocks.periods(self.blocks), c.segments, strict=True):
-            # Inside a loop nothing can be merged with its recomputation. A segment that is unrolled whole has no loop, so
-            # a barrier has to keep the two apart.
+            # Inside a loop nothing can be merged with its recomputation. A segment that is unrolled whole has no loop,
+            # so a barrier has to keep the two apart.
             apart = c.remat != "none" and c.scan_unroll >= segment.repeats
             step = functools.partial(run, first=first)
             step = jax.checkpoint(step, policy=remat.policy(c.remat), prevent_cse=apart)

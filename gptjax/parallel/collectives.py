@@ -38,7 +38,7 @@ def gather_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
 
 
 def reduce_sequence(x_BTD: jax.Array, sequence: str) -> jax.Array:
-    """Inside `manual`: adds up partial sums over `tensor`. Each device keeps a part of the sequence if it is cut, or all."""
+    """Inside `manual`: adds up partial sums over `tensor`. Each device keeps its part of a cut sequence, or all."""
     (axis,) = spec(sequence)
     return jax.lax.psum_scatter(x_BTD, axis, scatter_dimension=1, tiled=True) if axis else summed(x_BTD, "tensor")
 

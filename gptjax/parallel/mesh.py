@@ -14,7 +14,7 @@ AXES = ("slices", "data", "fsdp", "ring", "tensor")
 
 
 def num_slices(devices: list[jax.Device]) -> int:
-    """The number of TPU slices among the devices. GPUs have a slice index too, one a host, which does not count here."""
+    """The number of TPU slices among the devices. GPUs have a slice index too, one a host, ignored here."""
     return len({slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
@@ -74,8 +74,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mes
 def ring_size(devices: np.ndarray) -> int:
     """If the devices of one model fill a 3D torus, the length of its side; otherwise 1.
 
-    Over a whole 3D torus XLA makes an all-gather of an all-reduce, at twice the bytes. Along one side and then along the
-    other two XLA gathers (benchmarks/NOTES.md, Collectives).
+    Over a whole 3D torus XLA makes an all-gather of an all-reduce, at twice the bytes. Along one side and then along
+    the other two XLA gathers (benchmarks/NOTES.md, Collectives).
     """
     if devices[0].platform != "tpu":
         return 1

@@ -11,6 +11,7 @@ from flax import nnx
 from support.runs import mesh_of
 
 from gptjax.errors import Refused
+from gptjax.models import blocks as model_blocks
 from gptjax.models import layers, transformer
 from gptjax.models.config import ModelConfig, padded_vocab
 from gptjax.models.interface import Inputs
@@ -301,7 +302,8 @@ def test_dropout_acts_in_every_layer_and_only_with_a_key():
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "dropout", spy)
+        for module in (transformer, model_blocks):
+            patch.setattr(module, "dropout", spy)
         quick(lambda: forward(model, tokens, dropout_key=jax.random.key(0)))()
         jax.effects_barrier()
     assert len(masks) == 1 + 2 * config.num_layers

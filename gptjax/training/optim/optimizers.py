@@ -33,8 +33,8 @@ def muon_dimensions(model) -> object:
 def narrowed(inner: optax.GradientTransformation, power: float) -> optax.GradientTransformation:
     """Divides the updates of a matrix by a power of `widened` (Yang et al. 2022, as in models/config.py).
 
-    Adam's and Lion's updates have entries of one size at any width. If all point one way, a sum over n inputs grows as n,
-    so the power is 1 (table 8). Muon's singular values are all alike, √n at entries of one size, so the power is 1/2
+    Adam's and Lion's updates have entries of one size at any width. If all point one way, a sum over n inputs grows as
+    n, so the power is 1 (table 8). Muon's singular values are all alike, √n at entries of one size, so the power is 1/2
     (Yang, Simon and Bernstein 2023, "A spectral condition for feature learning", section 3). Weight decay comes after
     this division and takes the same share of a weight a step at any width.
     """
