@@ -15,6 +15,7 @@ from etils import epath
 
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.manager import VERSIONS
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 from gptjax.runtime import files
 
@@ -79,11 +80,11 @@ def regions(array: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
     yield from itertools.product(*axes)
 
 
-def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.TensorStore]) -> None:
+def seal(checkpoints: epath.Path, step: int, run: RunRecord, arrays: dict[str, ts.TensorStore]) -> None:
     """Makes a checkpoint of the arrays that were created in a step's state.
 
     Args:
-      run: what the manifest says of the run, as in `Checkpoints.save`.
+      run: the record of the run, for the manifest.
     """
     folder = retention.at(checkpoints, step)
     leaf = lambda array: {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(array.shape)}
@@ -95,7 +96,7 @@ def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.Ten
     tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
     (folder / "state" / "_METADATA").write_text(json.dumps(tree))
     content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-    content |= {"versions": VERSIONS} | run
+    content |= {"versions": VERSIONS} | run.to_json()
     content["arrays"] = {
         name: {
             "shape": list(array.shape),

@@ -24,8 +24,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import __version__
-from gptjax.checkpoints import manifest, retention
+from gptjax.checkpoints import manifest, record, retention
 from gptjax.checkpoints.async_save import Save
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Failed, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed, files
@@ -155,10 +156,15 @@ class Checkpoints:
                     ) from error
         return later
 
-    def run(self, step: int) -> dict:
-        """The manifest of a step: what the run said of itself, and what `save` did. Raises: Refused."""
+    def manifest(self, step: int) -> dict:
+        """Reads the whole manifest of a step. Raises: Refused."""
         with distributed.together():
             return self._manifest(step)
+
+    def record(self, step: int) -> RunRecord:
+        """Reads the record of the run in the manifest of a step. Raises: Refused."""
+        with distributed.together():
+            return record.read(self._manifest(step), step, f"{self.folder} (step {step})")
 
     def _manifest(self, step: int) -> dict:
         try:
@@ -224,7 +230,7 @@ class Checkpoints:
     # Writing
 
     def save(
-        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+        self, step: int, state, run: RunRecord, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
     ) -> None:
         """Copies the state off the devices and writes it in the background, once the save before it has ended.
 
@@ -232,7 +238,7 @@ class Checkpoints:
         fails leaves those before it as they are; see `failed` and `insist`.
 
         Args:
-          run: what the manifest says of the run; JSON values. losses: on held-out text, by step; the checkpoint with the
+          run: the record of the run, for the manifest. losses: on held-out text, by step; the checkpoint with the
             lowest stays, whatever the config says. rotate: whether those go that the config does not keep.
         """
         began = time.perf_counter()
@@ -246,7 +252,7 @@ class Checkpoints:
         # Moments that wait in host memory are there already, and would be the very arrays that it deletes.
         copies = {} if saving.failure else jax.device_put(leaves, hosted, may_alias=False)
         content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-        content |= {"versions": VERSIONS} | run | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
+        content |= {"versions": VERSIONS} | run.to_json() | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
         self._look_at = step + 2**self._failures
         self._saving = saving
         folder = self._at(step) / "state"
@@ -321,7 +327,7 @@ class Checkpoints:
         return saved
 
     def insist(
-        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+        self, step: int, state, run: RunRecord, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
     ) -> None:
         """Returns when the last save is on disk; where it failed, it is tried again 1, 2 and 4 seconds later.
 

@@ -8,15 +8,16 @@ from etils import epath
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.batch import Batch
 from gptjax.data.store.store import Split
-from gptjax.data.stream import curriculum, mixture
+from gptjax.data.stream import mixture
 from gptjax.data.stream.packing import report, told
 from gptjax.data.stream.stream import Source, Stream
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import Tokenizer
-from gptjax.training import workdir
+from gptjax.training import resume_point
 from gptjax.training.config.schema import Config
-from gptjax.training.corpus import check_same_data, open_corpus
+from gptjax.training.corpus import open_corpus
 from gptjax.training.monitoring import skipped_batches
+from gptjax.training.resume_point import ResumePoint
 
 RULE = "─" * 8
 
@@ -35,15 +36,15 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
         raise Refused(f"--step={step} is none of the steps 1 to num_steps={config.num_steps}.")
     if folder is None and not (config.data.store or config.mixture.stores):
         raise Refused("data.store and mixture.stores are empty, and there is no --workdir: say where the tokens are.")
-    data, ledger, saved = _data(config, folder)
-    index = skipped_batches.batch_index(ledger, step - 1)
+    data, point = _data(config, folder)
+    index = skipped_batches.batch_index(point.recovery.ledger, step - 1)
     phase = data.phase(index)
     if not -1 <= row < phase.batch_size:
         raise Refused(f"--row={row} is none of the rows 0 to {phase.batch_size - 1} of step {step}; -1 is all.")
     rows = range(phase.batch_size) if row == -1 else [row]
     batch, sources = data.batch(index, np.array(rows)), data.sources(index)
     lines = [
-        f"step {step} reads batch {index}{f', as of the checkpoint of step {saved}' if saved else ''}: {phase.batch_size} rows of {phase.seq_len} tokens"
+        f"step {step} reads batch {index}{f', as of the checkpoint of step {point.step}' if point.step else ''}: {phase.batch_size} rows of {phase.seq_len} tokens"
         + (", augmented" if config.augment.on else "")
         + "".join(f", {name} {share / mixture.PERIOD:.2%}" for name, share in phase.shares.items() if name)
     ]
@@ -57,21 +58,13 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     return "\n".join(lines)
 
 
-def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, list[dict], int]:
-    """What a run reads, what it skips of it, and the step of the checkpoint that says so. Raises: Refused."""
-    ledger, history, start = [], [], 0
+def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, ResumePoint]:
+    """The data of a run, and the resume point in its newest checkpoint. Raises: Refused."""
     corpus = open_corpus(config, folder)
-    if folder is not None and (folder / "checkpoints").exists():
-        with Checkpoints(folder / "checkpoints") as checkpoints:
-            if start := checkpoints.newest():
-                saved = checkpoints.run(start)
-                workdir.check_same_run(config, saved["config"], checkpoints.folder)
-                check_same_data(corpus, saved, checkpoints.folder)
-                skipped_batches.check_saved(saved, start, checkpoints.folder)
-                history = curriculum.read_saved(saved, config.seq_len, checkpoints.folder)
-                ledger = saved["recovery"]["ledger"]
-    phases = curriculum.going_on(history, config.phases, skipped_batches.batch_index(ledger, start))
-    return Stream(corpus, phases, config.seq_len, config.seed, config.packing, config.augment), ledger, start
+    saved = folder is not None and (folder / "checkpoints").exists()
+    checkpoints = Checkpoints(folder / "checkpoints") if saved else None
+    point = resume_point.read(config, corpus, checkpoints, checkpoints.newest() if saved else 0)
+    return resume_point.stream(config, corpus, point), point
 
 
 def _row(number: int, row: Batch, source: Source, documents: list[str], data: Stream) -> list[str]:

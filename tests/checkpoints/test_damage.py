@@ -15,9 +15,10 @@ from support.command import training, tree
 
 from gptjax.checkpoints import manifest
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 
-RUN = {"config": {"seed": 3}, "tokenizer_hash": "abc"}
+RUN = RunRecord({"seed": 3}, "abc")
 NEWEST = "step_00000004"
 # One path of each kind of file that a checkpoint has, by what orbax names it.
 KINDS = (

@@ -20,10 +20,11 @@ from test_run import environment, losses, rows
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 from gptjax.training import workdir
 
-RUN = {"config": {"seed": 3}}
+RUN = RunRecord({"seed": 3})
 MEGABYTE = 1_000_000
 
 
@@ -191,7 +192,7 @@ def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, wo
         with outage(method), pytest.raises(Refused, match=words):
             checkpoints.newest()
         with outage(method), contextlib.suppress(Refused):
-            checkpoints.run(1)
+            checkpoints.record(1)
         with outage("unlink"), pytest.raises(Refused, match=r"step_00000001 can't be removed \(Outage: 503\)"):
             checkpoints.remove_after(0)
 
@@ -199,7 +200,7 @@ def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, wo
 def test_an_outage_of_what_was_logged_is_a_refusal(outage, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.5}\n')
     assert workdir.losses(epath.Path(tmp_path)) == {2: 1.5}
-    for read in (workdir.losses, workdir.check_never_saved):
+    for read in (workdir.losses, workdir.read_rows):
         with outage("open"), pytest.raises(Refused, match=r"metrics.jsonl can't be read \(Outage: 503\)"):
             read(epath.Path(tmp_path))
 

@@ -10,6 +10,7 @@ from support.command import DEBUG
 from support.runs import tiny
 
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.data.store import store as stores
 from gptjax.data.store.store import Store
 from gptjax.data.stream import curriculum, mixture
@@ -21,8 +22,9 @@ from gptjax.models.config import ModelConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.tokenizers.tokenizer import train as train_tokenizer
 from gptjax.training import batch_audit, loop
-from gptjax.training.corpus import check_same_data, make_corpus
+from gptjax.training.corpus import make_corpus
 from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.resume_point import check_same_data
 
 T = 16
 SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
@@ -274,7 +276,7 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     assert list(losses(changed).values())[:3] == list(losses(mixed).values())[:3]
     assert list(losses(changed).values())[3:] != list(losses(mixed).values())[3:]
     with Checkpoints(changed / "checkpoints") as checkpoints:
-        assert [phase["first"] for phase in checkpoints.run(6)["phases"]] == [0, 3]
+        assert [phase.first for phase in checkpoints.record(6).progress.phases] == [0, 3]
     other = {"text": folders["code"]} | {name: folders[name] for name in ("web", "books")}
     with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows its text as 'code'"):
         loop.train(run_of(other, weights="web 1", num_steps=7), changed)
@@ -290,7 +292,7 @@ def test_a_name_that_comes_or_goes(folders, tmp_path):
         (alone, mix, f"go on with data.store={folders['code']} and no mixture"),
         (mix, alone, f"go on with mixture.stores='code={folders['code']}' and mixture.weights='code 1'"),
     ):
-        known = {"text_hashes": hashes(saved), "tokenizer_hash": Corpus(saved).tokenizer.hash}
+        known = RunRecord({}, Corpus(saved).tokenizer.hash, hashes(saved))
         check_same_data(Corpus(saved), known, "here")
         with pytest.raises(Refused, match=words):
             check_same_data(Corpus(corpus), known, "here")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from gptjax.checkpoints.record import Recovery
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed, untrusted
 from gptjax.runtime.files import write_whole
@@ -105,22 +106,22 @@ def way_back(trouble: GoBack, row: dict, removed: list[int]) -> str:
 class Watch:
     """Sees the losses of a run's steps in order, from a start on."""
 
-    def __init__(self, config: RecoveryConfig, folder: epath.Path, documents: Callable, start: int, saved: dict):
+    def __init__(self, config: RecoveryConfig, folder: epath.Path, documents: Callable, start: int, saved: Recovery):
         """Rows of skipped.jsonl from after `start` that are of no skipped batch go: the run writes them again.
 
         Args:
           documents: those that a batch has tokens of, as `stream.documents` tells them, by the batch's index.
-          saved: NOTHING, or what `saved` was when the checkpoint of `start` was made.
+          saved: what `saved` returned when the checkpoint of `start` was made; empty for a new run.
         """
         self._config, self._documents, self._path = config, documents, folder / "skipped.jsonl"
-        self.ledger, self._losses = saved["ledger"], saved["losses"]  # a loss is None where a number was not finite
+        self.ledger, self._losses = saved.ledger, saved.losses  # a loss is None where a number was not finite
         self.in_doubt = False  # whether the last loss may be the first of those for which the run will go back
         if distributed.first():
             self._drop_rows_after(start)
 
-    def saved(self) -> dict:
-        """What a checkpoint has to hold: JSON values."""
-        return {"ledger": self.ledger, "losses": self._losses}
+    def saved(self) -> Recovery:
+        """The memory that a checkpoint has to hold."""
+        return Recovery(self.ledger, self._losses)
 
     def see(self, step: int, loss: float, grad_norm: float) -> str:
         """Takes the numbers of a step. Returns what there is to tell of it: mostly nothing.
