@@ -18,6 +18,7 @@ from gptjax.checkpoints import (
     manifest,
     retention,
 )
+from gptjax.checkpoints.record import Progress, Recovery, RunRecord
 from gptjax.data.store import store as stores
 from gptjax.data.stream import curriculum, mixture, stream
 from gptjax.errors import Refused

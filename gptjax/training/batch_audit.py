@@ -1,4 +1,4 @@
-"""`gptjax data show`: what a step was, or will be, shown."""
+"""`gptjax data show`: the rows that a step read or will read, as text."""
 
 from collections.abc import Iterator
 
@@ -26,14 +26,16 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     """The rows that update `step` of a run reads, or one of them, as text.
 
     Args:
-      folder: the workdir of a run, whose newest checkpoint says what was skipped, and what the config was before; None
-        for a run that skips nothing.
-      step: counted as in metrics.jsonl, from 1 on. row: of the batch; -1 is all.
+      config: the config of the run.
+      folder: the workdir of a run, whose newest checkpoint has the skipped batches and the past phases; None for a run
+        that skips nothing.
+      step: the update, counted from 1 as in metrics.jsonl.
+      row: the row of the batch; -1 for all.
 
     Raises: Refused.
     """
     if not 1 <= step <= config.num_steps:
-        raise Refused(f"--step={step} is none of the steps 1 to num_steps={config.num_steps}.")
+        raise Refused(f"--step={step} must be from 1 to num_steps={config.num_steps}.")
     if folder is None and not (config.data.store or config.mixture.stores):
         raise Refused("data.store and mixture.stores are empty, and there is no --workdir: say where the tokens are.")
     data, point = _data(config, folder)
@@ -53,8 +55,8 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
         lines += [f"packing{name and f' of {name}'}: {told(config.packing.method, found)}"]
     documents = _documents(data, [sources[number] for number in rows])
     for place, number in enumerate(rows):
-        its = Batch(*(field[place] for field in batch))
-        lines += ["", *_row(number, its, sources[number], documents[place], data)]
+        fields = Batch(*(field[place] for field in batch))
+        lines += ["", *_row(number, fields, sources[number], documents[place], data)]
     return "\n".join(lines)
 
 
@@ -77,14 +79,14 @@ def _row(number: int, row: Batch, source: Source, documents: list[str], data: St
     for segment in range(1, row.segments.max() + 1):
         (places,) = np.nonzero(row.segments == segment)
         lines += [f"{RULE} {documents[segment - 1]}, at {places[0]} to {places[-1] + 1} of the row {RULE}"]
-        # Which of a document's tokens are of its prompt, the weights of those before them say; of the first its own.
+        # A token is in the prompt if the weight of the token before it is 0; the first token has its own weight.
         prompt = row.weights[np.append(places[0], places[:-1])] == 0
         lines += [_text(row.inputs[places], prompt, store.tokenizer)]
     return lines
 
 
 def _documents(data: Stream, sources: list[Source]) -> list[list[str]]:
-    """Of each source a line on each document that its tokens are of; the names of a store are looked up together."""
+    """For each source, a line on each of its documents; the names of a store are looked up together."""
     splits = {name: store.split("train") for name, store in data.corpus.stores.items()}
     found = [[part for _, *span in its.spans for part in _parts(splits[its.store], *span)] for its in sources]
     names = {}
@@ -98,7 +100,7 @@ def _documents(data: Stream, sources: list[Source]) -> list[list[str]]:
 
 
 def _parts(split: Split, start: int, length: int) -> Iterator[tuple[int, str]]:
-    """Number of each document that some tokens are of, and which of its tokens these are."""
+    """The number of each document in a span of tokens, and the range of its tokens in the span."""
     at = start
     while at < start + length:
         number = split.document_at(at)
@@ -110,10 +112,10 @@ def _parts(split: Split, start: int, length: int) -> Iterator[tuple[int, str]]:
 
 
 def _text(tokens: np.ndarray, prompt: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of a document; special tokens by their names, what opens it as ⏵, and what carries no loss as ⟦…⟧."""
+    """The text of a document: special tokens by name, its opening token as ⏵, tokens without loss in ⟦…⟧."""
     prompt = prompt & (tokens != tokenizer.begin)
     borders = np.flatnonzero(prompt[1:] != prompt[:-1]) + 1
-    parts = zip(np.split(tokens, borders), np.split(prompt, borders))
+    parts = zip(np.split(tokens, borders), np.split(prompt, borders), strict=True)
     return "".join(f"⟦{_plain(part, tokenizer)}⟧" if of[0] else _plain(part, tokenizer) for part, of in parts)
 
 
