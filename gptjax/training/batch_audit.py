@@ -88,14 +88,21 @@ def _row(number: int, row: Batch, source: Source, documents: list[str], data: St
 def _documents(data: Stream, sources: list[Source]) -> list[list[str]]:
     """For each source, a line on each of its documents; the names of a store are looked up together."""
     splits = {name: store.split("train") for name, store in data.corpus.stores.items()}
-    found = [[part for _, *span in its.spans for part in _parts(splits[its.store], *span)] for its in sources]
+    found = [
+        [part for _, *span in source.spans for part in _parts(splits[source.store], *span)] for source in sources
+    ]
     names = {}
     for store, split in splits.items():
-        numbers = {number for its, parts in zip(sources, found) for number, _ in parts if its.store == store}
-        names |= {(store, number): row for number, row in zip(sorted(numbers), split.names(numbers))}
+        numbers = {
+            number
+            for source, parts in zip(sources, found, strict=True)
+            for number, _ in parts
+            if source.store == store
+        }
+        names |= {(store, number): row for number, row in zip(sorted(numbers), split.names(numbers), strict=True)}
     return [
-        [f"{(row := names[its.store, number])['name']} from {row['offset']}, {told}" for number, told in parts]
-        for its, parts in zip(sources, found)
+        [f"{(row := names[source.store, number])['name']} from {row['offset']}, {span}" for number, span in parts]
+        for source, parts in zip(sources, found, strict=True)
     ]
 
 

@@ -329,8 +329,8 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     show = ["data", "show", *flags]
     code, whole, _ = gptjax_main(*show, "--step=5")
     assert code == 0 and out[out.index("row 2 ·") :].strip() in whole
-    assert "--step=0 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=0")
-    assert "--step=61 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=61")
+    assert "--step=0 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=0")
+    assert "--step=61 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=61")
     assert "--row=8 is none of the rows 0 to 7 of step 5" in refused(mixed, *show, "--step=5", "--row=8")
     told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
     assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
