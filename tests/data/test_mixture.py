@@ -278,7 +278,7 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     with Checkpoints(changed / "checkpoints") as checkpoints:
         assert [phase.first for phase in checkpoints.record(6).progress.phases] == [0, 3]
     other = {"text": folders["code"]} | {name: folders[name] for name in ("web", "books")}
-    with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows its text as 'code'"):
+    with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows this text as 'code'"):
         loop.train(run_of(other, weights="web 1", num_steps=7), changed)
     swapped = folders | {"code": folders["web"]}
     with pytest.raises(Refused, match=r"web has text_hash \w{12}, but .* was trained on \w{12}"):
