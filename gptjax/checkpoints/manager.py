@@ -257,7 +257,11 @@ class Checkpoints:
         # Offloaded moments lie in host memory already; without a copy, the step would delete the arrays being saved.
         copies = {} if saving.failure else jax.device_put(leaves, hosted, may_alias=False)
         content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-        content |= {"versions": VERSIONS} | run.to_json() | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
+        content |= (
+            {"versions": VERSIONS}
+            | run.to_json()
+            | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
+        )
         self._look_at = step + 2**self._failures
         self._saving = saving
         folder = self._at(step) / "state"

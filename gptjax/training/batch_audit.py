@@ -46,7 +46,8 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     rows = range(phase.batch_size) if row == -1 else [row]
     batch, sources = data.batch(index, np.array(rows)), data.sources(index)
     lines = [
-        f"step {step} reads batch {index}{f', as of the checkpoint of step {point.step}' if point.step else ''}: {phase.batch_size} rows of {phase.seq_len} tokens"
+        f"step {step} reads batch {index}{f', as of the checkpoint of step {point.step}' if point.step else ''}: "
+        f"{phase.batch_size} rows of {phase.seq_len} tokens"
         + (", augmented" if config.augment.on else "")
         + "".join(f", {name} {share / mixture.PERIOD:.2%}" for name, share in phase.shares.items() if name)
     ]
@@ -88,16 +89,11 @@ def _row(number: int, row: Batch, source: Source, documents: list[str], data: St
 def _documents(data: Stream, sources: list[Source]) -> list[list[str]]:
     """For each source, a line on each of its documents; the names of a store are looked up together."""
     splits = {name: store.split("train") for name, store in data.corpus.stores.items()}
-    found = [
-        [part for _, *span in source.spans for part in _parts(splits[source.store], *span)] for source in sources
-    ]
+    found = [[part for _, *span in source.spans for part in _parts(splits[source.store], *span)] for source in sources]
     names = {}
     for store, split in splits.items():
         numbers = {
-            number
-            for source, parts in zip(sources, found, strict=True)
-            for number, _ in parts
-            if source.store == store
+            number for source, parts in zip(sources, found, strict=True) for number, _ in parts if source.store == store
         }
         names |= {(store, number): row for number, row in zip(sorted(numbers), split.names(numbers), strict=True)}
     return [

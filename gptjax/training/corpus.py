@@ -46,7 +46,7 @@ def tokenizer_files(corpus: Corpus) -> dict[str, bytes]:
 
 
 def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Corpus:
-    """Opens the token stores of a run; process 0 first makes what is missing, and copies the tokenizer to the workdir.
+    """Opens the token stores of a run; process 0 first makes a missing store and copies the tokenizer.
 
     The vocabulary size is known from here on. The model must divide over the mesh with it, which is checked before a
     store is made.
@@ -96,7 +96,7 @@ def make_corpus(config: Config, folder: epath.Path) -> Corpus:
         # The fault is known only now. Older folders, folders with other content, and a store that another run made
         # meanwhile all stay.
         for path in new:
-            if (path == beats or path == where and made) and path.exists():
+            if (path == beats or (path == where and made)) and path.exists():
                 path.rmtree()
             elif path.exists() and not any(path.iterdir()):
                 path.rmdir()

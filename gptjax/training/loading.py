@@ -93,7 +93,7 @@ def restore_model(
 
 
 def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:
-    """The mesh of the run. On other devices, the model is cut over all of them, or whole on each if it does not divide."""
+    """The mesh of the run. On other devices the model is cut over all, or whole on each if it does not divide."""
     for axes in (config.mesh, MeshConfig()):
         try:
             mesh = make_mesh(axes, jax.devices())

@@ -263,7 +263,9 @@ def report(job: Job, leg: Leg, model: Transformer, evaluation: Evaluation | None
     """Prints the end of the run: its best checkpoint, what was expected and measured, and samples."""
     config = job.config
     if config.stopping.patience and (best := retention.best(log.losses, job.checkpoints.steps())):
-        print(f"the best held-out loss, {log.losses[best]:.4f} nats a token, is of step {best}: --step=best", flush=True)
+        print(
+            f"the best held-out loss, {log.losses[best]:.4f} nats a token, is of step {best}: --step=best", flush=True
+        )
     last = leg.phase(max(leg.start, config.num_steps - 1))
     run_report.held_against(leg.compiled[last.shape], log.floor_seconds, log.step_seconds)
     with heartbeat.phase("sampling"):

@@ -26,7 +26,9 @@ RECORD = RunRecord(
 
 
 def test_a_recorded_manifest_is_read_and_written_with_the_same_keys():
-    manifest = {"format": 1, "step": 6, "cursor": 6, "saved_at": 1, "versions": {}} | RECORDED | {"arrays": {}, "files": {}}
+    manifest = (
+        {"format": 1, "step": 6, "cursor": 6, "saved_at": 1, "versions": {}} | RECORDED | {"arrays": {}, "files": {}}
+    )
     assert record.read(manifest, 6, "here") == RECORD
     assert RECORD.to_json() == RECORDED and list(RECORD.to_json()) == list(RECORDED)
 

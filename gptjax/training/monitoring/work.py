@@ -33,5 +33,8 @@ class Work:
         for phase, first, stop in curriculum.parts(self.phases, 0, skipped_batches.batch_index(self.ledger, step)):
             steps = skipped_batches.steps_within(self.ledger, step, first, stop)
             number = steps * phase.batch_size * phase.seq_len
-            tokens, flops = tokens + number, flops + number * flops_per_token(self.model, self.vocab_size, phase.seq_len)
+            tokens, flops = (
+                tokens + number,
+                flops + number * flops_per_token(self.model, self.vocab_size, phase.seq_len),
+            )
         return tokens, flops
