@@ -111,8 +111,8 @@ class Checkpoints:
         if damages:
             named = "; ".join(f"of step {step}, {damage}" for step, damage in damages.items())
             raise Refused(
-                f"None of the {len(damages)} checkpoints in {self.folder} can be used ({named}): put the files back, or "
-                "begin anew in an empty --workdir."
+                f"None of the {len(damages)} checkpoints in {self.folder} can be used ({named}): put the files back, "
+                "or begin anew in an empty --workdir."
             )
         return 0
 
@@ -302,7 +302,7 @@ class Checkpoints:
     def failed(self, step: int) -> bool:
         """Whether the latest save is known to have failed, so that the state of `step` should be saved instead.
 
-        Every process asks after every step. They look 1, 2, 4, 8, … steps after the save began until the save has ended;
+        Every process asks after every step. They look 1, 2, 4, 8, … steps after the save began until it has ended;
         each failure in a row doubles the wait before the first look.
         """
         if self._saving is None or step < self._look_at:
@@ -350,8 +350,8 @@ class Checkpoints:
                 self.wait()
         if self._failures:
             raise Failed(
-                f"The state of step {step} could not be saved in {self.folder}, as the warnings say: make room there, and "
-                "run the same command again to go on from the last checkpoint."
+                f"The state of step {step} could not be saved in {self.folder}, as the warnings say: make room there, "
+                "and run the same command again to go on from the last checkpoint."
             )
 
 

@@ -107,6 +107,6 @@ def _check_tokenizer(config: Config, record: RunRecord, step: int) -> None:
         )
     if here.vocab_size > padded_vocab(there.vocab_size):
         raise Refused(
-            f"tokenizer.special_tokens={config.tokenizer.special_tokens} makes {here.vocab_size} ids, and the embedding "
-            f"of init_from={config.init_from} has {padded_vocab(there.vocab_size)} rows: name fewer."
+            f"tokenizer.special_tokens={config.tokenizer.special_tokens} makes {here.vocab_size} ids, and the "
+            f"embedding of init_from={config.init_from} has {padded_vocab(there.vocab_size)} rows: name fewer."
         )

@@ -48,8 +48,8 @@ def chosen(checkpoints: Checkpoints, folder: epath.Path, step: int | str) -> int
     best = retention.best(losses(folder), steps)
     if steps and not best:
         raise Refused(
-            f"{folder / 'metrics.jsonl'} has no held-out loss for any step with a checkpoint: instead of best, give a step "
-            f"among {', '.join(map(str, steps))}."
+            f"{folder / 'metrics.jsonl'} has no held-out loss for any step with a checkpoint: instead of best, give a "
+            f"step among {', '.join(map(str, steps))}."
         )
     return checkpoints.choose(best)
 

@@ -95,7 +95,8 @@ def report(
         )
         for name, source in evaluation.sources.items():
             print(
-                f"  {name}: loss {source.loss:.4f} nats a token, {source.bits_per_byte:.3f} bits a byte, {source.tokens:,} tokens"
+                f"  {name}: loss {source.loss:.4f} nats a token, {source.bits_per_byte:.3f} bits a byte, "
+                f"{source.tokens:,} tokens"
             )
     texts = generate.samples(
         model,
