@@ -284,10 +284,11 @@ def test_memory_stays_over_two_hundred_saves(tmp_path):
     code = """
 import pathlib, sys
 import jax.numpy as jnp
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 with Checkpoints(sys.argv[1]) as checkpoints:
     for step in range(1, 201):
-        checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, {"config": {}})
+        checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, RunRecord({}))
         checkpoints.wait()
         if 5 < step <= 15 or step > 190:
             print(int(pathlib.Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]))
