@@ -17,7 +17,7 @@ from gptjax.models import remat
 from gptjax.parallel import mesh
 from gptjax.planning import topology
 from gptjax.runtime import files, rendezvous
-from gptjax.training import loop, workdir
+from gptjax.training import loop, resume_point, workdir
 from gptjax.training.config import files as config_file
 from gptjax.training.config import schema
 from gptjax.training.monitoring import records
@@ -38,7 +38,7 @@ def config_json(folder: pathlib.Path) -> Reader:
     def read(_):
         saved = workdir.read_config(epath.Path(folder))
         with contextlib.suppress(Refused):
-            workdir.check_same_run(schema.parse({}), saved, epath.Path(folder))
+            resume_point.check_same_run(schema.parse({}), saved, epath.Path(folder))
         return schema.parse(saved)
 
     file = folder / "config.json"

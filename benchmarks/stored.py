@@ -1,6 +1,5 @@
 """The readers of folders, for benchmarks/fuzz.py: token stores, tokenizers, checkpoints, signs of life."""
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -19,6 +18,7 @@ from gptjax.checkpoints import (
     manifest,
     retention,
 )
+from gptjax.checkpoints.record import Progress, Recovery, RunRecord
 from gptjax.data.store import store as stores
 from gptjax.data.stream import curriculum, mixture, stream
 from gptjax.errors import Refused
@@ -26,7 +26,7 @@ from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.runtime import heartbeat
 from gptjax.tokenizers import huggingface, tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
-from gptjax.training import loading, workdir
+from gptjax.training import loading, resume_point
 from gptjax.training.config import schema
 from gptjax.training.monitoring import skipped_batches, status
 
@@ -186,12 +186,9 @@ def read_status(folder: pathlib.Path) -> Reader:
 def small_checkpoint(folder: pathlib.Path) -> tuple[dict, dict[str, bytes], dict]:
     """(manifest, files, state) of a checkpoint of step 3 in `folder`."""
     files = {"tokenizer.json": b'{"kind": "byte"}'}
-    run = {"config": CONFIG, "tokenizer_hash": tokenizer.hash_of(files), "text_hashes": {"": "0" * 64}}
-    run |= {
-        "recovery": {"ledger": [{"step": 1, "first_batch": 1, "num_batches": 2, "reason": "a spike"}], "losses": [2.5]}
-    }
-    run["phases"] = curriculum.saved(schema.parse({}).phases)
-    run |= {"tokenizer": {name: base64.b64encode(content).decode() for name, content in files.items()}}
+    recovery = Recovery([{"step": 1, "first_batch": 1, "num_batches": 2, "reason": "a spike"}], [2.5])
+    progress = Progress(recovery, schema.parse({}).phases)
+    run = RunRecord(CONFIG, tokenizer.hash_of(files), {"": "0" * 64}, files, progress)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = jax.device_put({"step": np.int32(3), "weight": np.ones((8, 4))}, jax.NamedSharding(mesh, jax.P()))
     with manager.Checkpoints(folder) as checkpoints:
@@ -216,14 +213,13 @@ def checkpoint_manifest(folder: pathlib.Path) -> Reader:
     def read(_):
         with manager.Checkpoints(folder) as checkpoints:
             step = checkpoints.newest()
-            saved = checkpoints.run(step)
-        skipped_batches.check_saved(saved, step, folder)
-        batch = skipped_batches.batch_index(saved["recovery"]["ledger"], step)
-        phases = curriculum.read_saved(saved, 256, folder)
-        curriculum.starts(curriculum.going_on(phases, schema.parse({}).phases, batch))
+            saved = checkpoints.record(step)
+        if saved.progress is not None:
+            batch = skipped_batches.batch_index(saved.progress.recovery.ledger, step)
+            curriculum.starts(curriculum.going_on(saved.progress.phases, schema.parse({}).phases, batch))
         with contextlib.suppress(Refused):
-            workdir.check_same_run(schema.parse({}), saved["config"], folder)
-        return schema.parse(saved["config"]), loading.saved_tokenizer(saved, str(folder))
+            resume_point.check_same_run(schema.parse({}), saved.config, folder)
+        return schema.parse(saved.config), loading.saved_tokenizer(saved, str(folder))
 
     whole = {key: value for key, value in described.items() if key != "sha256"}
     inputs = hostile.changed(whole).map(sealed_manifest) | hostile.json_files(described) | hostile.NO_FILES

@@ -118,7 +118,7 @@ def test_the_package_has_none_of_what_the_rules_of_english_forbid(found, kind):
         ("docstring openings", 'class Name:\n    """Of a run."""'),
         ("put it off", 'raise Refused("turn=on: " + "put it off.")'),
         ("is no", 'raise Refused(f"{path} " + f"is {count}, " "which is no file.")'),
-        ("is no", 'raise files.Refused(f"{path} is {\'no file\' if there else \'missing\'}")'),
+        ("is no", "raise files.Refused(f\"{path} is {'no file' if there else 'missing'}\")"),
         ("is no", 'raise Failed(f"{name} is n" f"o word.") from error'),
         ("named lambdas", "name = lambda: 0"),
         ("long argument lists", "def name(self, a, b, c, d, *, e, f, g, h): ..."),

@@ -16,6 +16,7 @@ from etils import epath
 
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.manager import VERSIONS
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 from gptjax.runtime import files
 
@@ -88,13 +89,13 @@ def regions(array: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
     yield from itertools.product(*axes)
 
 
-def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.TensorStore]) -> None:
+def seal(checkpoints: epath.Path, step: int, run: RunRecord, arrays: dict[str, ts.TensorStore]) -> None:
     """Completes the checkpoint of a step from the arrays created in that step's state.
 
     Args:
       checkpoints: the folder of all checkpoints.
       step: the checkpoint's step.
-      run: the manifest's record of the run, as in `Checkpoints.save`.
+      run: the record of the run, for the manifest.
       arrays: the arrays by name.
     """
     folder = retention.at(checkpoints, step)
@@ -113,7 +114,7 @@ def seal(checkpoints: epath.Path, step: int, run: dict, arrays: dict[str, ts.Ten
     tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
     (folder / "state" / "_METADATA").write_text(json.dumps(tree))
     content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-    content |= {"versions": VERSIONS} | run
+    content |= {"versions": VERSIONS} | run.to_json()
     content["arrays"] = {
         name: {
             "shape": list(array.shape),

@@ -13,8 +13,6 @@ from gptjax.runtime import distributed
 from gptjax.runtime.files import flatten, reason
 from gptjax.runtime.progress import duration
 
-NOT_COMPARED = ("step", "cursor", "saved_at", "files", "arrays", "tokenizer")  # the tokenizer's hash is compared
-
 
 def checkpoints_of(workdir: epath.Path) -> tuple[epath.Path, list[int]]:
     """Returns the folder and the steps of a workdir's checkpoints. Raises: Refused, if there are none."""
@@ -116,11 +114,9 @@ def diff(workdir: epath.Path, steps: str) -> dict:
     if not {first, second} <= set(map(str, there)):
         raise Refused(f"--steps={steps} must be A:B, two checkpoints in {folder}; found {', '.join(map(str, there))}.")
     with Checkpoints(folder) as checkpoints:
-        pair = [(step, checkpoints.run(step)) for step in (int(first), int(second))]
-        said = [flatten({key: value for key, value in saved.items() if key not in NOT_COMPARED}) for _, saved in pair]
-        for manifests in said:
-            manifests.pop("recovery.losses", None)  # losses of the last steps, which always differ
-        one, other = (saved["arrays"] for _, saved in pair)
+        pair = int(first), int(second)
+        said = [flatten(_compared(checkpoints, step)) for step in pair]
+        one, other = (checkpoints.manifest(step)["arrays"] for step in pair)
         arrays = {}
         for name in sorted(one.keys() | other.keys()):
             shapes = [
@@ -129,9 +125,18 @@ def diff(workdir: epath.Path, steps: str) -> dict:
             if shapes[0] != shapes[1]:
                 arrays[name] = {"there": shapes[0] or "no such array", "here": shapes[1] or "no such array"}
                 continue
-            a, b = (checkpoints.array(step, name).astype(np.float64) for step, _ in pair)
+            a, b = (checkpoints.array(step, name).astype(np.float64) for step in pair)
             arrays[name] = {"norm": float(np.linalg.norm(a)), "difference": float(np.linalg.norm(b - a))}
     return {"says": _differing(*said), "arrays": arrays}
+
+
+def _compared(checkpoints: Checkpoints, step: int) -> dict:
+    """The parts of a manifest that `diff` compares; the tokenizer is compared by its hash."""
+    written, run = checkpoints.manifest(step), checkpoints.record(step).to_json()
+    del run["tokenizer"]
+    if "recovery" in run:
+        del run["recovery"]["losses"]  # they belong to the latest steps
+    return {"format": written["format"], "versions": written["versions"]} | run
 
 
 def differences(found: dict) -> str:

@@ -23,22 +23,23 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import __version__
-from gptjax.checkpoints import manifest, retention
+from gptjax.checkpoints import manifest, record, retention
 from gptjax.checkpoints.async_save import Save
 from gptjax.checkpoints.config import CheckpointConfig
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Failed, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed, files
 
 VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
 
-# Orbax warns of what is no fault, and logs the errors that it raises; asyncio those of the writes that orbax dropped.
+# Orbax warns without need, and logs the errors that it raises; asyncio logs those of writes that orbax dropped.
 for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _unraisable(found, show=sys.unraisablehook) -> None:
-    # Such a write, at its end, finds nobody to tell.
+    # A dropped write that ends finds a closed event loop.
     if str(found.exc_value) != "Event loop is closed":
         show(found)
 
@@ -53,8 +54,8 @@ class Checkpoints:
         folder = epath.Path(folder)
         self.folder = folder if "://" in str(folder) else folder.resolve()  # TensorStore takes no relative path
         self._config = config
-        self._passed_over = []  # steps of the damaged ones above the one that is gone on from
-        self._saving: Save | None = None  # the last one, until it is known how it ended
+        self._passed_over = []  # damaged steps above the step that the run resumes from
+        self._saving: Save | None = None  # the latest save, until its end is known
         self._count, self._saved = 0, []
         self._failures, self._look_at = 0, 0  # in a row; the step after which to see how it ended
 
@@ -62,14 +63,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error):
-        # Each process for itself: where one of them raises, the others may not come to an exchange.
+        # No exchange here: if one process raises, the others may not reach it.
         if self._saving is not None:
             self._saving.join()
             self._conclude([self._saving.failure])
 
     @functools.cached_property
     def _handler(self) -> ocp.PyTreeCheckpointHandler:
-        # Late, since it asks for the devices. To compress weights saves 8 % of the disk, and costs 250 MB of memory.
+        # Created late, since orbax asks for the devices. Compression would save 8 % of disk for 250 MB of memory.
         return ocp.PyTreeCheckpointHandler(use_compression=False)
 
     def _at(self, step: int) -> epath.Path:
@@ -78,7 +79,7 @@ class Checkpoints:
     # Reading
 
     def steps(self) -> list[int]:
-        """Steps that were saved, ascending, whole or damaged since; the same on all processes."""
+        """The saved steps, ascending, whole or damaged; the same on all processes."""
         found = []
         with distributed.together():
             if distributed.first():
@@ -86,9 +87,9 @@ class Checkpoints:
         return distributed.shared(lambda: found)
 
     def newest(self) -> int:
-        """The newest step that verifies; 0 where nothing was saved. Newer ones that do not are named, and kept.
+        """The newest step that verifies, or 0 if nothing was saved. Newer damaged ones are named and kept.
 
-        Raises: Refused, where there are checkpoints and none of them verifies.
+        Raises: Refused, if there are checkpoints but none verifies.
         """
         damages = {}
         for step in reversed(self.steps()):
@@ -101,13 +102,13 @@ class Checkpoints:
         if damages:
             named = "; ".join(f"of step {step}, {damage}" for step, damage in damages.items())
             raise Refused(
-                f"None of the {len(damages)} checkpoints in {self.folder} can be used ({named}): put the files back, or "
-                "begin anew in an empty --workdir."
+                f"None of the {len(damages)} checkpoints in {self.folder} can be used ({named}): put the files back, "
+                "or begin anew in an empty --workdir."
             )
         return 0
 
     def choose(self, step: int) -> int:
-        """`step`, or the newest that verifies for -1. Raises: Refused, where there is none."""
+        """Returns `step`, or the newest that verifies for -1. Raises: Refused, if it does not exist or is damaged."""
         steps = self.steps()
         if not steps:
             raise Refused(f"{self.folder} holds no checkpoint: train first, or give another --workdir.")
@@ -120,7 +121,7 @@ class Checkpoints:
         return step
 
     def _damage(self, step: int) -> str:
-        """Why a checkpoint can't be used, or an empty string; each process reads its share, and all agree."""
+        """The reason why a checkpoint is unusable, or an empty string. Each process reads its share; all agree."""
         try:
             manifest.verify(self._at(step), step, jax.process_index(), jax.process_count())
             damage = ""
@@ -146,10 +147,15 @@ class Checkpoints:
                     ) from error
         return later
 
-    def run(self, step: int) -> dict:
-        """The manifest of a step: what the run said of itself, and what `save` did. Raises: Refused."""
+    def manifest(self, step: int) -> dict:
+        """Reads the whole manifest of a step. Raises: Refused."""
         with distributed.together():
             return self._manifest(step)
+
+    def record(self, step: int) -> RunRecord:
+        """Reads the record of the run in the manifest of a step. Raises: Refused."""
+        with distributed.together():
+            return record.read(self._manifest(step), step, f"{self.folder} (step {step})")
 
     def _manifest(self, step: int) -> dict:
         try:
@@ -167,7 +173,7 @@ class Checkpoints:
         Raises: Refused.
         """
         wanted = named_leaves(state)
-        # Orbax cuts, and fills up with zeros, where it is not strict.
+        # Without `strict`, orbax cuts arrays or fills them up with zeros.
         restore_args = {
             name: ocp.ArrayRestoreArgs(
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=name not in cut
@@ -195,8 +201,10 @@ class Checkpoints:
             raise self._refusal(step, f"its state can't be read ({files.reason(error)})") from error
 
     def check_shapes(self, step: int, wanted: dict, cut: Sequence[str] = ()) -> None:
-        """The arrays of a step are those of `wanted`, by their names and shapes, or begin with them where their names are
-        among `cut`. Raises: Refused."""
+        """Compares the arrays of a step with `wanted` by name and shape; those named in `cut` may be longer.
+
+        Raises: Refused.
+        """
         saved = self._manifest(step)["arrays"]
         for name in wanted.keys() & saved.keys() & set(cut):
             rows, row = saved[name]["shape"][:1], saved[name]["shape"][1:]
@@ -215,16 +223,19 @@ class Checkpoints:
     # Writing
 
     def save(
-        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+        self, step: int, state, run: RunRecord, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
     ) -> None:
         """Copies the state off the devices and writes it in the background, once the save before it has ended.
 
-        What is in the way of it is renamed: damaged checkpoints that were passed over, or one of this step. A save that
-        fails leaves those before it as they are; see `failed` and `insist`.
+        Renames whatever occupies the target folder: a skipped damaged checkpoint, or an existing one of this step. A
+        failed save leaves the earlier checkpoints untouched; see `failed` and `insist`.
 
         Args:
-          run: what the manifest says of the run; JSON values. losses: on held-out text, by step; the checkpoint with the
-            lowest stays, whatever the config says. rotate: whether those go that the config does not keep.
+          step: completed updates.
+          state: the state to save.
+          run: the record of the run, for the manifest.
+          losses: held-out losses by step; the checkpoint with the lowest always stays.
+          rotate: whether to remove the checkpoints that the config does not keep.
         """
         began = time.perf_counter()
         self.wait()
@@ -232,12 +243,16 @@ class Checkpoints:
         saving = Save(self.folder, step, f"save-{self._count}", began)
         saving.failure = distributed.shared(functools.partial(self._make_room, step))
         leaves = named_leaves(state)
-        # The copy runs beside this thread, and the step that is given these buffers next waits for it.
+        # The copy runs beside this thread; the next step, which takes these buffers, waits for the copy.
         hosted = {name: leaf.sharding.with_memory_kind("pinned_host") for name, leaf in leaves.items()}
-        # Moments that wait in host memory are there already, and would be the very arrays that it deletes.
+        # Offloaded moments lie in host memory already; without a copy, the step would delete the arrays being saved.
         copies = {} if saving.failure else jax.device_put(leaves, hosted, may_alias=False)
         content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-        content |= {"versions": VERSIONS} | run | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
+        content |= (
+            {"versions": VERSIONS}
+            | run.to_json()
+            | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
+        )
         self._look_at = step + 2**self._failures
         self._saving = saving
         folder = self._at(step) / "state"
@@ -251,11 +266,11 @@ class Checkpoints:
         )
 
     def _write(self, folder: epath.Path, copies: dict) -> list:
-        """Begins to write arrays; returns what to wait for."""
+        """Begins to write arrays; returns the futures to wait for."""
         return asyncio.run(self._handler.async_save(folder, args=ocp.args.PyTreeSave(copies)))
 
     def _make_room(self, step: int) -> str:
-        """An empty folder for a step. Returns why there is none, or an empty string."""
+        """Makes an empty folder for a step. Returns the reason if that fails, or an empty string."""
         folder = self._at(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -269,17 +284,17 @@ class Checkpoints:
             self._passed_over = []
             folder.mkdir()
             (folder / retention.UNFINISHED).touch()
-            # The other processes would wait ten minutes for orbax to make it here, should process 0 fail before.
+            # Otherwise, if process 0 failed, the others would wait ten minutes for orbax to make this folder.
             (folder / "state" / "array_metadatas").mkdir(parents=True)
-        except Exception as error:  # those of gcsfs and google-auth are no OSError
+        except Exception as error:  # gcsfs and google-auth raise errors that are not OSError
             return files.reason(error)
         return ""
 
     def failed(self, step: int) -> bool:
-        """Whether the last save is known to have failed, so that the state of `step` is to be saved instead.
+        """Whether the latest save is known to have failed, so that the state of `step` should be saved instead.
 
-        Every process asks after every step. They look 1, 2, 4, 8, … steps after the save began until it has ended, and
-        for the first time so much the later as saves have failed in a row.
+        Every process asks after every step. They look 1, 2, 4, 8, … steps after the save began until it has ended;
+        each failure in a row doubles the wait before the first look.
         """
         if self._saving is None or step < self._look_at:
             return False
@@ -289,7 +304,7 @@ class Checkpoints:
         return self._saving is None and self._failures > 0
 
     def wait(self) -> None:
-        """Returns when the last save has ended on every process, on disk or in a warning."""
+        """Waits until the latest save has ended on every process, on disk or with a warning."""
         if self._saving is not None:
             self._saving.join()
             self._conclude(distributed.exchange(self._saving.failure))
@@ -307,14 +322,14 @@ class Checkpoints:
             self._saved.append(saving)
 
     def saved(self) -> list[Save]:
-        """The saves that are known to be on disk since the last call."""
+        """The saves that reached the disk since the last call."""
         saved, self._saved = self._saved, []
         return saved
 
     def insist(
-        self, step: int, state, run: dict, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
+        self, step: int, state, run: RunRecord, losses: Mapping[int, float] = MappingProxyType({}), rotate: bool = True
     ) -> None:
-        """Returns when the last save is on disk; where it failed, it is tried again 1, 2 and 4 seconds later.
+        """Waits until the latest save is on disk; a failed save is repeated after 1, 2 and 4 seconds.
 
         Raises: Failed.
         """
@@ -326,8 +341,8 @@ class Checkpoints:
                 self.wait()
         if self._failures:
             raise Failed(
-                f"The state of step {step} could not be saved in {self.folder}, as the warnings say: make room there, and "
-                "run the same command again to go on from the last checkpoint."
+                f"The state of step {step} could not be saved in {self.folder}, as the warnings say: make room there, "
+                "and run the same command again to go on from the last checkpoint."
             )
 
 

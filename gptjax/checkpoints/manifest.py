@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: `manifest.json` names every file of its `state` with size and hash.
+"""The manifest of a checkpoint: `manifest.json` names every file of the checkpoint's `state` with size and hash.
 
-It is written last, so a folder that a kill left in the midst of a save has none. It carries a hash of itself, so what
-it says can be trusted as far as the disk can; nothing that it names may lie outside of its folder.
+The manifest is written last, so a save that was killed leaves none. It carries a hash of its own content. No file
+that the manifest names may lie outside of the checkpoint's folder.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from gptjax.runtime.files import reason, to_disk, write_whole
 
 FORMAT = 1
 NAME = "manifest.json"
-MAX_BYTES = 64 << 20  # what is longer is cut, and then not what its hash is of
+MAX_BYTES = 64 << 20  # a longer file is cut, and then does not match its hash
 
 
 class Damaged(Exception):
-    """A checkpoint that can't be used. The message is the reason, to be put behind its step and folder."""
+    """A checkpoint is unusable. The message is the reason; callers put step and folder before it."""
 
 
 def stored(folder: epath.Path) -> list[str]:
@@ -37,7 +37,7 @@ def stored(folder: epath.Path) -> list[str]:
 
 
 def digests(folder: epath.Path, paths: list[str]) -> dict[str, dict]:
-    """Bytes and sha256 of each file, which is on the disk afterwards. Raises: OSError."""
+    """Flushes each file to the disk; returns its bytes and sha256. Raises: OSError."""
     found = {}
     for path in paths:
         with (folder / path).open("rb") as file:
@@ -48,7 +48,7 @@ def digests(folder: epath.Path, paths: list[str]) -> dict[str, dict]:
 
 
 def write(folder: epath.Path, content: dict) -> None:
-    """Makes a checkpoint of a folder. Raises: OSError."""
+    """Writes the manifest, which makes the folder a checkpoint. Raises: OSError."""
     write_whole(folder / NAME, _encoded(content), sync=True)
 
 
@@ -59,19 +59,19 @@ def _encoded(content: dict) -> bytes:
 
 @contextlib.contextmanager
 def _reading(path: str):
-    """A block that reads a file of a checkpoint. Raises: Damaged, where it can't be read."""
+    """Context manager around reading a file of a checkpoint. Raises: Damaged, if the file can't be read."""
     try:
         yield
     except (Damaged, MemoryError):
         raise
     except FileNotFoundError as error:
         raise Damaged(f"{path} is missing") from error
-    except Exception as error:  # those of gcsfs and google-auth are no OSError
+    except Exception as error:  # gcsfs and google-auth raise errors that are not OSError
         raise Damaged(f"{path} can't be read ({reason(error)})") from error
 
 
 def read(folder: epath.Path, step: int) -> dict:
-    """The manifest of a step's folder, as it was written. Raises: Damaged."""
+    """Reads the manifest in the folder of a step. Raises: Damaged."""
     with _reading(NAME):
         if not untrusted.is_file(folder / NAME):
             raise Damaged(f"{NAME} is missing")
@@ -84,7 +84,7 @@ def read(folder: epath.Path, step: int) -> dict:
     except (ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
-        raise Damaged(f"{NAME} is damaged: it is not what its own hash is of")
+        raise Damaged(f"{NAME} is damaged: its content does not match its hash")
     if content.get("format") != FORMAT:
         raise Damaged(f"{NAME} is of format {content.get('format')}, and this gptjax reads {FORMAT}")
     if content.get("step") != step:
@@ -93,27 +93,30 @@ def read(folder: epath.Path, step: int) -> dict:
     return content
 
 
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _check_form(content: dict) -> None:
-    """What is said of files, arrays and config can be relied on, whoever wrote it. Raises: Damaged."""
-    number = lambda value: type(value) is int and value >= 0
+    """Checks the form of files, arrays and config, whoever wrote them. Raises: Damaged."""
     try:
         for path, file in content["files"].items():
             parts = pathlib.PurePosixPath(path).parts
             if parts[:1] != ("state",) or ".." in parts or not path.isprintable():
                 raise Damaged(f"{NAME} names {path}, which is not in its state")
-            if not (number(file["bytes"]) and isinstance(file["sha256"], str)):
+            if not (_is_count(file["bytes"]) and isinstance(file["sha256"], str)):
                 raise TypeError
         for array in content["arrays"].values():
-            if not all(map(number, (*array["shape"], array["bytes"]))):
+            if not all(map(_is_count, (*array["shape"], array["bytes"]))):
                 raise TypeError
-        if not (isinstance(content["config"], dict) and number(content["saved_at"])):
+        if not (isinstance(content["config"], dict) and _is_count(content["saved_at"])):
             raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{NAME} does not have the form of format {FORMAT}") from error
 
 
 def check_sizes(folder: epath.Path, content: dict, share: int = 0, shares: int = 1) -> None:
-    """A share of the files that a manifest names is there, with their sizes; the first also looks for others.
+    """Checks the sizes of a share of the files that a manifest names; share 0 also looks for unknown files.
 
     Raises: Damaged.
     """
@@ -134,7 +137,7 @@ def check_sizes(folder: epath.Path, content: dict, share: int = 0, shares: int =
 
 
 def verify(folder: epath.Path, step: int, share: int = 0, shares: int = 1) -> dict:
-    """The manifest of a checkpoint of which a share of the files has been read and compared with it.
+    """Reads a share of a checkpoint's files and compares them with the manifest, which is returned.
 
     Raises: Damaged, for the first file that differs.
     """

@@ -49,10 +49,10 @@ def local_rows(layout: BatchLayout) -> np.ndarray:
 
 
 def place(local, rows: np.ndarray, layout: BatchLayout):
-    """Places this process's rows, a tree of [len(rows), T] arrays, as global [accumulation, batch/accumulation, T] arrays.
+    """Places this process's rows as global [accumulation, batch/accumulation, T] arrays.
 
     Args:
-      local: the tree of arrays.
+      local: a tree of [len(rows), T] arrays.
       rows: the layout's `local_rows`.
       layout: the layout of the global batch.
     """

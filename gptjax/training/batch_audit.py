@@ -1,4 +1,4 @@
-"""`gptjax data show`: what a step was, or will be, shown."""
+"""`gptjax data show`: the rows that a step read or will read, as text."""
 
 from collections.abc import Iterator
 
@@ -8,15 +8,16 @@ from etils import epath
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.data.batch import Batch
 from gptjax.data.store.store import Split
-from gptjax.data.stream import curriculum, mixture
+from gptjax.data.stream import mixture
 from gptjax.data.stream.packing import report, report_line
 from gptjax.data.stream.stream import Source, Stream
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import Tokenizer
-from gptjax.training import workdir
+from gptjax.training import resume_point
 from gptjax.training.config.schema import Config
-from gptjax.training.corpus import check_same_data, open_corpus
+from gptjax.training.corpus import open_corpus
 from gptjax.training.monitoring import skipped_batches
+from gptjax.training.resume_point import ResumePoint
 
 RULE = "─" * 8
 
@@ -25,25 +26,28 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     """The rows that update `step` of a run reads, or one of them, as text.
 
     Args:
-      folder: the workdir of a run, whose newest checkpoint says what was skipped, and what the config was before; None
-        for a run that skips nothing.
-      step: counted as in metrics.jsonl, from 1 on. row: of the batch; -1 is all.
+      config: the config of the run.
+      folder: the workdir of a run, whose newest checkpoint has the skipped batches and the past phases; None for a run
+        that skips nothing.
+      step: the update, counted from 1 as in metrics.jsonl.
+      row: the row of the batch; -1 for all.
 
     Raises: Refused.
     """
     if not 1 <= step <= config.num_steps:
-        raise Refused(f"--step={step} is none of the steps 1 to num_steps={config.num_steps}.")
+        raise Refused(f"--step={step} must be from 1 to num_steps={config.num_steps}.")
     if folder is None and not (config.data.store or config.mixture.stores):
         raise Refused("data.store and mixture.stores are empty, and there is no --workdir: say where the tokens are.")
-    data, ledger, saved = _data(config, folder)
-    index = skipped_batches.batch_index(ledger, step - 1)
+    data, point = _data(config, folder)
+    index = skipped_batches.batch_index(point.recovery.ledger, step - 1)
     phase = data.phase(index)
     if not -1 <= row < phase.batch_size:
         raise Refused(f"--row={row} is none of the rows 0 to {phase.batch_size - 1} of step {step}; -1 is all.")
     rows = range(phase.batch_size) if row == -1 else [row]
     batch, sources = data.batch(index, np.array(rows)), data.sources(index)
     lines = [
-        f"step {step} reads batch {index}{f', as of the checkpoint of step {saved}' if saved else ''}: {phase.batch_size} rows of {phase.seq_len} tokens"
+        f"step {step} reads batch {index}{f', as of the checkpoint of step {point.step}' if point.step else ''}: "
+        f"{phase.batch_size} rows of {phase.seq_len} tokens"
         + (", augmented" if config.augment.on else "")
         + "".join(f", {name} {share / mixture.PERIOD:.2%}" for name, share in phase.shares.items() if name)
     ]
@@ -52,26 +56,18 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
         lines += [f"packing{name and f' of {name}'}: {report_line(config.packing.method, found)}"]
     documents = _documents(data, [sources[number] for number in rows])
     for place, number in enumerate(rows):
-        its = Batch(*(field[place] for field in batch))
-        lines += ["", *_row(number, its, sources[number], documents[place], data)]
+        fields = Batch(*(field[place] for field in batch))
+        lines += ["", *_row(number, fields, sources[number], documents[place], data)]
     return "\n".join(lines)
 
 
-def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, list[dict], int]:
-    """What a run reads, what it skips of it, and the step of the checkpoint that says so. Raises: Refused."""
-    ledger, history, start = [], [], 0
+def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, ResumePoint]:
+    """The data of a run, and the resume point in its newest checkpoint. Raises: Refused."""
     corpus = open_corpus(config, folder)
-    if folder is not None and (folder / "checkpoints").exists():
-        with Checkpoints(folder / "checkpoints") as checkpoints:
-            if start := checkpoints.newest():
-                saved = checkpoints.run(start)
-                workdir.check_same_run(config, saved["config"], checkpoints.folder)
-                check_same_data(corpus, saved, checkpoints.folder)
-                skipped_batches.check_saved(saved, start, checkpoints.folder)
-                history = curriculum.read_saved(saved, config.seq_len, checkpoints.folder)
-                ledger = saved["recovery"]["ledger"]
-    phases = curriculum.going_on(history, config.phases, skipped_batches.batch_index(ledger, start))
-    return Stream(corpus, phases, config.seq_len, config.seed, config.packing, config.augment), ledger, start
+    saved = folder is not None and (folder / "checkpoints").exists()
+    checkpoints = Checkpoints(folder / "checkpoints") if saved else None
+    point = resume_point.read(config, corpus, checkpoints, checkpoints.newest() if saved else 0)
+    return resume_point.stream(config, corpus, point), point
 
 
 def _row(number: int, row: Batch, source: Source, documents: list[str], data: Stream) -> list[str]:
@@ -84,28 +80,30 @@ def _row(number: int, row: Batch, source: Source, documents: list[str], data: St
     for segment in range(1, row.segments.max() + 1):
         (places,) = np.nonzero(row.segments == segment)
         lines += [f"{RULE} {documents[segment - 1]}, at {places[0]} to {places[-1] + 1} of the row {RULE}"]
-        # Which of a document's tokens are of its prompt, the weights of those before them say; of the first its own.
+        # A token is in the prompt if the weight of the token before it is 0; the first token has its own weight.
         prompt = row.weights[np.append(places[0], places[:-1])] == 0
         lines += [_text(row.inputs[places], prompt, store.tokenizer)]
     return lines
 
 
 def _documents(data: Stream, sources: list[Source]) -> list[list[str]]:
-    """Of each source a line on each document that its tokens are of; the names of a store are looked up together."""
+    """For each source, a line on each of its documents; the names of a store are looked up together."""
     splits = {name: store.split("train") for name, store in data.corpus.stores.items()}
-    found = [[part for _, *span in its.spans for part in _parts(splits[its.store], *span)] for its in sources]
+    found = [[part for _, *span in source.spans for part in _parts(splits[source.store], *span)] for source in sources]
     names = {}
     for store, split in splits.items():
-        numbers = {number for its, parts in zip(sources, found) for number, _ in parts if its.store == store}
-        names |= {(store, number): row for number, row in zip(sorted(numbers), split.names(numbers))}
+        numbers = {
+            number for source, parts in zip(sources, found, strict=True) for number, _ in parts if source.store == store
+        }
+        names |= {(store, number): row for number, row in zip(sorted(numbers), split.names(numbers), strict=True)}
     return [
-        [f"{(row := names[its.store, number])['name']} from {row['offset']}, {told}" for number, told in parts]
-        for its, parts in zip(sources, found)
+        [f"{(row := names[source.store, number])['name']} from {row['offset']}, {span}" for number, span in parts]
+        for source, parts in zip(sources, found, strict=True)
     ]
 
 
 def _parts(split: Split, start: int, length: int) -> Iterator[tuple[int, str]]:
-    """Number of each document that some tokens are of, and which of its tokens these are."""
+    """The number of each document in a span of tokens, and the range of its tokens in the span."""
     at = start
     while at < start + length:
         number = split.document_at(at)
@@ -117,10 +115,10 @@ def _parts(split: Split, start: int, length: int) -> Iterator[tuple[int, str]]:
 
 
 def _text(tokens: np.ndarray, prompt: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of a document; special tokens by their names, what opens it as ⏵, and what carries no loss as ⟦…⟧."""
+    """The text of a document: special tokens by name, its opening token as ⏵, tokens without loss in ⟦…⟧."""
     prompt = prompt & (tokens != tokenizer.begin)
     borders = np.flatnonzero(prompt[1:] != prompt[:-1]) + 1
-    parts = zip(np.split(tokens, borders), np.split(prompt, borders))
+    parts = zip(np.split(tokens, borders), np.split(prompt, borders), strict=True)
     return "".join(f"⟦{_plain(part, tokenizer)}⟧" if of[0] else _plain(part, tokenizer) for part, of in parts)
 
 

@@ -1,12 +1,11 @@
 """Loads the model of a checkpoint."""
 
-import base64
-
 import jax
 from etils import epath
 
 from gptjax.checkpoints import retention
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import REMEDY, RunRecord
 from gptjax.errors import Refused
 from gptjax.inference.model import Run
 from gptjax.models.build import abstract_model, check_divides
@@ -21,22 +20,25 @@ from gptjax.training.config.schema import Config
 from gptjax.training.workdir import losses, read_config
 
 
-def saved_tokenizer(saved: dict, where: str) -> tokenizer.Tokenizer:
+def saved_tokenizer(record: RunRecord, where: str) -> tokenizer.Tokenizer:
     """The tokenizer that a checkpoint brings. Raises: Refused."""
-    try:
-        files = {name: base64.b64decode(text, validate=True) for name, text in saved["tokenizer"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"{where} brings no tokenizer ({error}): put back the checkpoint that the run wrote.") from error
-    if tokenizer.hash_of(files) != saved.get("tokenizer_hash"):
+    if not record.tokenizer:
+        raise Refused(f"{where} brings no tokenizer: {REMEDY}.")
+    found = tokenizer.hash_of(record.tokenizer)
+    if found != record.tokenizer_hash:
         raise Refused(
-            f"{where} brings tokenizer {tokenizer.hash_of(files)[:12]}, and was trained with "
-            f"{str(saved.get('tokenizer_hash'))[:12]}: put back the checkpoint that the run wrote."
+            f"{where} brings tokenizer {found[:12]}, but was trained with {record.tokenizer_hash[:12]}: {REMEDY}."
         )
-    return tokenizer.from_files(files, where)
+    return tokenizer.from_files(record.tokenizer, where)
 
 
 def chosen(checkpoints: Checkpoints, folder: epath.Path, step: int | str) -> int:
-    """A checkpoint that verifies: of a step, the newest for -1, or the `best`, with the lowest held-out loss.
+    """Chooses a checkpoint that verifies.
+
+    Args:
+      checkpoints: the checkpoints of a run.
+      folder: the run's workdir.
+      step: a step, -1 for the newest, or "best" for the lowest held-out loss.
 
     Raises: Refused.
     """
@@ -46,33 +48,40 @@ def chosen(checkpoints: Checkpoints, folder: epath.Path, step: int | str) -> int
     best = retention.best(losses(folder), steps)
     if steps and not best:
         raise Refused(
-            f"{folder / 'metrics.jsonl'} has no held-out loss of a step that has a checkpoint, so none is the best: give "
-            f"one of {', '.join(map(str, steps))}."
+            f"{folder / 'metrics.jsonl'} has no held-out loss for any step with a checkpoint: instead of best, give a "
+            f"step among {', '.join(map(str, steps))}."
         )
     return checkpoints.choose(best)
 
 
 def load(folder: epath.Path, step: int | str) -> Run:
-    """The model of a checkpoint: of a step, of the newest for -1, or of the `best`. Raises: Refused."""
+    """Loads the model of a checkpoint, whose `step` is as in `chosen`. Raises: Refused."""
     with distributed.together():
         latest = read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = chosen(checkpoints, folder, step)
-        saved = checkpoints.run(step)
-        config = schema.parse(saved["config"])
-        its_tokenizer = saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
-        mesh = mesh_that_fits(config, its_tokenizer.vocab_size)
+        record = checkpoints.record(step)
+        config = schema.parse(record.config)
+        known = saved_tokenizer(record, f"{checkpoints.folder} (step {step})")
+        mesh = mesh_that_fits(config, known.vocab_size)
         with jax.set_mesh(mesh):
-            model = restore_model(checkpoints, step, config, its_tokenizer.vocab_size, mesh)
-    return Run(config, step, mesh, model, its_tokenizer, schema.parse(latest))
+            model = restore_model(checkpoints, step, config, known.vocab_size, mesh)
+    return Run(config, step, mesh, model, known, schema.parse(latest))
 
 
 def restore_model(
     checkpoints: Checkpoints, step: int, config: Config, vocab_size: int, mesh: jax.sharding.Mesh
 ) -> LanguageModel:
-    """What is evaluated of a step, placed on the mesh in use.
+    """Restores the weights that are evaluated, placed on the mesh in use.
 
-    config: that of the step; of learned positions a shorter seq_len takes the first. Raises: Refused.
+    Args:
+      checkpoints: the checkpoints of a run.
+      step: the step to restore.
+      config: the config saved with the step. With learned positions, a shorter seq_len uses the first rows.
+      vocab_size: the vocabulary size of the run.
+      mesh: the mesh in use.
+
+    Raises: Refused.
     """
     part = "ema" if config.optimizer.ema_decay else "model"
     shapes = {part: abstract_model(config.model, vocab_size, config.seq_len)}
@@ -84,7 +93,7 @@ def restore_model(
 
 
 def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:
-    """The mesh of the run; on other devices than it was trained on, the model cut over all of them, or else whole."""
+    """The mesh of the run. On other devices the model is cut over all, or whole on each if it does not divide."""
     for axes in (config.mesh, MeshConfig()):
         try:
             mesh = make_mesh(axes, jax.devices())

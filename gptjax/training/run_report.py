@@ -1,4 +1,4 @@
-"""What a run says of itself: its compiled step as expected and as measured, and at the end its samples."""
+"""The lines that a run prints: its compiled step as expected and as measured, and at the end samples."""
 
 import statistics
 
@@ -20,7 +20,7 @@ from gptjax.training.config.schema import Config
 
 
 def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> dict:
-    """Prints what is about to be trained, and where; returns it, and the versions, for the row of the start."""
+    """Prints the model and its mesh; returns both and the versions, for the row of the start."""
     parameters = config.model.num_parameters(vocab_size, config.seq_len).total
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}{processes}"
@@ -31,7 +31,7 @@ def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
 
 
 def packing(config: Config, data: Stream) -> None:
-    """Prints what a layout that all starts of documents were read for costs; `gptjax data show` prints that of any."""
+    """Prints the cost of a packing that looked at all documents; `gptjax data show` prints the cost of any packing."""
     if config.packing.method == "concat" or not distributed.first():
         return
     for name, store in data.corpus.stores.items():
@@ -45,10 +45,10 @@ def compilation(
     compile_seconds: float,
     compilation_cache: str,
 ) -> dict:
-    """Prints what the compiler says of a step, and returns it for the row of the start; of several, of the largest.
+    """Prints the compiler's figures for the largest of the steps, and returns them for the row of the start.
 
-    compiled_bytes: of a device's memory at the peak of a step. compiled_link_bytes: that a device sends in one, None
-    where XLA does not say.
+    Returns: compiled_bytes, a device's memory at the peak of a step; compiled_link_bytes, the bytes that a device sends
+    in a step, None if XLA does not say.
     """
     peaks = {shape: analysis.memory(step).peak for shape, step in steps.items()}
     shape = max(peaks, key=peaks.get)
@@ -68,7 +68,7 @@ def compilation(
 
 
 def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_seconds: list[float]) -> None:
-    """Prints what was expected of a step beside what was measured: memory, and time by the FLOPs at the peak."""
+    """Prints the expected memory and time of a step beside the measured ones; time is FLOPs over the peak."""
     measured = profiling.measured_bytes()
     print(
         f"memory of a device: {analysis.memory(step).peak / 1e6:,.1f} MB as compiled · "
@@ -82,7 +82,7 @@ def held_against(step: jax.stages.Compiled, floor_seconds: float | None, step_se
 def report(
     config: Config, folder: epath.Path, corpus: Corpus, model: LanguageModel, evaluation: Evaluation | None
 ) -> None:
-    """The end of a run: bits per byte beside what gzip and xz reach on the held-out text, and samples."""
+    """Prints bits per byte of the model, gzip and xz on the held-out text, and writes and prints samples."""
     manifests = [store.manifest for store in corpus.stores.values()]
     names = "compressed_heldout_bytes", "gzip_bytes", "xz_bytes"
     compressed, *small = (sum(manifest[name] for manifest in manifests) for name in names)
@@ -92,9 +92,10 @@ def report(
             f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 "
             f"{xz:.3f} (model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes)"
         )
-        for name, its in evaluation.sources.items():
+        for name, source in evaluation.sources.items():
             print(
-                f"  {name}: loss {its.loss:.4f} nats a token, {its.bits_per_byte:.3f} bits a byte, {its.tokens:,} tokens"
+                f"  {name}: loss {source.loss:.4f} nats a token, {source.bits_per_byte:.3f} bits a byte, "
+                f"{source.tokens:,} tokens"
             )
     texts = generate.samples(
         model,

@@ -1,4 +1,4 @@
-"""One update: the state that it changes, the step, and the step compiled for a mesh."""
+"""The train step: its state, the update, and the compilation for a mesh."""
 
 import dataclasses
 import functools
@@ -23,18 +23,18 @@ from gptjax.training.optim.schedules import learning_rate
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an update changes, and what it needs; it lives on the mesh, sharded as its logical axes say."""
+    """The state that an update reads and changes; each array is sharded on the mesh by its logical axes."""
 
     step: jax.Array  # batches taken: the cursor of the data, and the name of the checkpoint
-    skipped: jax.Array  # of those, the ones that changed nothing, because a number was not finite
-    model: LanguageModel | Adapters  # what is trained
+    skipped: jax.Array  # batches that changed nothing, because a number was not finite
+    model: LanguageModel | Adapters  # the trained weights
     opt_state: optax.OptState
     ema: LanguageModel | Adapters | tuple  # a moving average of the model, or () where it is off
-    base: LanguageModel | tuple = ()  # what the model is added to where it is no whole one (lora.py), else ()
+    base: LanguageModel | tuple = ()  # the frozen weights under adapters (lora.py), else ()
 
 
 def init_state(config: Config, vocab_size: int) -> TrainState:
-    """A new state. Jitted under a mesh it is born sharded, with the same numbers on any mesh."""
+    """A new state. Jitted under a mesh, the state is created sharded, with the same numbers on any mesh."""
     return new_state(config, config.model.build(vocab_size, config.seq_len, nnx.Rngs(config.seed)))
 
 
@@ -53,7 +53,7 @@ def new_state(config: Config, model: LanguageModel) -> TrainState:
 def train_step(state: TrainState, batch: Batch, *, config: Config, vocab_size: int):
     """One update. Returns the next state and its metrics: loss (nats a token), grad_norm, learning_rate, skipped.
 
-    Where the loss or the gradient's norm is not finite, the next state is bit for bit this one, but for its counts.
+    If the loss or the gradient's norm is not finite, the next state equals this state except for the two counts.
 
     Args:
       batch: arrays of [grad_accum_steps, rows, seq_len].
@@ -105,7 +105,7 @@ def optimize(gradient, finite: jax.Array, state: TrainState, config: Config):
 
 
 def moved_average(state: TrainState, model: LanguageModel | Adapters, finite: jax.Array, config: Config):
-    """The average of the weights after this update; early on it forgets faster, so that the start does not linger."""
+    """The moving average of the weights after this update; early averages forget faster, so that the start fades."""
     if state.ema == ():
         return ()
     updates = state.step - state.skipped
@@ -114,35 +114,38 @@ def moved_average(state: TrainState, model: LanguageModel | Adapters, finite: ja
 
 
 def abstract_state(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and places of a state on a mesh, real or of a topology that is not at hand."""
+    """Shapes, dtypes and shardings of a state on a mesh, real or of an absent topology."""
     state = placed(jax.eval_shape(functools.partial(init_state, config, vocab_size)), mesh)
     if not config.optimizer.offload:
         return state
-    hosted = lambda leaf: leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
-    return dataclasses.replace(state, opt_state=jax.tree.map(hosted, state.opt_state))
+    return dataclasses.replace(state, opt_state=jax.tree.map(_hosted, state.opt_state))
+
+
+def _hosted(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
 
 
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
-    """Shapes, dtypes and places of a step's batch."""
+    """Shapes, dtypes and shardings of a step's batch."""
     shape = config.grad_accum_steps, config.micro_batch_size, config.seq_len
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batches.batch_sharding(mesh))
     return Batch(tokens, tokens, tokens, tokens, tokens.update(dtype=jnp.float32))
 
 
 def compile_step(config: Config, vocab_size: int, state: TrainState, mesh: jax.sharding.Mesh):
-    """The compiled train step for a state, real or abstract, on a mesh, real or of a topology that is not at hand.
+    """Compiles the train step for a state, real or abstract, on a mesh, real or of an absent topology.
 
-    Raises: Refused, by the compiler for its options.
+    Raises: Refused, if the compiler rejects its options.
     """
     lowered = train_step.lower(state, abstract_batch(config, mesh), config=config, vocab_size=vocab_size)
     return options.compile(lowered, config.compiler_options, mesh.devices.flat[0].platform)
 
 
 def weights(state: TrainState) -> LanguageModel:
-    """What is evaluated and sampled from: the moving average where it is on."""
+    """The weights to evaluate and sample from: the moving average if it is on."""
     return whole(state, state.model if state.ema == () else state.ema)
 
 
 def whole(state: TrainState, model: LanguageModel | Adapters) -> LanguageModel:
-    """What is trained as a model."""
+    """The trained weights as a whole model."""
     return model if state.base == () else merged(state.base, model)

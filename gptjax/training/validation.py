@@ -1,5 +1,7 @@
-"""What a run is measured by on its way: the held-out text, and tasks of lm-eval. Training does without: what fails there
-is a warning."""
+"""Evaluations during training: the held-out text and lm-eval tasks.
+
+A failed evaluation is a warning, and the run goes on.
+"""
 
 import jax
 
@@ -13,7 +15,7 @@ from gptjax.training.monitoring.metrics import Log
 
 
 def load_tasks(config: Config) -> dict:
-    """The tasks of a config, as of `harness.load`; none where it names none. Raises: Refused."""
+    """Loads the lm-eval tasks that a config names. Raises: Refused."""
     with distributed.together():
         return _harness().load(config.tasks, config.seq_len) if config.tasks.names else {}
 
@@ -25,7 +27,7 @@ def _harness():
 def held_out(
     config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, model: LanguageModel, step: int, log: Log
 ) -> Evaluation | None:
-    """Evaluates, and logs it where that was not done before; a failure is a warning, and None."""
+    """Evaluates a model on held-out text, and logs the result once per step; a failure gives a warning and None."""
     try:
         result = evaluate(
             model,
@@ -38,7 +40,7 @@ def held_out(
         )
     except Preempted:
         raise
-    except Exception as error:  # out of memory, a compiler's fault, a damaged file: training does without
+    except Exception as error:  # out of memory, a compiler's fault, a damaged file: training goes on
         log.failed_evaluation(step, error)
         return None
     if step not in log.losses:
@@ -47,7 +49,7 @@ def held_out(
 
 
 def on_tasks(config: Config, tasks: dict, tokenizer, model: LanguageModel, step: int, log: Log) -> None:
-    """Scores a model on tasks, if there are any and that was not done before; a failure is a warning."""
+    """Scores a model on tasks, once per step; a failure is a warning."""
     if not tasks or step in log.scored:
         return
     try:

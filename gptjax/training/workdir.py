@@ -1,4 +1,4 @@
-"""A workdir: what belongs to one run, and what must hold before a run goes on in it."""
+"""The files of a run's workdir, and the checks before a run starts in it."""
 
 import sys
 
@@ -7,42 +7,40 @@ from etils import epath
 
 from gptjax.checkpoints import retention
 from gptjax.errors import Refused, nearest, shown
-from gptjax.models.build import check_divides
 from gptjax.parallel.xla import options
 from gptjax.runtime import distributed, files, untrusted
 from gptjax.runtime.files import check_writable, write_whole
-from gptjax.tokenizers import tokenizer
-from gptjax.training.config import resume, schema
+from gptjax.training import resume_point
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring import records
 
 MAX_CONFIG_BYTES = 1 << 20
-CONVERTED = 0  # the step of a checkpoint that no run has saved
+CONVERTED = 0  # the step of a converted model's checkpoint, which no run saved
 
 
 def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
-    """What can be refused before anything is written. Raises: Refused."""
+    """Checks everything that can be checked before the first write. Raises: Refused."""
     schema.check_batch(config, mesh)
-    check_divides(config.model, tokenizer.expected_vocab_size(config.tokenizer), config.seq_len, mesh)
     options.check(config.compiler_options, mesh.devices.flat[0].platform)
     if "://" not in str(folder):
         check_writable(folder)
     if retention.at(folder / "checkpoints", CONVERTED).exists():
         raise Refused(
-            f"{folder} holds a converted model, weights alone, and no run to go on with: begin one in another --workdir "
-            f"with --config.init_from={folder}."
+            f"{folder} holds a converted model, which has weights alone and cannot resume: begin a run in another "
+            f"--workdir with --config.init_from={folder}."
         )
     if (folder / "config.json").exists():
-        check_same_run(config, read_config(folder), folder)
+        resume_point.check_same_run(config, read_config(folder), folder)
     elif (folder / "checkpoints").exists():
         raise Refused(
-            f"{folder} has checkpoints but no config.json, so nothing says what run they are of: put it back, "
-            "or give an empty --workdir."
+            f"{folder} has checkpoints but no config.json, so their run is unknown: put config.json back, or give an "
+            "empty --workdir."
         )
 
 
 def check_empty(folder: epath.Path) -> None:
-    """Raises: Refused, where a run has begun in a folder, or anything else is in it."""
+    """Raises: Refused, if the folder holds a run or anything else."""
     inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if inside:
         raise Refused(
@@ -51,9 +49,16 @@ def check_empty(folder: epath.Path) -> None:
         )
 
 
-def check_never_saved(folder: epath.Path) -> None:
-    """A run without a checkpoint has begun just now, and not lost those that it had. Raises: Refused."""
-    saved = [row["step"] for row in _rows(folder, sys.maxsize) if "save_seconds" in row]
+def check_never_saved(rows: list[dict], folder: epath.Path) -> None:
+    """Checks that a run without checkpoints has lost none.
+
+    Args:
+      rows: the rows of metrics.jsonl.
+      folder: the workdir.
+
+    Raises: Refused.
+    """
+    saved = [row["step"] for row in rows if "save_seconds" in row]
     if saved:
         raise Refused(
             f"{folder / 'checkpoints'} holds no checkpoint, but metrics.jsonl says that this run saved step "
@@ -62,7 +67,7 @@ def check_never_saved(folder: epath.Path) -> None:
 
 
 def read_config(folder: epath.Path) -> dict:
-    """The resolved config that the run in a workdir last went on with. Raises: Refused."""
+    """Reads config.json, the resolved config of the latest start. Raises: Refused."""
     path = folder / "config.json"
     if not path.exists():
         known = folder.parent.glob("*") if folder.parent.exists() else ()
@@ -78,35 +83,23 @@ def read_config(folder: epath.Path) -> dict:
     return config
 
 
-def check_same_run(config: Config, saved: dict, where: epath.Path) -> None:
-    """Raises: Refused, naming the keys by which `config` and the `saved` one are different runs."""
-    differing = resume.differences(saved, config)
-    if differing:
-        raise Refused(
-            f"{where} belongs to a run of another config: {', '.join(differing)}. Use the old values, or "
-            "another --workdir."
-        )
-
-
 def write_config(config: Config, folder: epath.Path) -> None:
-    """Says what the run in a workdir is; once it is sure that it goes on with this config."""
+    """Writes config.json, once nothing more can refuse the run."""
     write_whole(folder / "config.json", schema.to_json(config).encode())
-    (folder / "samples.txt").unlink(missing_ok=True)  # of a run that is not complete any more
+    (folder / "samples.txt").unlink(missing_ok=True)  # they describe the end of a run that now goes on
 
 
-def losses(folder: epath.Path, until: int = sys.maxsize) -> dict[int, float]:
-    """On the held-out text, by step up to `until`, as metrics.jsonl has them; the same on all processes."""
-    found = {}
+def losses(folder: epath.Path) -> dict[int, float]:
+    """The held-out losses in metrics.jsonl by step; the same on all processes. Raises: Refused."""
     with distributed.together():
-        if distributed.first():
-            found = records.evaluations(_rows(folder, until))
-    return dict(distributed.shared(lambda: [*found.items()]))
+        rows = read_rows(folder) if distributed.first() else []
+    return dict(distributed.shared(lambda: [*records.evaluations(rows).items()]))
 
 
-def _rows(folder: epath.Path, until: int) -> list[dict]:
-    """Of metrics.jsonl, up to a step. Raises: Refused."""
+def read_rows(folder: epath.Path, until: int = sys.maxsize) -> list[dict]:
+    """Reads the rows of metrics.jsonl up to a step. Raises: Refused."""
     path = folder / "metrics.jsonl"
     try:
         return records.rows_until(path, until)
-    except Exception as error:  # those of gcsfs and google-auth are no OSError
+    except Exception as error:  # gcsfs and google-auth raise errors that are not OSError
         raise Refused(f"{path} can't be read ({files.reason(error)}): run the command again once it can.") from error

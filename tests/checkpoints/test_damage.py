@@ -15,9 +15,10 @@ from support.command import training, tree
 
 from gptjax.checkpoints import manifest
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 
-RUN = {"config": {"seed": 3}, "tokenizer_hash": "abc"}
+RUN = RunRecord({"seed": 3}, "abc")
 NEWEST = "step_00000004"
 # One path of each kind of file that a checkpoint has, by what orbax names it.
 KINDS = (
@@ -111,8 +112,8 @@ FOLDERS = {
     "manifest of another save": (lambda step: rewritten(step, files={}), "is not in manifest.json"),
     "manifest of another format": (lambda step: rewritten(step, format=2), "is of format 2, and this gptjax reads 1"),
     "manifest of no form": (lambda step: rewritten(step, arrays=[1]), "does not have the form"),
-    "manifest without a hash": (lambda step: (step / "manifest.json").write_text('{"step": 4}'), "its own hash"),
-    "manifest that is no JSON": (lambda step: (step / "manifest.json").write_text("[" * 100_000), "its own hash"),
+    "manifest without a hash": (lambda step: (step / "manifest.json").write_text('{"step": 4}'), "does not match its hash"),
+    "manifest that is no JSON": (lambda step: (step / "manifest.json").write_text("[" * 100_000), "does not match its hash"),
     "a path that leaves the folder": (lambda step: naming(step, "state/../../x"), "which is not in its state"),
     "an absolute path": (lambda step: naming(step, "/etc/passwd"), "names /etc/passwd, which is not in its state"),
 }  # fmt: skip

@@ -20,10 +20,11 @@ from support.disks import filled
 from gptjax.checkpoints import manifest, retention
 from gptjax.checkpoints.async_save import Save
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 from gptjax.training import workdir
 
-RUN = {"config": {"seed": 3}}
+RUN = RunRecord({"seed": 3})
 MEGABYTE = 1_000_000
 
 
@@ -171,9 +172,9 @@ def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, wo
         with outage(method):
             if method == "open":
                 with pytest.raises(Refused, match=words):
-                    checkpoints.run(1)
+                    checkpoints.record(1)
             else:
-                assert checkpoints.run(1)["config"] == RUN["config"]
+                assert checkpoints.record(1).config == RUN.config
         with outage("unlink"), pytest.raises(Refused, match=r"step_00000001 can't be removed \(Outage: 503\)"):
             checkpoints.remove_after(0)
 
@@ -181,7 +182,7 @@ def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, wo
 def test_an_outage_of_what_was_logged_is_a_refusal(outage, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.5}\n')
     assert workdir.losses(epath.Path(tmp_path)) == {2: 1.5}
-    for read in (workdir.losses, workdir.check_never_saved):
+    for read in (workdir.losses, workdir.read_rows):
         with outage("open"), pytest.raises(Refused, match=r"metrics.jsonl can't be read \(Outage: 503\)"):
             read(epath.Path(tmp_path))
 
@@ -266,9 +267,10 @@ def test_memory_stays_over_two_hundred_saves(tmp_path):
 import pathlib, sys
 import jax.numpy as jnp
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 with Checkpoints(sys.argv[1]) as checkpoints:
     for step in range(1, 201):
-        checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, {"config": {}})
+        checkpoints.save(step, {name: jnp.full(250_000, step) for name in "abcd"}, RunRecord({}))
         checkpoints.wait()
         if 5 < step <= 15 or step > 190:
             print(int(pathlib.Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]))

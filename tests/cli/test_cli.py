@@ -39,7 +39,7 @@ def test_help_of_a_verb(gptjax_main, verb, flags):
 @pytest.mark.parametrize("steps", ["3", "2:2", "3:1", "-1:2", "a:b", "1:5", ":3"])
 def test_a_range_to_profile_that_is_none(refused, corpus, tmp_path, steps):
     error = refused(tmp_path, *training(corpus, tmp_path / "run", f"--profile_steps={steps}"))
-    assert f"--profile_steps={steps} is no A:B with A below B and B at most num_steps=4: write" in error
+    assert f"--profile_steps={steps} must be A:B with A < B ≤ num_steps=4, for example" in error
 
 
 def test_a_refusal_is_one_line_that_can_be_printed(refused, tmp_path):

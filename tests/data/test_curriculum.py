@@ -143,9 +143,9 @@ def test_a_run_of_several_shapes(one, tmp_path, capfd):
 def test_going_back_to_a_shape_from_before_this_process_began(one, tmp_path, monkeypatch):
     run = lambda steps: loop.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))
     run(4)
-    troubles, go_on = [rollback.GoBack(3, 3, 3, "why", "where", [])], loop.go_on
+    troubles, go_on = [rollback.GoBack(3, 3, 3, "why", "where", [])], loop.train_steps
     going_on = lambda *args: go_on(*args) if not troubles else (_ for _ in ()).throw(troubles.pop())
-    monkeypatch.setattr(loop, "go_on", going_on)
+    monkeypatch.setattr(loop, "train_steps", going_on)
     run(5)
     assert {row["step"]: row["tokens_seen"] for row in rows(tmp_path) if "loss" in row} == {
         1: 64, 2: 128, 3: 192, 4: 448, 5: 704}  # fmt: skip

@@ -11,6 +11,7 @@ from support.runs import tiny
 from support.stores import write_store
 
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.data.store import store as stores
 from gptjax.data.store.store import Store
 from gptjax.data.stream import curriculum, mixture
@@ -21,8 +22,9 @@ from gptjax.errors import Refused
 from gptjax.models.config import ModelConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training import batch_audit, loop
-from gptjax.training.corpus import check_same_data, make_corpus
+from gptjax.training.corpus import make_corpus
 from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.resume_point import check_same_data
 
 T = 16
 SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
@@ -248,9 +250,9 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     assert list(losses(changed).values())[:3] == list(losses(mixed).values())[:3]
     assert list(losses(changed).values())[3:] != list(losses(mixed).values())[3:]
     with Checkpoints(changed / "checkpoints") as checkpoints:
-        assert [phase["first"] for phase in checkpoints.run(6)["phases"]] == [0, 3]
+        assert [phase.first for phase in checkpoints.record(6).progress.phases] == [0, 3]
     other = {"text": folders["code"]} | {name: folders[name] for name in ("web", "books")}
-    with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows its text as 'code'"):
+    with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows this text as 'code'"):
         loop.train(run_of(other, weights="web 1", num_steps=7), changed)
     swapped = folders | {"code": folders["web"]}
     with pytest.raises(Refused, match=r"web has text_hash \w{12}, but .* was trained on \w{12}"):
@@ -264,7 +266,7 @@ def test_a_name_that_comes_or_goes(folders, tmp_path):
         (alone, mix, f"go on with data.store={folders['code']} and no mixture"),
         (mix, alone, f"go on with mixture.stores='code={folders['code']}' and mixture.weights='code 1'"),
     ):
-        known = {"text_hashes": hashes(saved), "tokenizer_hash": Corpus(saved).tokenizer.hash}
+        known = RunRecord({}, Corpus(saved).tokenizer.hash, hashes(saved))
         check_same_data(Corpus(saved), known, "here")
         with pytest.raises(Refused, match=words):
             check_same_data(Corpus(corpus), known, "here")
@@ -301,14 +303,12 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     show = ["data", "show", *flags]
     code, whole, _ = gptjax_main(*show, "--step=5")
     assert code == 0 and out[out.index("row 2 ·") :].strip() in whole
-    assert "--step=0 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=0")
-    assert "--step=61 is none of the steps 1 to num_steps=60" in refused(mixed, *show, "--step=61")
+    assert "--step=0 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=0")
+    assert "--step=61 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=61")
     assert "--row=8 is none of the rows 0 to 7 of step 5" in refused(mixed, *show, "--step=5", "--row=8")
     told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
     assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
-    with pytest.raises(
-        Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"
-    ):
+    with pytest.raises(Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"):
         batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]
     assert "there is no --workdir: say where the tokens are" in refused(mixed, *alone)

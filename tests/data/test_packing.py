@@ -136,5 +136,7 @@ def test_evaluation_is_of_windows_however_training_is_packed(split_store):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(Refused, match='packing.method="bestfit" must be one of concat, best_fit. Did you mean "best_fit"?'):
+    with pytest.raises(
+        Refused, match='packing.method="bestfit" must be one of concat, best_fit. Did you mean "best_fit"?'
+    ):
         tiny(packing=PackingConfig("bestfit"))

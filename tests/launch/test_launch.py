@@ -304,7 +304,11 @@ def replaced(word, new):
         ([*ONE], [], "Nothing follows --"),
         ([*ONE], replaced("--workdir", "--workdir=/data/run"), "--workdir=/data/run must be gs://BUCKET/FOLDER"),
         ([*ONE], replaced("--workdir", "--workdir=gs://bucket"), "--workdir=gs://bucket must be gs://BUCKET/FOLDER"),
-        ([*ONE], replaced("--config", "--config=configs/new.py"), "--config=configs/new.py must be a file that git tracks"),
+        (
+            [*ONE],
+            replaced("--config", "--config=configs/new.py"),
+            "--config=configs/new.py must be a file that git tracks",
+        ),
     ],
 )
 def test_refused_before_gcloud_is_called(cloud, flags, command, told):

@@ -266,7 +266,9 @@ def test_dial(row):
         model = build.abstract_model(config.model, vocab_size, config.seq_len)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert (
-        count == config.model.num_parameters(vocab_size, config.seq_len).total == pytest.approx(parameters * 1e6, rel=0.03)
+        count
+        == config.model.num_parameters(vocab_size, config.seq_len).total
+        == pytest.approx(parameters * 1e6, rel=0.03)
     )
     assert (config.model.num_layers, config.model.embed_dim) == (depth, width)
     assert (config.batch_size, config.num_steps) == (batch, steps)

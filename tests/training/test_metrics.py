@@ -11,13 +11,15 @@ from gptjax.parallel.hardware import peak_flops
 from gptjax.runtime import profiling
 from gptjax.training.monitoring import records
 from gptjax.training.monitoring.metrics import Log
+from gptjax.training.monitoring.writers import Writers
 
 UNWATCHED = SimpleNamespace(see=lambda step, loss, grad_norm: "")
 
 
 def log_of(folder, bar, start, watch=UNWATCHED, log_every=10, tokens_per_step=1, flops_per_token=1, peak=None):
     done = lambda step: (step * tokens_per_step, step * tokens_per_step * flops_per_token)
-    return Log(epath.Path(folder), bar, start, watch, log_every, done, peak)
+    writers = Writers(epath.Path(folder), start, bar)
+    return Log(writers, bar, start, watch, log_every, SimpleNamespace(done=done, peak=peak))
 
 
 def test_rows_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
@@ -88,7 +90,8 @@ def test_steps_of_other_flops_are_not_measured_together(tmp_path, monkeypatch):
     monkeypatch.setattr("gptjax.training.monitoring.metrics.time.perf_counter", lambda: clock[0])
     done = lambda step: (step, 100 * step + 200 * max(0, step - 5))
     bar = SimpleNamespace(update=lambda step, text: None)
-    with Log(epath.Path(tmp_path), bar, 0, UNWATCHED, 2, done, 1000.0) as log:
+    writers, work = Writers(epath.Path(tmp_path), 0, bar), SimpleNamespace(done=done, peak=1000.0)
+    with Log(writers, bar, 0, UNWATCHED, 2, work) as log:
         for step in range(1, 11):
             clock[0] += 1.0 if step <= 5 else 3.0
             log.push(step, {"loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "skipped": 0})

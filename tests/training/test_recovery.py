@@ -17,18 +17,17 @@ from support import poisoned
 from support.command import environment, long_run, losses, rows
 from support.runs import GPT2, LLAMA, data_of, mesh_of, run, small, tiny
 
-from gptjax.checkpoints import manifest
+from gptjax.checkpoints import manifest, record
 from gptjax.checkpoints.manager import CheckpointConfig, Checkpoints
+from gptjax.checkpoints.record import Recovery
 from gptjax.data.stream import stream
 from gptjax.errors import Failed, Preempted, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop
 from gptjax.training import step as update
-from gptjax.training.monitoring import skipped_batches
-from gptjax.training.monitoring.config import check_recovery
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
-from gptjax.training.monitoring.skipped_batches import NOTHING, batch_index
+from gptjax.training.monitoring.skipped_batches import batch_index
 from gptjax.training.optim.config import OptimizerConfig
 
 # The compiled step
@@ -100,9 +99,11 @@ def test_it_is_as_if_the_bad_batch_had_not_been(store, monkeypatch):
 # The rules
 
 
-def watch(tmp_path, config, saved=NOTHING, start=0):
+def watch(tmp_path, config, saved=Recovery(), start=0):
     documents = lambda batch: [{"name": f"{batch}.txt", "offset": 7}]
-    return Watch(config, epath.Path(tmp_path), documents, start, json.loads(json.dumps(saved)))
+    return Watch(
+        config, epath.Path(tmp_path), documents, start, Recovery(**json.loads(json.dumps(dataclasses.asdict(saved))))
+    )
 
 
 def verdicts(watching, numbers, start=0):
@@ -231,7 +232,7 @@ def test_rows_of_batches_that_were_skipped_stay(tmp_path):
     lines = [json.dumps(row) + "\n" for row in [*kept, {"step": 7, "batch": 10}]]
     (tmp_path / "skipped.jsonl").write_text("".join(lines) + '{"step": 8, "ba')
     ledger = [{"step": 4, "first_batch": 4, "num_batches": 4, "reason": "why"}]
-    watch(tmp_path, RULE, {"ledger": ledger, "losses": []}, 6)
+    watch(tmp_path, RULE, Recovery(ledger), 6)
     assert skipped_rows(tmp_path) == kept
 
 
@@ -260,10 +261,10 @@ SKIPPED = {"step": 4, "first_batch": 4, "num_batches": 2, "reason": "why"}
 ])  # fmt: skip
 def test_what_a_checkpoint_holds_otherwise_is_refused(tmp_path, found, words):
     with pytest.raises(Refused) as refusal:
-        skipped_batches.check_saved({"recovery": found}, 9, tmp_path)
+        record.read_recovery({"recovery": found}, 9, tmp_path)
     assert words in str(refusal.value)
     for ledger in ([], [SKIPPED, SKIPPED]):
-        skipped_batches.check_saved({"recovery": {"ledger": ledger, "losses": []}}, 9, tmp_path)
+        record.read_recovery({"recovery": {"ledger": ledger, "losses": []}}, 9, tmp_path)
 
 
 def test_the_documents_of_a_batch(store):
@@ -298,7 +299,7 @@ def skipped_rows(folder):
 
 def remembered(folder):
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.run(checkpoints.choose(-1))["recovery"]
+        return dataclasses.asdict(checkpoints.record(checkpoints.choose(-1)).progress.recovery)
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +372,7 @@ def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
     assert "from step 11 to 12 the loss was above " in row["reason"]
     assert [(row["step"], row["batch"]) for row in skipped_rows(tmp_path / "run")] == [(11, 10), (12, 11)]
     printed = capsys.readouterr().out
-    assert (
-        "going back to step 8, past batches 8 to 11" in printed and "; removed the later checkpoints: 10" in printed
-    )
+    assert "going back to step 8, past batches 8 to 11" in printed and "; removed the later checkpoints: 10" in printed
     assert "going on from the checkpoint of step 8" in printed
     assert list(losses(tmp_path / "run")) == list(range(1, 17))
 

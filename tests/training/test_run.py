@@ -24,7 +24,7 @@ from gptjax.parallel import mesh
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.training import loading, loop, validation, workdir
 from gptjax.training import step as update
-from gptjax.training.corpus import identity, prepare
+from gptjax.training.corpus import prepare, record_of
 
 STEPS, EVERY = 6, 2
 STEP_ROW = {
@@ -169,7 +169,7 @@ def test_average_of_the_weights_is_what_is_loaded(finished, corpus, tmp_path):
     with jax.set_mesh(mesh_of(2, 2, 2)), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: update.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
-        checkpoints.save(7, state, identity(config, store))
+        checkpoints.save(7, state, record_of(config, store))
     run = loading.load(folder, -1)
     assert (run.step, run.config) == (7, config)
     assert (run.model.norm.gain[...] == 2).all() and (state.model.norm.gain[...] == 1).all()

@@ -1,7 +1,7 @@
 """Runs that begin with the model of another one."""
 
-import base64
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -23,7 +23,7 @@ from gptjax.tokenizers import tokenizer
 from gptjax.training import init_from, loading, loop, step
 from gptjax.training.config import files as config_file
 from gptjax.training.config import resume
-from gptjax.training.corpus import identity, open_corpus
+from gptjax.training.corpus import open_corpus, record_of
 
 STEPS = 6
 # The data, the seed, the schedule and what trains a model otherwise, but not another one, may be new.
@@ -140,7 +140,7 @@ def test_what_is_no_model_to_begin_with(base, others, refused, tmp_path):
 def test_another_tokenizer_is_refused(base, others):
     """One with fewer special tokens, or others; ones that are added are no other."""
     checkpoints = Checkpoints(epath.Path(base) / "checkpoints")
-    saved = checkpoints.run(4) | with_tokenizer('{"kind": "byte", "special_tokens": ["<b>"]}')
+    saved = dataclasses.replace(checkpoints.record(4), **with_tokenizer('{"kind": "byte", "special_tokens": ["<b>"]}'))
     for names, fits in (("<b>", True), ("<b>,<a>", True), ("<a>,<b>", False), ("", False)):
         config = loaded(others, f"--config.init_from={base}", f"--config.tokenizer.special_tokens={names}")
         words = "was trained with tokenizer .*, and the section tokenizer has .*: use .*/tokenizer"
@@ -150,8 +150,7 @@ def test_another_tokenizer_is_refused(base, others):
 
 def with_tokenizer(described):
     files = {"tokenizer.json": described.encode()}
-    encoded = {name: base64.b64encode(content).decode() for name, content in files.items()}
-    return {"tokenizer": encoded, "tokenizer_hash": tokenizer.hash_of(files)}
+    return {"tokenizer": files, "tokenizer_hash": tokenizer.hash_of(files)}
 
 
 def test_a_shorter_sequence_takes_the_first_of_learned_positions(base, others, tmp_path):
@@ -172,7 +171,7 @@ def test_an_average_of_weights_is_what_is_begun_with(base, others, tmp_path):
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as checkpoints:
         state = jax.jit(lambda: step.init_state(config, 257))()
         state.ema.norm.gain[...] += 1
-        checkpoints.save(7, state, identity(config, corpus))
+        checkpoints.save(7, state, record_of(config, corpus))
         checkpoints.wait()
         found = init_from.begin(loaded(others, f"--config.init_from={folder}"), 257, mesh)
     assert (found.model.norm.gain[...] == 2).all()

@@ -4,7 +4,6 @@ A converted model is a workdir with one checkpoint at step 0, which holds the we
 folder beside the target, which is renamed at the end.
 """
 
-import base64
 import contextlib
 import dataclasses
 import json
@@ -19,6 +18,7 @@ from etils import epath
 
 from gptjax.checkpoints import chunked
 from gptjax.checkpoints.manager import Checkpoints
+from gptjax.checkpoints.record import RunRecord
 from gptjax.checkpoints.retention import at
 from gptjax.errors import Failed, Refused
 from gptjax.interop.huggingface import safetensors, weights
@@ -76,9 +76,8 @@ def from_hf(source: str, target: str) -> None:
             for region in chunked.regions(array):
                 block = _gathered(parts[name], region, tensors, array.dtype.numpy_dtype)
                 chunked.write(array, region, block)
-        files = {name: base64.b64encode(content).decode() for name, content in taken.files.items()}
-        run = {"config": dataclasses.asdict(config), "tokenizer_hash": taken.tokenizer.hash, "text_hashes": {}}
-        chunked.seal(checkpoints, workdir.CONVERTED, run | {"tokenizer": files}, arrays)
+        record = RunRecord(dataclasses.asdict(config), taken.tokenizer.hash, {}, taken.files)
+        chunked.seal(checkpoints, workdir.CONVERTED, record, arrays)
         (folder / "tokenizer").mkdir()
         for name, content in taken.files.items():
             (folder / "tokenizer" / name).write_bytes(content)
@@ -105,11 +104,10 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
     workdir.read_config(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = loading.chosen(checkpoints, folder, step)
-        saved = checkpoints.run(step)
-        config = schema.parse(saved["config"])
+        record = checkpoints.record(step)
+        config = schema.parse(record.config)
         family = family_of(config.model)
-        known = loading.saved_tokenizer(saved, f"{checkpoints.folder} (step {step})")
-        files = {name: base64.b64decode(text) for name, text in saved["tokenizer"].items()}
+        known = loading.saved_tokenizer(record, f"{checkpoints.folder} (step {step})")
         shapes, adapters = _shapes(config, known.vocab_size), _adapters(config, known.vocab_size)
         part = "ema" if config.optimizer.ema_decay else "model"
         whole = "base" if adapters else part
@@ -121,7 +119,7 @@ def to_hf(folder: epath.Path, target: str, step: int | str, shard_bytes: int = s
     arrays = {name: chunked.read(state, f"{whole}.{name}", shape) for name, shape in shapes.items()}
     sides = {name: chunked.read(state, f"{part}.{name}", shape) for name, shape in adapters.items()}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
-    texts, ends, note = tokenizer_files(files, known, config.seq_len)
+    texts, ends, note = tokenizer_files(record.tokenizer, known, config.seq_len)
     spelled = {"float32": "F32", "bfloat16": "BF16"}
     wanted = {each.tensor: (spelled[dtypes[name]], each.tensor_shape) for name in shapes for each in parts[name]}
     with _new_folder("--target", target) as made:

@@ -5,8 +5,8 @@ import dataclasses
 from gptjax.runtime.files import flatten
 from gptjax.training.config.schema import RETIRED_KEYS, Config, default
 
-# What a run may change when it goes on: neither the parameters, nor the optimizer's state, nor which tokens a step
-# sees depends on these. A section stands for all its keys.
+# Keys that may change when a run resumes: the parameters, the optimizer's state and the tokens of a step do not depend
+# on them. A section stands for all its keys.
 FREE_KEYS = (
     "num_steps", "grad_accum_steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "num_samples",
     "tracker", "sample_prompt", "compiler_options", "mesh", "mixture", "curriculum", "loss", "checkpoint", "tasks",
@@ -19,7 +19,7 @@ FREE_KEYS = (
 
 
 def differences(old: dict, new: Config) -> list[str]:
-    """Keys that a run must not change when it goes on, as `key (old there, new here)`.
+    """The keys that a run must not change when it resumes, as `key (old there, new here)`.
 
     Args:
       old: the resolved config that the run was started with, as a dict.
@@ -28,9 +28,9 @@ def differences(old: dict, new: Config) -> list[str]:
     def bound(key: str) -> bool:
         return not any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *RETIRED_KEYS))
 
-    # What a run of an earlier version does not name had no effect on it, and that is what a default is.
+    # A key that an earlier version did not know had no effect, like its default now.
     old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
-    # One average of the weights is kept or none; how fast it moves is free.
+    # The average of the weights is kept or not; its decay is free.
     for flat in (old, new):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
     return [

@@ -3,13 +3,13 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
 
 import jax
-from etils import epath
 
 from gptjax.runtime import distributed, heartbeat
 from gptjax.training.monitoring import records
+from gptjax.training.monitoring.rollback import Watch
+from gptjax.training.monitoring.work import Work
 from gptjax.training.monitoring.writers import Writers
 
 
@@ -23,38 +23,26 @@ class Log:
     The log is a context manager: leaving the block without an exception writes the pending row.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        bar,
-        start: int,
-        watch,
-        log_every: int,
-        done: Callable[[int], tuple[int, int]],
-        peak: float | None,
-        tracker: Callable | None = None,
-    ):
-        """
+    def __init__(self, writers: Writers | None, bar, start: int, watch: Watch, log_every: int, work: Work):
+        """Opens the log of the steps after `start`.
+
         Args:
-          workdir: folder of metrics.jsonl and TensorBoard's files.
-          bar: shows progress and prints the messages.
-          start: completed updates at the start.
-          watch: sees each step's loss and gradient norm before anything else uses them.
+          writers: the writers of the rows; None on all processes but the first.
+          bar: shows the progress and prints messages.
+          start: completed updates.
+          watch: sees the loss and the gradient's norm of each step before anything else is done with them.
           log_every: steps from one row to the next.
-          done: gives the tokens and the model's FLOPs of all steps up to a step.
-          peak: FLOPs per second that all devices reach at best; None if unknown.
-          tracker: as in `Writers`.
+          work: counts the tokens and FLOPs of the steps.
         """
-        self._bar, self._watch, self._log_every = bar, watch, log_every
-        self._done, self._peak = done, peak
+        self._writers, self._bar, self._watch, self._log_every = writers, bar, watch, log_every
+        self._work = work
         self._pending = None
         self._began, self._steps = time.perf_counter(), 0
         self._start, self._starting = start, None
-        self._flops = 0  # FLOPs of the last logged step
-        self.step_seconds = []  # times of the logged steps since a curriculum last changed the FLOPs per step
-        self.floor_seconds = None  # time of such a step at the peak, where the peak is known
-        self._writers = Writers(workdir, start, bar, tracker) if distributed.first() else None
-        rows = self._writers.rows if distributed.first() else []
+        self._flops = 0  # of the last logged step
+        self.step_seconds = []  # of the logged steps of as many FLOPs, which a curriculum changes
+        self.floor_seconds = None  # of each of them, by its FLOPs at the peak, where that is known
+        rows = writers.rows if writers else []
         self.losses = dict(distributed.exchange([*records.evaluations(rows).items()])[0])  # on held-out text, by step
         self.scored = set(distributed.exchange([row["step"] for row in rows if any(map(_of_task, row))])[0])  # on tasks
 
@@ -109,15 +97,15 @@ class Log:
         now = time.perf_counter()
         seconds, steps = (now - self._began) / self._steps, self._steps
         self._began, self._steps = now, 0
-        tokens, flops = self._done(step)
-        before = self._done(step - steps)
+        tokens, flops = self._work.done(step)
+        before = self._work.done(step - steps)
         speed = (tokens - before[0]) / (seconds * steps)
         each = (flops - before[1]) / steps
         if each != self._flops:
             self._flops, self.step_seconds = each, []
         self.step_seconds.append(seconds)
-        self.floor_seconds = self._peak and each / self._peak
-        mfu = self._peak and self.floor_seconds / seconds
+        self.floor_seconds = self._work.peak and each / self._work.peak
+        mfu = self._work.peak and self.floor_seconds / seconds
         numbers = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         row |= {"skipped_updates": int(metrics["skipped"])}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from gptjax.checkpoints.record import Recovery
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed, untrusted
 from gptjax.runtime.files import write_whole
@@ -70,7 +71,7 @@ def way_back(trouble: GoBack, row: dict, removed: list[int]) -> str:
 class Watch:
     """Checks the losses of a run's steps in order, from a start on."""
 
-    def __init__(self, config: RecoveryConfig, folder: epath.Path, documents: Callable, start: int, saved: dict):
+    def __init__(self, config: RecoveryConfig, folder: epath.Path, documents: Callable, start: int, saved: Recovery):
         """Deletes rows of skipped.jsonl after `start` unless the ledger skipped their batch; the run rewrites them.
 
         Args:
@@ -78,17 +79,17 @@ class Watch:
           folder: the workdir.
           documents: maps a batch's index to the documents in the batch, as `stream.documents` does.
           start: completed updates at the start.
-          saved: NOTHING, or the value of `saved()` from the checkpoint of `start`.
+          saved: the value of `saved()` from the checkpoint of `start`; empty for a new run.
         """
         self._config, self._documents, self._path = config, documents, folder / "skipped.jsonl"
-        self.ledger, self._losses = saved["ledger"], saved["losses"]  # a loss is None where a number was not finite
+        self.ledger, self._losses = saved.ledger, saved.losses  # a loss is None where a number was not finite
         self.in_doubt = False  # whether the last loss may be the first in a series that leads to a rollback
         if distributed.first():
             self._drop_rows_after(start)
 
-    def saved(self) -> dict:
-        """Returns the JSON values that a checkpoint must hold."""
-        return {"ledger": self.ledger, "losses": self._losses}
+    def saved(self) -> Recovery:
+        """The memory that a checkpoint has to hold."""
+        return Recovery(self.ledger, self._losses)
 
     def see(self, step: int, loss: float, grad_norm: float) -> str:
         """Takes the numbers of a step. Returns a message for the user, mostly an empty one.

@@ -33,21 +33,30 @@ FLUSH_SECONDS = 120  # between flushes of the event file, and of metrics.jsonl o
 class Writers:
     """Writes the rows of a workdir from a step on."""
 
-    def __init__(self, folder: epath.Path, start: int, bar, tracker: Callable | None = None):
-        """Keeps the rows of metrics.jsonl up to `start`, as the attribute `rows`.
+    def __init__(
+        self,
+        folder: epath.Path,
+        start: int,
+        bar,
+        tracker: Callable | None = None,
+        rows: list[dict] | None = None,
+    ):
+        """Opens the files; the rows of metrics.jsonl up to `start` stay, as `rows`.
 
         Args:
           folder: the workdir.
-          start: completed updates at the start.
+          start: completed updates.
           bar: prints the warnings.
           tracker: returns a function of a step and a row (trackers.py).
+          rows: all rows of metrics.jsonl, if they are read already.
         """
         self._metrics, self._tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
         self._on_a_bucket = "://" in str(folder)
         self._bar, self._failed, self._flushed = bar, set(), time.monotonic()
         self.rows, self._file, self._board, self._track = [], None, None, None
         with self._or_warn(self._metrics):
-            self.rows = rows_until(self._metrics, start)
+            rows = rows_until(self._metrics, start) if rows is None else rows
+            self.rows = [row for row in rows if row["step"] <= start]
             lines = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
             write_whole(self._metrics, lines)
             self._file = _Rewritten(self._metrics, lines) if self._on_a_bucket else self._metrics.open("ab")
