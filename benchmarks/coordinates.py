@@ -53,7 +53,10 @@ def batch_of(config: Config) -> Batch:
 
     whole = ids[None, :, :-1], positions, np.zeros(shape, np.int32), ids[None, :, 1:], np.ones(shape, np.float32)
     return Batch(
-        **{name: place(array) for name, array in zip(("inputs", "positions", "segments", "targets", "weights"), whole)}
+        **{
+            name: place(array)
+            for name, array in zip(("inputs", "positions", "segments", "targets", "weights"), whole, strict=False)
+        }
     )
 
 
@@ -100,14 +103,14 @@ def sizes(config: Config) -> np.ndarray:
 def slopes(widths, found: np.ndarray) -> dict[str, float]:
     """Fits the slope of log size over log width by place, after the last step. found: [widths, steps + 1, places]."""
     line = np.polyfit(np.log(widths), np.log(found[:, -1]), 1)[0]
-    return dict(zip(PLACES, line.round(3).tolist()))
+    return dict(zip(PLACES, line.round(3).tolist(), strict=False))
 
 
 def draw(widths, by_name: dict[str, np.ndarray], path: str) -> None:
     figure = Figure(figsize=(13, 5.2), dpi=90, facecolor="white", layout="constrained")
     panels = figure.subplots(len(by_name), len(PLACES), sharex=True)
-    for row, (name, found) in zip(panels, by_name.items()):
-        for panel, place, values in zip(row, PLACES, np.moveaxis(found, 2, 0)):
+    for row, (name, found) in zip(panels, by_name.items(), strict=False):
+        for panel, place, values in zip(row, PLACES, np.moveaxis(found, 2, 0), strict=False):
             for step in range(1 if place == "logits_change" else 0, STEPS + 1):
                 panel.loglog(widths, values[:, step], "o-", ms=3, color=(0.2, 0.75 - 0.15 * step, 0.85 - 0.1 * step))
             shown = np.moveaxis(np.stack(list(by_name.values())), 3, 0)[PLACES.index(place)]

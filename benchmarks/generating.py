@@ -91,7 +91,7 @@ def main():
                 for side in order:
                     times[side].append(timed(sides[side]))
             for side in models:
-                ratios = [one / other for one, other in zip(times["transformers"], times[side])]
+                ratios = [one / other for one, other in zip(times["transformers"], times[side], strict=False)]
                 speeds = (rows * args.tokens / statistics.median(times[which]) for which in (side, "transformers"))
                 quartiles = ", ".join(f"{ratio:.2f}" for ratio in statistics.quantiles(ratios, n=4))
                 print(f"{rows} rows, {name}, {side}: {' and '.join(f'{speed:.1f}' for speed in speeds)}; {quartiles}")

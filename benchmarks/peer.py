@@ -117,7 +117,7 @@ def compare(args: argparse.Namespace, peers: dict[str, list[str]], *, biases: bo
     for side in sides:
         if not (math.isfinite(side.last) and side.last < side.first):
             sys.exit(f"{side.name} does not train: its loss went from {side.first} to {side.last} on one batch.")
-        ratios = [theirs / mine for theirs, mine in zip(times[side], times[ours])]
+        ratios = [theirs / mine for theirs, mine in zip(times[side], times[ours], strict=False)]
         quartiles = ", ".join(f"{q:.3f}" for q in statistics.quantiles(ratios, n=4)) if args.rounds > 1 else "one round"
         speed = f"{statistics.median(ratios):.3f} ({quartiles})" if side is not ours else ""
         per_second = shape.batch * shape.length / statistics.median(times[side])

@@ -16,9 +16,9 @@ import time
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from benchmarks.memory import resident  # noqa: E402
+from benchmarks.memory import resident
 
 SAVES, EVERY = 200, 10
 

@@ -106,7 +106,7 @@ def tokenizer_files(folder: pathlib.Path) -> Reader:
     description = {"kind": "sentencepiece"}
 
     def place(given):
-        for name, content in zip(tokenizer.FILES, given):
+        for name, content in zip(tokenizer.FILES, given, strict=False):
             hostile.put(folder / name, content)
 
     def read(_):

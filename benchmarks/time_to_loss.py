@@ -34,7 +34,7 @@ from gptjax.training import loop, step
 from gptjax.training.config import files
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 QUICKSTART = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
 # GPT-2 (Radford et al. 2019) with GPT-3's cosine to 10 % (Brown et al. 2020, appendix B), at the quickstart's size: the
@@ -92,7 +92,7 @@ class Run:
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
     """When a curve of (seconds, bits) first comes down to the target, in a straight line between its points."""
-    for (t0, y0), (t1, y1) in zip(curve, curve[1:]):
+    for (t0, y0), (t1, y1) in zip(curve, curve[1:], strict=False):
         if y1 <= target:
             return t0 + (t1 - t0) * (y0 - target) / (y0 - y1)
     return float("inf")
@@ -104,7 +104,7 @@ def draw(ours: Run, other: Run, seconds: float, picture: pathlib.Path) -> None:
         (other, "#9db8d9", f"GPT-2-style, AdamW ({other.parameters / 1e6:.2f}M parameters)"),
         (ours, "#1f4e8c", f"quickstart ({ours.parameters / 1e6:.2f}M parameters)"),
     ):
-        axes.plot(*zip(*run.curve), "o-", color=color, lw=2, ms=4, label=label)
+        axes.plot(*zip(*run.curve, strict=False), "o-", color=color, lw=2, ms=4, label=label)
     end, target = other.curve[-1]
     axes.hlines(target, min(seconds, end), end, color="#a0522d", ls="--", lw=1)
     if seconds < end:
@@ -139,7 +139,7 @@ def main():
         if abs(sizes[0] / sizes[1] - 1) > 0.02:
             sys.exit(f"The recipes have {sizes[0]:,} and {sizes[1]:,} parameters: more than 2 % apart.")
         rounds = [[trial.train(5) / 5 for trial in trials] for _ in range(9)][1:]
-        step_seconds = [statistics.median(column) for column in zip(*rounds)]
+        step_seconds = [statistics.median(column) for column in zip(*rounds, strict=False)]
         num_steps = [BLOCKS * max(2, round(args.seconds / each / BLOCKS)) for each in step_seconds]
         print(f"parameters {sizes[0]:,} and {sizes[1]:,}; a step {step_seconds[0]:.3f} and {step_seconds[1]:.3f} s; "
               f"steps {num_steps[0]} and {num_steps[1]}", flush=True)  # fmt: skip

@@ -103,7 +103,7 @@ def main():
                 size, taken = results.get()
                 for process in started:
                     process.join()
-                ours, theirs = (size / 1e6 / statistics.median(times) for times in zip(*taken))
+                ours, theirs = (size / 1e6 / statistics.median(times) for times in zip(*taken, strict=False))
                 ratio = statistics.median(their / our for our, their in taken)
                 where = f"1 process, {cores} threads" if processes == 1 else f"{processes} processes, 1 thread each"
                 print(

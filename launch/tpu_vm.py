@@ -19,12 +19,12 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # so that nothing need be installed here
 
-from gptjax.errors import Refused  # noqa: E402
-from launch.arguments import parse  # noqa: E402
-from launch.gcloud import Gcloud, Unreachable, say  # noqa: E402
-from launch.pod import Pod, Worker  # noqa: E402
-from launch.rehearsal import Rehearsal  # noqa: E402
-from launch.tree import pack  # noqa: E402
+from gptjax.errors import Refused
+from launch.arguments import parse
+from launch.gcloud import Gcloud, Unreachable, say
+from launch.pod import Pod, Worker
+from launch.rehearsal import Rehearsal
+from launch.tree import pack
 
 TRY_AGAIN = 75, 143  # EX_TEMPFAIL in sysexits.h; SIGTERM, by which a machine that is taken away ends what runs on it
 STILL_RUNNING = 124  # of `timeout`, in worker.sh follow

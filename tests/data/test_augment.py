@@ -70,11 +70,11 @@ def test_rates_are_the_asked_ones(pieces):
     changed = []
     for index in range(10):
         one, other = plain.batch(index, np.arange(8)), dropped.batch(index, np.arange(8))
-        for field, its in list(zip(one, other))[1:]:
+        for field, its in list(zip(one, other, strict=True))[1:]:
             np.testing.assert_array_equal(field, its)
         special = np.isin(one.inputs, list(pieces.tokenizer.special.values()))
         np.testing.assert_array_equal(one.inputs[special], other.inputs[special])
-        assert all(np.isin(b, a).all() for a, b in zip(one.inputs, other.inputs))
+        assert all(np.isin(b, a).all() for a, b in zip(one.inputs, other.inputs, strict=True))
         changed.append((one.inputs != other.inputs)[~special & (one.weights > 0)].mean())
     assert 0.15 < np.mean(changed) < 0.2  # a few are replaced by their like
 
@@ -109,7 +109,7 @@ def test_they_are_functions_of_seed_batch_and_row(pieces):
     changes = dict(subword_alpha=0.1, fim_rate=0.5, token_dropout=0.1)
     whole = batches(pieces, **changes).batch(7, np.arange(8))
     parts = [batches(pieces, **changes).batch(7, rows) for rows in np.split(np.arange(8), 4)]
-    for field, its in zip(whole, zip(*parts)):
+    for field, its in zip(whole, zip(*parts, strict=True), strict=True):
         np.testing.assert_array_equal(field, np.concatenate(its))
     config = tiny(seq_len=T, seed=1, tokenizer=PIECES, augment=AugmentConfig(**changes))
     assert (data_of(config, pieces).batch(7, np.arange(8)).inputs != whole.inputs).any()

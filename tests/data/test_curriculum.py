@@ -55,7 +55,7 @@ def test_only_some_rows_are_read_as_before(one):
         whole = data.batch(batch, np.arange(count))
         for row in range(count):
             part = data.batch(batch, np.array([row]))
-            for field, its in zip(whole, part):
+            for field, its in zip(whole, part, strict=True):
                 np.testing.assert_array_equal(field[[row]], its)
 
 

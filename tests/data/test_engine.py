@@ -26,7 +26,7 @@ def run(tmp_path, tasks, workers, **more):
     )
     done = [json.loads((tmp_path / "out" / f"{task}.json").read_text()) for task in range(tasks)]
     assert workers == 1 or not any(imported for _, imported in done)
-    return tuple(map(sum, zip(*told))), {pid for pid, _ in done}
+    return tuple(map(sum, zip(*told, strict=True))), {pid for pid, _ in done}
 
 
 @pytest.mark.parametrize("workers", [1, 3])

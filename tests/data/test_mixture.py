@@ -34,7 +34,7 @@ SIZES = {"code": 1000, "web": 2500, "books": 700}  # tokens
 def folders(tmp_path_factory):
     where = tmp_path_factory.mktemp("mixture")
     return {name: write_store(where / name, size, letters) for (name, size), letters in
-            zip(SIZES.items(), ("abcdefgh", "ijklmnop", "qrstuvwxyz"))}  # fmt: skip
+            zip(SIZES.items(), ("abcdefgh", "ijklmnop", "qrstuvwxyz"), strict=True)}  # fmt: skip
 
 
 def names(folders):
@@ -72,7 +72,7 @@ def test_what_a_table_says_is_what_is_counted():
     shares = mixture.shares("a 3, b 2, c 0.01", ["a", "b", "c"])
     store, before = mixture.taken(shares, np.arange(3 * PERIOD))
     seen = collections.Counter()
-    for number, (its, count) in enumerate(zip(store.tolist(), before.tolist())):
+    for number, (its, count) in enumerate(zip(store.tolist(), before.tolist(), strict=True)):
         assert seen[its] == count
         seen[its] += 1
         if number % 777 == 0:
@@ -96,13 +96,13 @@ def test_rows_are_of_their_stores_on_any_number_of_hosts(folders):
     data = stream_of(folders, "code 0.5, web 0.4, books 0.1")
     for batch in (0, 3, 1000):
         whole = data.batch(batch, np.arange(8))
-        for source, row, weights in zip(data.sources(batch), whole.inputs, whole.weights):
+        for source, row, weights in zip(data.sources(batch), whole.inputs, whole.weights, strict=True):
             split = data.corpus.stores[source.store].split("train")
             tokens = split.read(np.array([source.spans[0][1]]), T)[0]
             np.testing.assert_array_equal(row, np.where(weights, tokens, 0))
         for hosts in (2, 4):
             parts = [data.batch(batch, rows) for rows in np.split(np.arange(8), hosts)]
-            for field, split in zip(whole, zip(*parts)):
+            for field, split in zip(whole, zip(*parts, strict=True), strict=True):
                 np.testing.assert_array_equal(field, np.concatenate(split))
         again = stream_of(folders, "code 0.5, web 0.4, books 0.1").batch(batch, np.array([6, 1]))
         np.testing.assert_array_equal(again.inputs, whole.inputs[[6, 1]])

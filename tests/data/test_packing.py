@@ -50,17 +50,21 @@ def test_rows_hold_each_token_once(split_store):
     split = split_store.split("train")
     for made in (Concat(split.tokens, T), BestFit(split.document_starts(), split.tokens, T)):
         spans = made.spans(np.arange(made.rows), np.zeros(made.rows, int), T)
-        tokens = np.concatenate([np.arange(start, start + n) for start, n in zip(spans.starts, spans.lengths)])
+        tokens = np.concatenate(
+            [np.arange(start, start + n) for start, n in zip(spans.starts, spans.lengths, strict=True)]
+        )
         np.testing.assert_array_equal(np.sort(tokens), np.arange(split.tokens - 1))
         ends = np.zeros(made.rows, int)
-        for row, place, _, length in zip(*spans):
+        for row, place, _, length in zip(*spans, strict=True):
             assert place == ends[row]
             ends[row] += length
         assert ends.max() <= T and ends.min() > 0
         for quarter in range(4):  # of each row its parts
             part = made.spans(np.arange(made.rows), np.full(made.rows, 8 * quarter), 8)
-            whole = {(r, p + i): s + i for r, p, s, n in zip(*spans) for i in range(n) if p + i >= 8 * quarter}
-            its = {(r, p + i + 8 * quarter): s + i for r, p, s, n in zip(*part) for i in range(n)}
+            whole = {
+                (r, p + i): s + i for r, p, s, n in zip(*spans, strict=True) for i in range(n) if p + i >= 8 * quarter
+            }
+            its = {(r, p + i + 8 * quarter): s + i for r, p, s, n in zip(*part, strict=True) for i in range(n)}
             assert its == {key: token for key, token in whole.items() if key[1] < 8 * quarter + 8}
 
 
@@ -71,13 +75,15 @@ def test_documents_stay_whole_and_there_is_little_padding(split_store):
     fitted, end_to_end = BestFit(starts, split.tokens, T), Concat(split.tokens, T)
     spans = fitted.spans(np.arange(fitted.rows), np.zeros(fitted.rows, int), T)
     begins, stops = set(spans.starts), set(spans.starts + spans.lengths)
-    for start, end in zip(starts, ends):
+    for start, end in zip(starts, ends, strict=True):
         assert start in begins and (end in stops or end == split.tokens)
-        pieces = [n for s, n in zip(spans.starts, spans.lengths) if start <= s < end]
+        pieces = [n for s, n in zip(spans.starts, spans.lengths, strict=True) if start <= s < end]
         assert len(pieces) == -(-(min(end, split.tokens - 1) - start) // T)
     best, concat = (packing.report(made, split, T) for made in (fitted, end_to_end))
     assert best.truncated == np.mean(ends - starts > T) < concat.truncated
-    assert concat.truncated == np.mean([s // T != (min(e, split.tokens - 1) - 1) // T for s, e in zip(starts, ends)])
+    assert concat.truncated == np.mean(
+        [s // T != (min(e, split.tokens - 1) - 1) // T for s, e in zip(starts, ends, strict=True)]
+    )
     assert best.padding == pytest.approx(1 - spans.lengths.sum() / (T * fitted.rows)) and best.padding < 0.1
     unread = SimpleNamespace(tokens=split.tokens)  # the starts of a million documents are read once
     assert packing.report(fitted, unread, T) == best
@@ -102,7 +108,7 @@ def test_fields_of_a_packed_batch(split_store):
             assert (batch.weights[row, :filled] == 1).all()
             assert all((field[row, filled:] == 0).all() for field in batch)
         halves = [data.batch(index, rows) for rows in (np.arange(4), np.arange(4, 8))]
-        for field, parts in zip(batch, zip(*halves)):
+        for field, parts in zip(batch, zip(*halves, strict=True), strict=True):
             np.testing.assert_array_equal(field, np.concatenate(parts))
 
 

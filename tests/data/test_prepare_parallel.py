@@ -182,7 +182,7 @@ def test_two_preparations_of_one_store_refuse_each_other(lines, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(lines, serial, disk, workers, capfd):  # noqa: F811
+def test_a_full_disk(lines, serial, disk, workers, capfd):
     """It ends in a sentence, with nothing that looks whole, and the same call goes on when there is room.
 
     The disk is full from the start, while tasks are done, and while the store is put together.

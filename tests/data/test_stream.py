@@ -54,7 +54,7 @@ def assert_equal(a, b):
 
 
 def concatenated(batches):
-    return Batch(*map(np.concatenate, zip(*batches)))
+    return Batch(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def window_of(tokens, row):
@@ -156,7 +156,9 @@ def test_segments_of_one_written_out_window(begin):
 
         def spans(self, starts, lengths):
             corpus = np.array([end, 7, 8, end, 9, end, end, 5, 6] + [0] * 20, np.uint16)
-            return np.concatenate([corpus[start : start + length] for start, length in zip(starts, lengths)])
+            return np.concatenate(
+                [corpus[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            )
 
     spans = Concat(9, 6).spans(np.array([0, 1, 2]), np.zeros(3, np.int64), 6)
     batch = stream._rows(Three(), spans, 3, 6, tokenizer)

@@ -224,7 +224,7 @@ def test_candidates_by_bisection_are_those_by_sorting():
         np.testing.assert_array_equal(kept, (logits >= least[:, None]) & np.isfinite(logits))
     for p in (0.01, 0.5, 0.95, 0.999):
         kept = np.isfinite(jax.jit(sampling.among_the_nucleus)(logits, jnp.full(6, p)))
-        for row, logit in zip(kept, logits.astype(np.float64)):
+        for row, logit in zip(kept, logits.astype(np.float64), strict=True):
             probability = np.exp(logit) / np.exp(logit).sum()
             above = np.array([probability[logit > one].sum() for one in logit])
             np.testing.assert_array_equal(row[abs(above - p) > 1e-6], (above < p)[abs(above - p) > 1e-6])
@@ -234,7 +234,7 @@ def test_a_repetition_penalty_covers_prompt_and_made(llama):
     """A large one: no token comes twice, nor one of the prompt."""
     prompts = [[10, 20, 30], [40]]
     made = ask(llama, prompts, Sampling(temperature=0, repetition_penalty=1e6), max_tokens=40)
-    for prompt, ids in zip(prompts, made):
+    for prompt, ids in zip(prompts, made, strict=True):
         assert len({*prompt, *ids}) == len(prompt) + len(ids)
     assert any(len(set(ids)) < len(ids) for ids in ask(llama, prompts, max_tokens=40))
 
@@ -313,7 +313,7 @@ def test_the_whole_is_what_came_in_pieces(llama):
     for steps in (1, 3, 32):
         told = [""] * 4
         for rows in grow(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)), steps=steps):
-            told = [text + row.news() for text, row in zip(told, rows)]
+            told = [text + row.news() for text, row in zip(told, rows, strict=True)]
         assert told == [text.partition(stop)[0] for text in texts]
         assert rows[number].tokens == whole[number][:end] and rows[number].finish == "stop"
     made = generate(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)))

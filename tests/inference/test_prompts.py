@@ -58,7 +58,7 @@ def documents(split):
     tokens = split.read(np.array([0]), split.tokens)[0].astype(np.int32)
     prompt = split.in_prompts(np.array([0]), np.array([split.tokens]))
     starts = split.document_starts()[1:]
-    return zip(np.split(tokens, starts), np.split(prompt, starts))
+    return zip(np.split(tokens, starts), np.split(prompt, starts), strict=True)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig(vocab_size=300)], ids=["byte", "sentencepiece"])
@@ -84,7 +84,7 @@ def test_an_epoch_has_the_responses_and_their_ends_as_targets_with_weight(pairs,
     rows = data.packed[""].rows
     batches = [data.batch(index, np.arange(8)) for index in range(rows // 8)]
     batches.append(data.batch(rows // 8, np.arange(rows % 8)))
-    inputs, targets, _, segments, weights = (np.concatenate(field) for field in zip(*batches))
+    inputs, targets, _, segments, weights = (np.concatenate(field) for field in zip(*batches, strict=True))
     assert ((inputs == 256) | (segments > 0) | (weights == 0)).all()
     expected = np.concatenate([tokens[~prompt] for tokens, prompt in documents(split)])[1:]
     assert sorted(targets[weights == 1]) == sorted(expected)
@@ -92,8 +92,8 @@ def test_an_epoch_has_the_responses_and_their_ends_as_targets_with_weight(pairs,
     if (method, seq_len) == ("best_fit", 200):  # whole pairs: each response is at once behind its prompt
         told = "".join(
             "|" if target == 256 or not segment else chr(target) if weight else "."
-            for row in zip(targets, weights, segments)
-            for target, weight, segment in [*zip(*row), (256, 0, 0)]
+            for row in zip(targets, weights, segments, strict=True)
+            for target, weight, segment in [*zip(*row, strict=True), (256, 0, 0)]
         )
         ends = re.findall(r"(\.*)([^.|]+)\|", told)
         train = [(len(prompt.encode()), text) for prompt, text in PAIRS]
@@ -103,7 +103,9 @@ def test_an_epoch_has_the_responses_and_their_ends_as_targets_with_weight(pairs,
 def test_held_out_rows_are_of_whole_pairs(pairs):
     split = pairs.split("heldout")
     batches = stream.heldout_batches(pairs, seq_len=96, batch_size=5, rows=np.arange(5))
-    everything = [np.concatenate(field) for field in zip(*(batches[index] for index in range(len(batches))))]
+    everything = [
+        np.concatenate(field) for field in zip(*(batches[index] for index in range(len(batches))), strict=True)
+    ]
     inputs, _, _, segments, weights = everything
     opened = inputs[:, 0][segments[:, 0] > 0]
     assert (opened == 256).all() and len(opened) < 5 * len(batches)

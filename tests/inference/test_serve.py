@@ -125,9 +125,9 @@ def test_many_at_once_get_what_each_gets_alone(client):
     """Of two rows; and other numbers for each."""
     prompts = [f"{n} plus " for n in range(8)]
     kinds = [{"temperature": n % 3 / 2, "top_p": 1 - n % 2 / 4, "seed": n, "max_tokens": 5 + n} for n in range(8)]
-    alone = [ask(client, prompt, **kind) for prompt, kind in zip(prompts, kinds)]
+    alone = [ask(client, prompt, **kind) for prompt, kind in zip(prompts, kinds, strict=True)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda both: ask(client, both[0], **both[1]), zip(prompts, kinds)))
+        together = list(pool.map(lambda both: ask(client, both[0], **both[1]), zip(prompts, kinds, strict=True)))
     assert [a.choices[0].text for a in together] == [a.choices[0].text for a in alone]
 
 

@@ -40,7 +40,7 @@ def test_what_is_added_is_the_product_and_begins_as_nothing(trained):
     with jax.set_mesh(mesh_of(1, 1, 1)):
         born = jax.jit(lambda: step.init_state(config(), 257))()
         wholes = step.weights(born), step.weights(trained[0])
-    for state, whole in zip((born, trained[0]), map(named_leaves, wholes)):
+    for state, whole in zip((born, trained[0]), map(named_leaves, wholes), strict=True):
         base, adapters = named_leaves(state.base), named_leaves(state.model)
         assert base.keys() == whole.keys() and {name.partition(".")[0] for name in adapters} == SUMS.keys()
         for name, weight in base.items():

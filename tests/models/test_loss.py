@@ -63,7 +63,9 @@ def on_mesh(shape, inputs, softcap, config):
         return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, w)
 
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs())]
+        placed = [
+            jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs(), strict=True)
+        ]
         (_, sums), gradients = jax.device_get(run(*placed))
     return sums, gradients
 
@@ -73,7 +75,9 @@ def test_scores_of_targets_are_those_of_log_softmax(inputs, shape, softcap):
     mesh = mesh_of(*shape)
     x, w, targets, _ = inputs
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs[:3], specs())]
+        placed = [
+            jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs[:3], specs(), strict=True)
+        ]
         score = lambda x, w, targets: next_token_scores(x, output_of(w, softcap), targets, vocab_size=VOCAB)
         scores, best = jax.device_get(jax.jit(score)(*placed))
     logits = np.float64(x) @ np.float64(w[:VOCAB]).T
@@ -99,7 +103,9 @@ def test_sums_and_gradients_are_those_of_log_softmax(inputs, shape, softcap, z_l
 def test_value_alone_is_the_same_as_with_the_gradient(inputs):
     mesh, config = mesh_of(1, 1, 1), LossConfig(z_loss=1e-2, num_chunks=2)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs())]
+        placed = [
+            jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs, specs(), strict=True)
+        ]
         alone = jax.jit(lambda *a: loss_sums(*a, vocab_size=VOCAB, softcap=5.0, config=config))(*placed)
     np.testing.assert_allclose(alone, on_mesh((1, 1, 1), inputs, 5.0, config)[0], rtol=1e-6)
 
@@ -128,7 +134,10 @@ def test_logits_of_the_whole_batch_are_never_held():
             shapes = [
                 jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, cut))
                 for sizes, dtype, cut in zip(
-                    [(B, T, D), (V, D), (B, T), (B, T)], [jnp.float32, jnp.float32, jnp.int32, jnp.float32], specs()
+                    [(B, T, D), (V, D), (B, T), (B, T)],
+                    [jnp.float32, jnp.float32, jnp.int32, jnp.float32],
+                    specs(),
+                    strict=False,
                 )
             ]
             lowered = jax.jit(jax.grad(objective, (0, 1))).lower(*shapes)

@@ -53,7 +53,7 @@ def make(config):
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(
-        tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+        tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     )
 
 
@@ -382,7 +382,7 @@ def test_the_gradient_of_a_product_is_that_of_einsum(equation, shape, dtype):
     made, back = jax.vjp(functools.partial(layers.contract, equation, x.dtype), x, w)
     expected, back_expected = jax.vjp(functools.partial(jnp.einsum, equation), x, w)
     np.testing.assert_array_equal(made, expected)
-    for mine, theirs in zip(back(expected), back_expected(expected)):
+    for mine, theirs in zip(back(expected), back_expected(expected), strict=True):
         assert mine.dtype == dtype and mine.shape == theirs.shape
         np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-5 if dtype == "float32" else 0.02)
 
@@ -399,7 +399,7 @@ def test_of_the_gradient_of_a_weight_the_smaller_side_is_transposed(equation, sh
 
 def products_of(equation, shape, dtype):
     left, right = equation.split("->")[0].split(",")
-    sizes = dict(zip(right, shape)) | {"B": 3, "T": 5}
+    sizes = dict(zip(right, shape, strict=True)) | {"B": 3, "T": 5}
     keys = jax.random.split(jax.random.key(0))
     draw = lambda key, names: jax.random.normal(key, [sizes[name] for name in names]).astype(dtype)
     return draw(keys[0], left), draw(keys[1], right)

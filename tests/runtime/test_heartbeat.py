@@ -87,7 +87,7 @@ def ended(processes: list[subprocess.Popen], timeout: float) -> list[tuple[int, 
         for process in processes:
             process.kill()
             process.wait()
-    return [(process.returncode, text) for process, text in zip(processes, texts)]
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")

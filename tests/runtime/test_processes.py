@@ -61,7 +61,7 @@ def processes(
     finally:
         for process in started:
             process.kill()
-    return [Ended(process.returncode, *output) for process, output in zip(started, outputs)]
+    return [Ended(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
 def train(number: int, folder, store, *more: str, **how) -> list[Ended]:

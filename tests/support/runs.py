@@ -89,7 +89,7 @@ def row_hashes(batch) -> dict[int, str]:
     """Of a step's batch as it lies on this process's devices: {row of the global batch: hash of all its tokens}."""
     found = {}
     row_of = np.arange(np.prod(batch.inputs.shape[:2])).reshape(batch.inputs.shape[:2])
-    for shards in zip(*(array.addressable_shards for array in batch)):
+    for shards in zip(*(array.addressable_shards for array in batch), strict=True):
         fields = jax.device_get([shard.data for shard in shards])
         for place, row in np.ndenumerate(row_of[shards[0].index[:2]]):
             row_hash = hashlib.sha256(b"".join(field[place].tobytes() for field in fields)).hexdigest()

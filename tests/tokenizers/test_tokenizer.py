@@ -135,7 +135,9 @@ def test_special_and_reserved_tokens_have_ids_by_name(tmp_path):
     assert special.special == end | {name: 257 + i for i, name in enumerate(names)} and special.vocab_size == 260
     ours = made["bpe with special tokens"]
     reserved = ["<|reserved_0|>", "<|reserved_1|>"]
-    assert list(ours.special.items()) == list(zip(["<|end_of_text|>", *names, *reserved], [0, 2, 3, 4, 5, 6]))
+    assert list(ours.special.items()) == list(
+        zip(["<|end_of_text|>", *names, *reserved], [0, 2, 3, 4, 5, 6], strict=True)
+    )
     assert ours.vocab_size == len(ours.token_bytes) == 340
     for one in made.values():
         assert one.special["<|end_of_text|>"] == one.end_of_text

@@ -26,6 +26,7 @@ from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import heartbeat, preemption
 from gptjax.training import loop
 from gptjax.training import step as update
+from gptjax.training.monitoring.config import check_recovery
 from gptjax.training.monitoring.rollback import GoBack, RecoveryConfig, Watch, skipping
 from gptjax.training.monitoring.skipped_batches import batch_index
 from gptjax.training.optim.config import OptimizerConfig

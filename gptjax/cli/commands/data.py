@@ -79,7 +79,7 @@ def stats(args: argparse.Namespace) -> None:
     from gptjax.runtime import optional
     from gptjax.training.config import files
 
-    where = args.store or args.config and files.load(args.config, args.overrides).data.store
+    where = args.store or (args.config and files.load(args.config, args.overrides).data.store)
     if not where or bool(args.store) == bool(args.config):
         raise Refused("Give --store=DIR, such as WORKDIR/store, or a --config that has data.store.")
     store = Store.open(epath.Path(where))

@@ -200,7 +200,7 @@ def resolve(config: Config) -> Config:
             f"data.store={config.data.store} and mixture.stores={config.mixture.stores} are both set: leave data.store "
             "empty, and name it in the mixture."
         )
-    if config.init_step < -1 or config.init_step >= 0 and not config.init_from:
+    if config.init_step < -1 or (config.init_step >= 0 and not config.init_from):
         raise Refused(
             f'init_step={config.init_step} is no step of init_from="{config.init_from}": give a workdir there, and -1 '
             "for its newest."
