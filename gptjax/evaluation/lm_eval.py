@@ -43,7 +43,14 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"} 
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 datasets.disable_progress_bars()
-lm_eval_task.tqdm = lambda documents, **_: documents  # lm-eval's bar would draw over the run's progress line
+
+
+def _no_bar(documents, **_):
+    """Stands in for lm-eval's progress bar, which would draw over the run's progress line."""
+    return documents
+
+
+lm_eval_task.tqdm = _no_bar
 
 
 def load(config: TasksConfig, seq_len: int) -> dict:

@@ -143,7 +143,7 @@ def parse(body: bytes, model: str, tokenizer, seq_len: int, free_seed: int) -> C
     if values["model"] is None:
         raise Bad(f"model is missing: ask for {model}.", "model")
     if values["model"] != model:
-        raise Bad(f"There is no model {shown(values['model'])}: ask for {model}.", "model", 404, "model_not_found")
+        raise Bad(f"model={shown(values['model'])} is unknown: ask for {model}.", "model", 404, "model_not_found")
     prompts = values["prompt"]
     if type(prompts) is str or type(prompts[0]) is int:
         prompts = [prompts]

@@ -51,7 +51,7 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
     config = config.largest
     if not topology.is_tpu:
         # JAX asks for the version of cuDNN, which neither tracing nor compiling needs.
-        fused_attention_stablehlo.check_cudnn_version = lambda: 91_000
+        fused_attention_stablehlo.check_cudnn_version = _cudnn_version
     mesh = estimate.abstract_mesh(config, topology)
     if source == "compiled":
         mesh = make_mesh(config.mesh, described(topology))
@@ -89,6 +89,10 @@ def analyze(config: Config, topology: Topology, source: str, folder: pathlib.Pat
         "host_bytes": kept.host + estimate.shard_bytes(given.state.opt_state, "pinned_host"),
         "compile_seconds": None,
     }
+
+
+def _cudnn_version() -> int:
+    return 91_000
 
 
 def versions() -> dict[str, str]:

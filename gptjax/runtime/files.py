@@ -50,7 +50,7 @@ def to_disk(file) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What an exception of the disk, orbax or TensorStore says, short enough for a sentence."""
+    """Shortens the message of an exception of the disk, orbax or TensorStore to fit in a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).partition("See full TensorStore details")[0].split())

@@ -30,7 +30,7 @@ def compiling():
         jax.monitoring.unregister_event_listener(count)
     asked, hits = events["compile_requests_use_cache"], events["cache_hits"]
     facts["compile_seconds"] = time.perf_counter() - began
-    used = asked and jax.config.read("jax_compilation_cache_dir")
+    used = asked and jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     facts["compilation_cache"] = "off" if not used else "hit" if hits == asked else "miss"
 
 

@@ -256,7 +256,7 @@ def from_files(files: dict[str, bytes], where: str, name: str = "") -> Tokenizer
 def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Tokenizer:
     files = dict(pairs)
     if "tokenizer.json" not in files:
-        raise Refused(f"{where}/tokenizer.json does not exist: there is no tokenizer, so prepare the data there first.")
+        raise Refused(f"{where}/tokenizer.json does not exist: prepare the data there first.")
     made = untrusted.json_object(files["tokenizer.json"], f"{where}/tokenizer.json", REMEDY)
     kind, names, carried = described_by(made, where)
     if kind != "byte" and FILE[kind] not in files:

@@ -37,7 +37,7 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
     if not 1 <= step <= config.num_steps:
         raise Refused(f"--step={step} must be from 1 to num_steps={config.num_steps}.")
     if folder is None and not (config.data.store or config.mixture.stores):
-        raise Refused("data.store and mixture.stores are empty, and there is no --workdir: say where the tokens are.")
+        raise Refused("data.store and mixture.stores are empty, and --workdir is not given: set one of the three.")
     data, point = _data(config, folder)
     index = skipped_batches.batch_index(point.recovery.ledger, step - 1)
     phase = data.phase(index)

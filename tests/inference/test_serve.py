@@ -132,7 +132,7 @@ def test_many_at_once_get_what_each_gets_alone(client):
 
 
 @pytest.mark.parametrize("change, param, words", [
-    ({"model": "gpt-4"}, "model", "There is no model 'gpt-4': ask for finished"),
+    ({"model": "gpt-4"}, "model", "model='gpt-4' is unknown: ask for finished"),
     ({"prompt": "x" * 40}, "max_tokens", "prompt has 40 tokens, and the context of 32 takes at most 31"),
     ({"max_tokens": 99}, "max_tokens", "max_tokens=99 asks for more than the context of 32 holds: ask for at most 25"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
@@ -181,7 +181,7 @@ def test_what_is_no_request(server, client):
     assert post(server, b"", "/v1/completions", "GET")[0] == 405
     with pytest.raises(openai.BadRequestError, match="logprobs"):
         ask(client, logprobs=1)
-    with pytest.raises(openai.NotFoundError, match="There is no model"):
+    with pytest.raises(openai.NotFoundError, match="is unknown: ask for"):
         ask(client, model="other")
     assert ask(client).choices[0].text  # and it goes on
 

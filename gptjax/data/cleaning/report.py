@@ -64,7 +64,7 @@ class Account:
 
 
 def drawn(rows: list[dict]) -> list[dict]:
-    """Of samples with one reason, keeps those with the smallest hashes, whatever the order of `rows`."""
+    """Keeps, among samples with one reason, those with the smallest hashes, whatever the order of `rows`."""
     return sorted(rows, key=lambda row: (row["hash"], row["name"], row["offset"]))[:SAMPLES]
 
 

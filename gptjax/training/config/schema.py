@@ -202,8 +202,8 @@ def resolve(config: Config) -> Config:
         )
     if config.init_step < -1 or (config.init_step >= 0 and not config.init_from):
         raise Refused(
-            f'init_step={config.init_step} is no step of init_from="{config.init_from}": give a workdir there, and -1 '
-            "for its newest."
+            f'init_step={config.init_step} must be a checkpoint of a workdir in init_from, or -1 for the newest; found '
+            f'init_from="{config.init_from}".'
         )
     if config.init_from and config.tokenizer.kind != "byte" and not config.tokenizer.path:
         tokenizer = dataclasses.replace(config.tokenizer, path=f"{config.init_from.rstrip('/')}/tokenizer")
