@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
+from typing import cast
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ class Checkpoints:
         # No exchange here: if one process raises, the others may not reach it.
         if self._saving is not None:
             self._saving.join()
-            self._conclude([self._saving.failure])
+            self._conclude(self._saving, [self._saving.failure])
 
     @functools.cached_property
     def _handler(self) -> ocp.PyTreeCheckpointHandler:
@@ -267,7 +268,8 @@ class Checkpoints:
 
     def _write(self, folder: epath.Path, copies: dict) -> list:
         """Begins to write arrays; returns the futures to wait for."""
-        return asyncio.run(self._handler.async_save(folder, args=ocp.args.PyTreeSave(copies)))
+        futures = asyncio.run(self._handler.async_save(folder, args=ocp.args.PyTreeSave(copies)))
+        return cast(list, futures)  # orbax declares an optional list, and always returns a list
 
     def _make_room(self, step: int) -> str:
         """Makes an empty folder for a step. Returns the reason if that fails, or an empty string."""
@@ -307,11 +309,11 @@ class Checkpoints:
         """Waits until the latest save has ended on every process, on disk or with a warning."""
         if self._saving is not None:
             self._saving.join()
-            self._conclude(distributed.exchange(self._saving.failure))
+            self._conclude(self._saving, distributed.exchange(self._saving.failure))
             distributed.forget(f"save-{self._count}")
 
-    def _conclude(self, failures: list[str]) -> None:
-        saving, self._saving = self._saving, None
+    def _conclude(self, saving: Save, failures: list[str]) -> None:
+        self._saving = None
         failure = next(filter(None, failures), "")
         self._failures = self._failures + 1 if failure else 0
         if failure:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import tempfile
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -59,7 +60,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def flatten(config, prefix: str = "") -> dict[str, object]:
+def flatten(config, prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones: {"model.num_layers": 6, …}."""
     flat = {}
     for key, value in config.items():

@@ -47,7 +47,7 @@ def parsed(text: str | bytes) -> Beat:
         value: Any = values.get(field.name)
         fits = type(value) is field.type or (field.type is float and type(value) is int)
         too_large = fits and field.type is float and not abs(value) < 1e15
-        if not fits or too_large or (field.type is str and not value.isprintable()):
+        if not fits or too_large or (isinstance(value, str) and not value.isprintable()):
             raise ValueError(f"{field.name} is {value!r:.40}")
     return Beat(**{field.name: values[field.name] for field in dataclasses.fields(Beat)})
 

@@ -7,7 +7,7 @@ import re
 import socket
 import time
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 # JAX has no public name for cluster detection, which is the same in 0.10 and 0.11.
 from jax._src.clusters import ClusterEnv
@@ -54,7 +54,7 @@ def found(timeout: int) -> Place | None:
     in_job = "JOB_COMPLETION_INDEX" in os.environ
     try:
         with warnings.catch_warnings(action="ignore"):  # JAX warns in a Kubernetes pod without the kubernetes package
-            place = Place(*ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout))
+            detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         if "KUBERNETES_SERVICE_HOST" in os.environ and not in_job:  # a pod outside a job runs alone
             return None
@@ -62,12 +62,13 @@ def found(timeout: int) -> Place | None:
         raise Refused(
             f"JAX finds a cluster, but not this process's place there ({type(error).__name__}: {reason}): {BY_HAND}."
         ) from error
-    if place.coordinator is None and in_job:
+    if detected[0] is None and in_job:
         raise Refused(
             f"JOB_COMPLETION_INDEX={os.environ['JOB_COMPLETION_INDEX']} says that this is a pod of an indexed job, but "
             f"the package that finds the other pods is missing: pip install 'jax[k8s]', or {BY_HAND}."
         )
-    return place if place.coordinator else None
+    # JAX sets coordinator, number of processes and process id together, or none of them.
+    return Place(*cast(tuple[str, int, int, list[int] | None], detected)) if detected[0] else None
 
 
 # Before JAX's own service starts, every other process reports facts on the port of process 0. Process 0 answers with a

@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 import runpy
+from typing import cast
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -86,7 +87,7 @@ def _check_arguments(path: str, get_config, arguments: list[str]) -> None:
         raise Refused(f"--config={':'.join([path, *arguments])} has {len(arguments)} arguments: write --config={form}.")
 
 
-def _fault(error: Exception) -> str:
+def _fault(error: BaseException) -> str:
     """The fault in a config file, from an exception; ConfigDict's own message lists every field of the section."""
     text = str(error)[:2000]  # the patterns below are slow on long texts
     unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
@@ -126,7 +127,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     section, _, name = key.rpartition(".")
     target = config
     for part in section.split(".") if section else ():
-        target = target[part]
+        target = cast(ConfigDict, target[part])  # `section` comes from a flat key, so every part is a section
     target[name] = value
 
 

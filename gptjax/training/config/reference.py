@@ -7,7 +7,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from gptjax.training.config.schema import Config
 
@@ -25,11 +25,12 @@ def keys(section: type = Config, prefix: str = "") -> list[Key]:
     """All keys in the order of the dataclasses, a section's keys in its place."""
     known, found = meanings(section), []
     for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
-            found += keys(field.type, f"{prefix}{field.name}.")
+        kind = cast(type, field.type)  # a class, never a text: no section quotes its annotations
+        if dataclasses.is_dataclass(kind):
+            found += keys(kind, f"{prefix}{field.name}.")
         else:
             text = known.get(field.name, "")
-            found.append(Key(prefix + field.name, field.type.__name__, repr(field.default), text))
+            found.append(Key(prefix + field.name, kind.__name__, repr(field.default), text))
     return found
 
 
@@ -46,9 +47,11 @@ def _from_comments(source: str) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            lines = [comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments]
+    section = cast(ast.ClassDef, ast.parse(source).body[0])  # the source of a class
+    for node in section.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            end = node.end_lineno or node.lineno
+            lines = [comments[line] for line in range(node.lineno, end + 1) if line in comments]
             if lines:
                 found[node.target.id] = " ".join(lines)
     return found

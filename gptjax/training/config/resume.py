@@ -29,12 +29,12 @@ def differences(old: dict, new: Config) -> list[str]:
         return not any(key == free or key.startswith(free + ".") for free in (*FREE_KEYS, *RETIRED_KEYS))
 
     # A key that an earlier version did not know had no effect, like its default now.
-    old, new = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
+    before, now = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
     # The average of the weights is kept or not; its decay is free.
-    for flat in (old, new):
+    for flat in (before, now):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
     return [
-        f"{key} ({old.get(key, 'not set')} there, {new.get(key, 'not set')} here)"
-        for key in sorted(old.keys() | new.keys())
-        if bound(key) and old.get(key) != new.get(key)
+        f"{key} ({before.get(key, 'not set')} there, {now.get(key, 'not set')} here)"
+        for key in sorted(before.keys() | now.keys())
+        if bound(key) and before.get(key) != now.get(key)
     ]

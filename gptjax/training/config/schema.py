@@ -1,14 +1,14 @@
 """The Config: the sections of all packages, checked together before anything is computed.
 
 Config files and the command line use a locked `ConfigDict` (`default()`), so an unknown key fails where it is
-written. The program uses a tree of frozen dataclasses (`parse()`). This file and the sections import no JAX, so that a mistake is
-refused before JAX is loaded.
+written. The program uses a tree of frozen dataclasses (`parse()`). This file and the sections import no JAX, so that
+a mistake is refused before JAX is loaded.
 """
 
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ml_collections import ConfigDict
 
@@ -128,7 +128,7 @@ def _build(kind, values, prefix):
             continue
         if key not in fields:
             raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
-        expected = fields[key].type
+        expected = cast(type, fields[key].type)  # a class, never a text: no section quotes its annotations
         if prefix + str(key) == "model":
             expected = build.architecture(value)
         if dataclasses.is_dataclass(expected):
@@ -139,9 +139,9 @@ def _build(kind, values, prefix):
             made[key] = float(value)
         elif type(value) is not expected:
             raise Refused(f"{prefix}{key}={shown(value)} must be of type {expected.__name__}.")
-        elif expected is str and not _is_text(value):
+        elif isinstance(value, str) and not _is_text(value):
             raise Refused(f"{prefix}{key}={shown(value)} must be UTF-8 text without NUL.")
-        elif expected is float and not math.isfinite(value):
+        elif isinstance(value, float) and not math.isfinite(value):
             raise Refused(f"{prefix}{key}={value} must be a finite number.")
         else:
             made[key] = value
@@ -210,8 +210,8 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, tokenizer=tokenizer)
     if config.data.prompt_field and config.clean.steps():
         raise Refused(
-            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
-            "would not know where prompts end: turn cleaning off."
+            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and "
+            "cleaning would not know where prompts end: turn cleaning off."
         )
     options.options(config.compiler_options)
     check_lora(config.lora, config.init_from)
