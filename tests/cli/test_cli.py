@@ -224,7 +224,7 @@ def test_workdir_of_another_run(refused, corpus, finished, more, words):
     (lambda folder: (folder / "config.json").write_text("3"), "config.json is damaged"),
     (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
     (lambda folder: (folder / "config.json").write_text('{"model": [1]}'), "config.json is damaged ('model' is [1])"),
-    (lambda folder: (folder / "config.json").write_bytes(b" " * (1 << 20) + b"{}"), "config.json has more than the 1048576 bytes"),
+    (lambda folder: (folder / "config.json").write_bytes(b" " * (1 << 20) + b"{}"), "config.json must have at most 1048576 bytes"),
     (lambda folder: (folder / "store/train/tokens/c/0").unlink(), "store/train/tokens/c/0 is missing"),
     (lambda folder: (folder / "store/tokenizer/tokenizer.json").write_text('{"kind": "byte"}'), "tokenizer.json has 16 bytes"),
 ], ids=["no config", "cut config", "other config", "deep config", "list in config", "large config", "no tokens", "other tokenizer"])  # fmt: skip

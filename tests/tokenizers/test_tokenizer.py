@@ -278,7 +278,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     (b'{"kind": "byte", "ends": 3}', "is damaged (ends is 3, not of type list)"),
     (b"[" * 100_000, "is damaged ("),
     (b"\xff", "is damaged ('utf-8' codec"),
-    (b" " * (41 << 20), "has more than the 41943040 bytes"),
+    (b" " * (41 << 20), "must have at most 41943040 bytes, and has more"),
 ])  # fmt: skip
 def test_a_damaged_description_is_refused(tmp_path, content, words):
     (tmp_path / "tokenizer.json").write_bytes(content)

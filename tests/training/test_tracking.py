@@ -125,5 +125,5 @@ def test_an_id_that_is_damaged_is_made_anew(tmp_path):
     made = wandb_tracker.run_id(epath.Path(tmp_path))
     assert len(made) == 32 and wandb_tracker.run_id(epath.Path(tmp_path)) == made
     (tmp_path / "wandb_id").write_text("x" * 1000)
-    with pytest.raises(Refused, match="has more than the 100 bytes"):
+    with pytest.raises(Refused, match="must have at most 100 bytes, and has more"):
         wandb_tracker.run_id(epath.Path(tmp_path))
