@@ -1,8 +1,8 @@
 """The Config: the sections of all packages, checked together before anything is computed.
 
 Config files and the command line use a locked `ConfigDict` (`default()`), so an unknown key fails where it is
-written. The program uses a tree of frozen dataclasses (`parse()`). This file and the sections import no JAX, so that a mistake is
-refused before JAX is loaded.
+written. The program uses a tree of frozen dataclasses (`parse()`). This file and the sections import no JAX, so that
+a mistake is refused before JAX is loaded.
 """
 
 import dataclasses
@@ -210,8 +210,8 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, tokenizer=tokenizer)
     if config.data.prompt_field and config.clean.steps():
         raise Refused(
-            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and cleaning "
-            "would not know where prompts end: turn cleaning off."
+            f"data.prompt_field={config.data.prompt_field} and clean.{config.clean.steps()[0]} are both set, and "
+            "cleaning would not know where prompts end: turn cleaning off."
         )
     options.options(config.compiler_options)
     check_lora(config.lora, config.init_from)
