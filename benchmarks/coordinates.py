@@ -8,6 +8,7 @@ width at one learning rate; in the maximal-update one they don't (Yang et al. 20
 
 import argparse
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def activations(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
     rotation = model.rotation(positions)
     found = {"embedding": (x := model.embed(inputs, positions, "act_stream"))}
     for index in range(c.num_layers):
-        block = jax.tree.map(lambda weight: weight[index], model.blocks)
+        block = jax.tree.map(operator.itemgetter(index), model.blocks)
         silent = jax.tree.map(lambda weight: weight, block)  # a copy, whose MLP adds nothing
         silent.down = jax.tree.map(jnp.zeros_like, block.down)
         silent.down_bias = jax.tree.map(jnp.zeros_like, block.down_bias)

@@ -8,6 +8,7 @@ cache, PyTorch's own threads, and no compilation, which its `generate` takes for
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -46,6 +47,20 @@ def timed(function) -> float:
     return time.perf_counter() - began
 
 
+def ours(model, prompts: list[list[int]], request: Request) -> None:
+    made = generate(model, prompts, Ids(), request)
+    assert all(len(row) == request.max_tokens for row in made)
+
+
+@torch.no_grad()
+def peer(model, ids: torch.Tensor, tokens: int, options: dict) -> None:
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens,
+        pad_token_id=VOCAB - 1, **options,
+    )  # fmt: skip
+    assert made.shape[1] == ids.shape[1] + tokens
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
@@ -67,22 +82,9 @@ def main():
         prompts = np.random.default_rng(0).integers(0, VOCAB - 1, (rows, PROMPT)).tolist()
         ids = torch.tensor([[VOCAB - 1, *prompt] for prompt in prompts])
         for name, (sampling, options) in HOW.items():
-
-            def ours(model):
-                made = generate(
-                    model, prompts, Ids(), Request(LENGTH, max_tokens=args.tokens, sampling=sampling, seed=0)
-                )
-                assert all(len(row) == args.tokens for row in made)
-
-            @torch.no_grad()
-            def peer():
-                made = theirs.generate(
-                    ids, attention_mask=torch.ones_like(ids), min_new_tokens=args.tokens, max_new_tokens=args.tokens,
-                    pad_token_id=VOCAB - 1, **options,
-                )  # fmt: skip
-                assert made.shape[1] == ids.shape[1] + args.tokens
-
-            sides = {side: lambda model=model: ours(model) for side, model in models.items()} | {"transformers": peer}
+            request = Request(LENGTH, max_tokens=args.tokens, sampling=sampling, seed=0)
+            sides = {side: functools.partial(ours, model, prompts, request) for side, model in models.items()}
+            sides["transformers"] = functools.partial(peer, theirs, ids, args.tokens, options)
             times = {side: [] for side in sides}
             for side in sides.values():
                 side()  # compiles
@@ -91,7 +93,7 @@ def main():
                 for side in order:
                     times[side].append(timed(sides[side]))
             for side in models:
-                ratios = [one / other for one, other in zip(times["transformers"], times[side], strict=False)]
+                ratios = [one / other for one, other in zip(times["transformers"], times[side], strict=True)]
                 speeds = (rows * args.tokens / statistics.median(times[which]) for which in (side, "transformers"))
                 quartiles = ", ".join(f"{ratio:.2f}" for ratio in statistics.quantiles(ratios, n=4))
                 print(f"{rows} rows, {name}, {side}: {' and '.join(f'{speed:.1f}' for speed in speeds)}; {quartiles}")

@@ -97,7 +97,8 @@ def main():
             slowest = min(slowest, ahead)
     consumed = benchmark.bench(files.load(QUICKSTART, {}), steps=20)["tokens_per_second"]
     print(
-        f"the quickstart's model: {consumed:,.0f} tokens a second; the slowest stream / model {1e6 * slowest / consumed:,.0f}"
+        f"the quickstart's model: {consumed:,.0f} tokens a second; "
+        f"the slowest stream / model {1e6 * slowest / consumed:,.0f}"
     )
 
 

@@ -98,8 +98,10 @@ ROWS = {
 
 
 def maxtext(row: Row, python: str, config: Config, ours: dict) -> str:
-    """Returns the compiler's figures of MaxText's step; ours: the plan of that config, whose FLOPs it is taken to do. Exits
-    where it fails for another reason than memory."""
+    """Returns the compiler's figures for MaxText's step; exits if MaxText fails for another reason than memory.
+
+    ours: the plan of the same config; MaxText's step is taken to do the same FLOPs.
+    """
     flags = " ".join(f"--{name}={value}" for name, value in options.options(config.compiler_options).items())
     find = "import importlib.util; print(importlib.util.find_spec('maxtext').submodule_search_locations[0])"
     package = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()

@@ -10,6 +10,7 @@ work; they take turns, and the ratio is the median of the rounds'. Memory: the r
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -70,6 +71,12 @@ def theirs(model: str, shares: list[list[list[str]]]) -> float:
     return took
 
 
+def remember_size(reports: list[tuple[float, int]], documents: int, size: int, tokens: int) -> None:
+    """Appends (time, bytes) to `reports` where a worker reports bytes."""
+    if size:
+        reports.append((time.perf_counter(), size))
+
+
 def speed(folder: pathlib.Path, megabytes: int, workers: int, rounds: int) -> None:
     data = corpus(folder / "speed", megabytes)
     work = epath.Path(folder / "work")
@@ -82,10 +89,11 @@ def speed(folder: pathlib.Path, megabytes: int, workers: int, rounds: int) -> No
     for turn in range(rounds):
         step = tasks.Tokenize(step_corpus, work / f"pieces{turn}", work / "tokenizer", survey.cut, threads=workers == 1)
         step.folder.mkdir()
-        began, words = time.perf_counter(), []
-        told = lambda documents, size, tokens: size and words.append((time.perf_counter(), size))  # noqa: B023
-        executor.run(step, len(survey.tasks), workers, work / f"engine{turn}", told)
-        ended, (first, before) = time.perf_counter(), words[0]
+        began, reports = time.perf_counter(), []
+        executor.run(
+            step, len(survey.tasks), workers, work / f"engine{turn}", functools.partial(remember_size, reports)
+        )
+        ended, (first, before) = time.perf_counter(), reports[0]
         ours = (survey.bytes - before) / 1e6 / (ended - first)
         other = theirs(f"{work}/tokenizer/sentencepiece.model", [batches[i::workers] for i in range(workers)])
         other = survey.bytes / 1e6 / other

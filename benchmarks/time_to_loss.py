@@ -14,6 +14,7 @@ beside the picture.
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -92,7 +93,7 @@ class Run:
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
     """When a curve of (seconds, bits) first comes down to the target, in a straight line between its points."""
-    for (t0, y0), (t1, y1) in zip(curve, curve[1:], strict=False):
+    for (t0, y0), (t1, y1) in itertools.pairwise(curve):
         if y1 <= target:
             return t0 + (t1 - t0) * (y0 - target) / (y0 - y1)
     return float("inf")

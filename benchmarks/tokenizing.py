@@ -1,4 +1,4 @@
-"""Tokenizing beside the batch encoders of SentencePiece and Hugging Face's `tokenizers`, from as many threads and processes.
+"""Compares tokenizing with the batch encoders of SentencePiece and Hugging Face's `tokenizers`, in the same threads.
 
     python -m benchmarks.tokenizing [--rounds=15]
 

@@ -90,7 +90,8 @@ def main() -> None:
         peak = min(found, key=lambda peak: found[peak]["eval_loss"])
         row = found[peak]
         print(
-            f"| {way} | {peak} | {row['eval_loss']:.3f} | {row['eval_bits_per_byte']:.3f} | {row['eval_accuracy']:.1%} |",
+            f"| {way} | {peak} | {row['eval_loss']:.3f} | {row['eval_bits_per_byte']:.3f} | "
+            f"{row['eval_accuracy']:.1%} |",
             flush=True,
         )
 

@@ -9,8 +9,8 @@ import shutil
 from gptjax.errors import Refused, nearest
 from launch.tree import ROOT, tracked
 
-EXIT_CODES = """exit codes: 0 done · 2 refused, or refused by the command · 130 Ctrl-C · 1 there was no resource to be had, or it
-could not be used · else the code of the worker that failed first"""
+EXIT_CODES = """exit codes: 0 done · 2 refused, or refused by the command · 130 Ctrl-C · 1 there was no resource to be
+had, or it could not be used · else the code of the worker that failed first"""
 # By the first word of --type: the machines' image for JAX, and the cores a chip where its number counts cores.
 # https://cloud.google.com/tpu/docs/runtimes, and the page of each kind there (v4, v5e, v5p, v6e).
 KINDS = {

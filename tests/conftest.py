@@ -1,4 +1,4 @@
-"""Eight CPU devices in this process, compiled programs kept between runs, one small corpus and one short run for all."""
+"""Eight CPU devices in this process, a cache of compiled programs, and one small corpus and short run for all tests."""
 
 import gc
 import os

@@ -96,7 +96,7 @@ class Save(threading.Thread):
                 manifest.write(self._folder, self._content | {"files": dict(files)})
 
     def _agreed(self, part: str, work: Callable[[], object]) -> list:
-        """Returns the results of `work` by process. Raises: _Failure, on all, if this or an earlier part failed on one."""
+        """Returns the results of `work` by process. Raises: _Failure, on all, if this or an earlier part failed."""
         failure, value = self.failure, None
         if not failure:
             try:

@@ -74,8 +74,8 @@ def _row(number: int, row: Batch, source: Source, documents: list[str], data: St
     store = data.corpus.stores[source.store]
     padding = int((row.segments == 0).sum())
     lines = [
-        f"row {number} · {source.store or 'store'} {store.folder} · {padding} of {len(row.inputs)} padding · weights add "
-        f"up to {row.weights.sum():g}"
+        f"row {number} · {source.store or 'store'} {store.folder} · {padding} of {len(row.inputs)} padding · weights "
+        f"add up to {row.weights.sum():g}"
     ]
     for segment in range(1, row.segments.max() + 1):
         (places,) = np.nonzero(row.segments == segment)

@@ -69,8 +69,8 @@ def prepare(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> Corp
             for path in (*(each / "manifest.json" for each in where), folder / "tokenizer"):
                 if not path.exists():
                     raise Refused(
-                        f"{path}, which process 0 made, is invisible to process {jax.process_index()}: give a --workdir "
-                        "(and data.store) that all hosts share, for example on gs://."
+                        f"{path}, which process 0 made, is invisible to process {jax.process_index()}: give a "
+                        "--workdir (and data.store) that all hosts share, for example on gs://."
                     )
             corpus = open_corpus(config, folder)
     return corpus

@@ -34,7 +34,10 @@ def saved(request, tmp_path_factory):
     config, rng = tiny(request.param), np.random.default_rng(0)
     with jax.set_mesh(mesh_of(2, 2, 2)):
         state = jax.jit(lambda: update.init_state(config, 257))()
-    other = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    def other(leaf):
+        return jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
     state = dataclasses.replace(jax.tree.map(other, state), step=state.step + 2)
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with Checkpoints(folder) as checkpoints:

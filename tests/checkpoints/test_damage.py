@@ -1,4 +1,7 @@
-"""Every kind of damage to a checkpoint, and what happens: `pytest tests/test_damage.py -n0 -s | grep '|'` is the table."""
+"""Every kind of damage to a checkpoint, and what happens then.
+
+`pytest tests/checkpoints/test_damage.py -n0 -s | grep '|'` prints the table.
+"""
 
 import contextlib
 import json
@@ -108,18 +111,21 @@ FOLDERS = {
     "a file that would clear the screen": (lambda step: (step / "state/\x1b[2J").touch(), r"'state/\x1b[2J' is not in"),
     "a link in place of a file": (lambda step: linked(step / "state/_METADATA"), "state/_METADATA is a link"),
     "a link in place of a folder": (lambda step: linked(step / "state/d"), "is a link"),
-    "manifest of another step": (lambda step: shutil.copy(step.parent / "step_00000002/manifest.json", step), "of step 2"),
+    "manifest of another step": (lambda step: shutil.copy(step.parent / "step_00000002/manifest.json", step),
+                                 "of step 2"),
     "manifest of another save": (lambda step: rewritten(step, files={}), "is not in manifest.json"),
     "manifest of another format": (lambda step: rewritten(step, format=2), "is of format 2, and this gptjax reads 1"),
     "manifest of no form": (lambda step: rewritten(step, arrays=[1]), "does not have the form"),
-    "manifest without a hash": (lambda step: (step / "manifest.json").write_text('{"step": 4}'), "does not match its hash"),
-    "manifest that is no JSON": (lambda step: (step / "manifest.json").write_text("[" * 100_000), "does not match its hash"),
+    "manifest without a hash": (lambda step: (step / "manifest.json").write_text('{"step": 4}'),
+                                "does not match its hash"),
+    "manifest that is no JSON": (lambda step: (step / "manifest.json").write_text("[" * 100_000),
+                                 "does not match its hash"),
     "a path that leaves the folder": (lambda step: naming(step, "state/../../x"), "which is not in its state"),
     "an absolute path": (lambda step: naming(step, "/etc/passwd"), "names /etc/passwd, which is not in its state"),
 }  # fmt: skip
 
 
-def told(kind, what):
+def report(kind, what):
     print(f"\n{kind} | {what}")
 
 
@@ -162,7 +168,7 @@ def test_a_damaged_file(folder, capsys, kind, damage):
         spoil(path)
     reason = goes_on_from_2(folder, capsys, words)
     assert any(word in reason for word in words.split("|"))
-    told(f"{kind}: {damage}", f"passed over: {reason}")
+    report(f"{kind}: {damage}", f"passed over: {reason}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +185,7 @@ def test_a_flipped_bit_anywhere(folder, kind):
             flip(path, position)
             tried += 1
     manifest.verify(epath.Path(folder / NEWEST), 4)
-    told(f"{kind}: a flipped bit at {tried} places", f"passed over: {damage.value}")
+    report(f"{kind}: a flipped bit at {tried} places", f"passed over: {damage.value}")
 
 
 def test_there_is_no_other_kind_of_file(folder):
@@ -193,7 +199,7 @@ def test_a_damaged_folder(folder, capsys, damage):
     spoil(folder / NEWEST)
     reason = goes_on_from_2(folder, capsys, words)
     assert (words or "") in reason
-    told(damage, f"passed over: {reason}" if words else "cleared away by the next save")
+    report(damage, f"passed over: {reason}" if words else "cleared away by the next save")
 
 
 @contextlib.contextmanager
@@ -220,7 +226,7 @@ def test_what_may_not_be_read(saved, capsys, name):
             step = Checkpoints(folder).newest()
         unreadable.chmod(0o700)
     error = capsys.readouterr().err
-    told(f"{name}: no permission", error.strip().rpartition("checkpoints: ")[2])
+    report(f"{name}: no permission", error.strip().rpartition("checkpoints: ")[2])
     assert step == 2 and "can't be read (Permission denied)" in error
 
 
@@ -230,7 +236,7 @@ def test_when_none_can_be_used_the_run_is_refused(folder):
     before = tree(folder)
     with pytest.raises(Refused) as refusal, Checkpoints(folder) as checkpoints:
         checkpoints.newest()
-    told("all damaged", refusal.value)
+    report("all damaged", refusal.value)
     assert "None of the 2 checkpoints" in str(refusal.value) and tree(folder) == before
     assert "of step 4, state/_METADATA has " in str(refusal.value)
     assert "of step 2, manifest.json is missing" in str(refusal.value)
@@ -262,7 +268,7 @@ def test_a_run_that_lost_its_checkpoints(refused, corpus, copied, leave):
     for name in leave:
         (copied / "checkpoints" / name).mkdir(parents=True)
     message = refused(copied, *training(corpus, copied, "--config.num_steps=6"))
-    told("no checkpoint where there was one", message)
+    report("no checkpoint where there was one", message)
     assert "holds no checkpoint, but metrics.jsonl says that this run saved step 4" in message
 
 
@@ -271,7 +277,7 @@ def test_a_checkpoint_of_another_run(refused, corpus, copied):
     config = json.loads((step / "manifest.json").read_text())["config"]
     rewritten(step, config=config | {"seed": 7})
     message = refused(copied, *training(corpus, copied, "--config.num_steps=6"))
-    told("manifest of another run", message)
+    report("manifest of another run", message)
     assert "belongs to a run of another config: seed (7 there, 0 here)" in message
 
 

@@ -154,8 +154,8 @@ def test_an_outage_while_rotating_costs_nothing(outage, tmp_path, capsys, monkey
             checkpoints.save(step, state(step), RUN)
             checkpoints.wait()
         assert checkpoints.newest() == 2 and not raised
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "can't be tidied up (Outage: 503)" in told
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "can't be tidied up (Outage: 503)" in printed
 
 
 @pytest.mark.parametrize("method, words", [
@@ -229,8 +229,8 @@ def test_an_unsaved_end_is_a_failure_and_the_command_again_mends_it(disk, gptjax
     code, out, error = gptjax_main(*training(corpus, folder))
     assert code == 1 and "held-out loss" in out
     assert (
-        f"gptjax: The state of step 4 could not be saved in {folder}/checkpoints, as the warnings say: make room there, "
-        "and run the same command again to go on from the last checkpoint.\n"
+        f"gptjax: The state of step 4 could not be saved in {folder}/checkpoints, as the warnings say: make room "
+        "there, and run the same command again to go on from the last checkpoint.\n"
     ) in error
     assert error.count("the checkpoint of step 4 was not saved") == error.count("No space left on device;") == 4
     ballast.unlink()

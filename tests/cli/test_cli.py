@@ -28,7 +28,8 @@ def test_help_lists_the_verbs_and_the_exit_codes(gptjax_main):
     ("status", ["--workdir", "--json"]),
     ("train", ["--config", "--workdir", "--profile_steps", "--coordinator", "--num_processes", "--process_id"]),
     ("eval", ["--workdir", "--step"]),
-    ("generate", ["--workdir", "--step", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--stop", "--prompts_file", "--seed", "--num_samples", "--weights"]),
+    ("generate", ["--workdir", "--step", "--prompt", "--max_tokens", "--temperature", "--top_k", "--top_p", "--min_p",
+                  "--repetition_penalty", "--stop", "--prompts_file", "--seed", "--num_samples", "--weights"]),
     ("serve", ["--workdir", "--step", "--host", "--port", "--rows", "--weights"]),
 ])  # fmt: skip
 def test_help_of_a_verb(gptjax_main, verb, flags):
@@ -55,16 +56,16 @@ def test_some_of_the_flags_of_several_processes(refused, tmp_path, verb):
 
 
 def test_compiled_programs_stay_in_the_workdir_or_where_jax_was_told(tmp_path):
-    told = jax.config.jax_compilation_cache_dir
+    cache_folder = jax.config.jax_compilation_cache_dir
     args = main.parse(["eval", f"--workdir={tmp_path}"])
     distributed.join(args, {})
-    assert told and jax.config.jax_compilation_cache_dir == told
+    assert cache_folder and jax.config.jax_compilation_cache_dir == cache_folder
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         distributed.join(args, {})
         assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled"
     finally:
-        jax.config.update("jax_compilation_cache_dir", told)
+        jax.config.update("jax_compilation_cache_dir", cache_folder)
 
 
 def test_module_is_the_command():
@@ -73,12 +74,19 @@ def test_module_is_the_command():
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys; sys.argv = ['gptjax', 'train', '--help']\nfrom gptjax.cli import main\ntry: main.main()\nexcept SystemExit: pass\nassert not {'jax', 'numpy', 'ml_collections'} & set(sys.modules)"
+    code = (
+        "import sys; sys.argv = ['gptjax', 'train', '--help']\nfrom gptjax.cli import main\n"
+        "try: main.main()\nexcept SystemExit: pass\nassert not {'jax', 'numpy', 'ml_collections'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_failure_during_the_run_is_code_1(tmp_path):
-    code = "import sys\nfrom gptjax.cli import main\nfrom gptjax.cli.commands import evaluate\ndef fail(args): raise OSError('disk')\nevaluate.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\nmain.main()"
+    code = (
+        "import sys\nfrom gptjax.cli import main\nfrom gptjax.cli.commands import evaluate\n"
+        "def fail(args): raise OSError('disk')\n"
+        "evaluate.evaluate = fail\nsys.argv = ['gptjax', 'eval', '--workdir=x']\nmain.main()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError: disk" in done.stderr
 
@@ -99,11 +107,13 @@ def test_a_run_that_can_not_go_on_is_code_1_and_one_sentence(monkeypatch, capsys
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--workdir=x"], "the following arguments are required: --config: see gptjax train --help."),
     (["eval", "--workdir=x", "--step=last"], "argument --step: invalid step value: 'last'"),
-    (["eval", "--workdri=x", "--workdir=x"], '--workdri is not a flag of gptjax eval: see gptjax eval --help. Did you mean "--workdir"?'),
+    (["eval", "--workdri=x", "--workdir=x"],
+     '--workdri is not a flag of gptjax eval: see gptjax eval --help. Did you mean "--workdir"?'),
     (["eval", "--workdir=x", "--config.num_steps=3"], "--config.num_steps is not a flag of gptjax eval"),
     (["generate", "--workdir=x", "--max_token=3"], 'Did you mean "--max_tokens"?'),
     (["generate", "--workdir=x", "--num_samples=0"], "--num_samples=0 must be at least 1."),
-    (["train", f"--config={DEBUG}", "--workdir=x", "--config.num_steps"], "--config.num_steps has no value: write --config.num_steps=VALUE."),
+    (["train", f"--config={DEBUG}", "--workdir=x", "--config.num_steps"],
+     "--config.num_steps has no value: write --config.num_steps=VALUE."),
     (["train", "--config=configs/debgu.py", "--workdir=x"], "--config=configs/debgu.py does not exist."),
 ])  # fmt: skip
 def test_bad_flags(refused, tmp_path, monkeypatch, argv, words):
@@ -125,16 +135,20 @@ def test_a_value_may_follow_its_key_as_a_word_of_its_own():
     (["--config.batch_size=12"], ["batch_size=12", "the 8 devices", "multiple of 8"]),
     (["--config.grad_accum_steps=3"], ["batch_size=8 is not divisible by grad_accum_steps=3"]),
     (["--config.mesh.tensor=8"], ["heads=4 is not divisible by mesh.tensor=8"]),
-    (["--config.model.num_kv_heads=2", "--config.mesh.tensor=4"], ["model.num_kv_heads=2 is not divisible by mesh.tensor=4"]),
+    (["--config.model.num_kv_heads=2", "--config.mesh.tensor=4"],
+     ["model.num_kv_heads=2 is not divisible by mesh.tensor=4"]),
     (["--config.mesh.data=3", "--config.mesh.fsdp=1"], ["mesh.data=3", "asks for 3 devices, but there are 8"]),
     (["--config.mesh.data=3"], ["a multiple of 3 devices, but there are 8"]),
     (["--config.data.source=txt"], ['data.source="txt" must be one of', "stdlib, text", 'Did you mean "text"?']),
     (["--config.data.heldout_fraction=1.5"], ["data.heldout_fraction=1.5 must be above 0 and below 1"]),
     (["--config.tokenizer.kind=bytes"], ['tokenizer.kind="bytes" must be one of', 'Did you mean "byte"?']),
     (["--config.seq_len=90000"], ["tokens to train on", "seq_len=90000 takes 90001"]),
-    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=9000"], ["tokenizer.vocab_size is 9000", "at most"]),
-    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=20"], ["tokenizer.vocab_size is 20", "take"]),
-    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.path=/nowhere.model"], ["/nowhere.model does not exist"]),
+    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=9000"],
+     ["tokenizer.vocab_size is 9000", "at most"]),
+    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.vocab_size=20"],
+     ["tokenizer.vocab_size is 20", "take"]),
+    (["--config.tokenizer.kind=sentencepiece", "--config.tokenizer.path=/nowhere.model"],
+     ["/nowhere.model does not exist"]),
 ])  # fmt: skip
 def test_bad_values(refused, corpus, tmp_path, more, words):
     message = refused(tmp_path, *training(corpus, tmp_path / "runs" / "new", *more))
@@ -157,7 +171,8 @@ def test_a_store_that_was_there_stays(refused, gptjax_main, corpus, finished, tm
 def test_unknown_key_in_the_file(refused, corpus, tmp_path):
     config = tmp_path / "mine.py"
     config.write_text(
-        "from gptjax.config import default\n\ndef get_config():\n    config = default()\n    config.batchsize = 4\n    return config\n"
+        "from gptjax.config import default\n\ndef get_config():\n    config = default()\n"
+        "    config.batchsize = 4\n    return config\n"
     )
     assert 'mine.py: unknown key "batchsize". Did you mean "batch_size"?' in refused(
         tmp_path, "train", f"--config={config}", f"--workdir={tmp_path}/new"
@@ -224,10 +239,13 @@ def test_workdir_of_another_run(refused, corpus, finished, more, words):
     (lambda folder: (folder / "config.json").write_text("3"), "config.json is damaged"),
     (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
     (lambda folder: (folder / "config.json").write_text('{"model": [1]}'), "config.json is damaged ('model' is [1])"),
-    (lambda folder: (folder / "config.json").write_bytes(b" " * (1 << 20) + b"{}"), "config.json must have at most 1048576 bytes"),
+    (lambda folder: (folder / "config.json").write_bytes(b" " * (1 << 20) + b"{}"),
+     "config.json must have at most 1048576 bytes"),
     (lambda folder: (folder / "store/train/tokens/c/0").unlink(), "store/train/tokens/c/0 is missing"),
-    (lambda folder: (folder / "store/tokenizer/tokenizer.json").write_text('{"kind": "byte"}'), "tokenizer.json has 16 bytes"),
-], ids=["no config", "cut config", "other config", "deep config", "list in config", "large config", "no tokens", "other tokenizer"])  # fmt: skip
+    (lambda folder: (folder / "store/tokenizer/tokenizer.json").write_text('{"kind": "byte"}'),
+     "tokenizer.json has 16 bytes"),
+], ids=["no config", "cut config", "other config", "deep config", "list in config", "large config", "no tokens",
+        "other tokenizer"])  # fmt: skip
 def test_spoiled_workdir(refused, corpus, copied, spoil, words):
     spoil(copied)
     assert words in refused(copied, *training(corpus, copied, "--config.num_steps=6"))
@@ -246,7 +264,8 @@ def test_missing_runs_and_checkpoints(refused, finished, tmp_path, verb):
 
 @pytest.mark.parametrize("more, words", [
     (["--prompt=" + "x" * 32], "The prompt has 32 tokens, and the context of 32 takes at most 31"),
-    (["--prompt=" + "x" * 20, "--max_tokens=13"], "The prompt has 20 tokens and --max_tokens=13 asks for more than the context of 32 holds: ask for at most 12."),
+    (["--prompt=" + "x" * 20, "--max_tokens=13"],
+     "The prompt has 20 tokens and --max_tokens=13 asks for more than the context of 32 holds: ask for at most 12."),
     (["--max_tokens=0"], "--max_tokens=0 must be at least 1"),
     (["--temperature=-1"], "--temperature=-1.0 is below 0"),
     (["--temperature=nan"], "--temperature=nan"),
@@ -330,7 +349,10 @@ def test_generate_takes_several_prompts(gptjax_main, finished, tmp_path):
 
 def test_int8_weights(gptjax_main, finished):
     """Of a model this small the loss changes, and by little."""
-    loss = lambda *more: json.loads(gptjax_main("eval", f"--workdir={finished}", *more)[1])["bits_per_byte"]
+
+    def loss(*more):
+        return json.loads(gptjax_main("eval", f"--workdir={finished}", *more)[1])["bits_per_byte"]
+
     assert 0 < abs(loss("--weights=int8") / loss() - 1) < 0.01
     argv = ["generate", f"--workdir={finished}", "--prompt=1 plus ", "--max_tokens=5", "--weights=int8"]
     code, out, error = gptjax_main(*argv)

@@ -33,7 +33,10 @@ def test_the_page_is_current():
 
 
 def test_comments_and_docstrings_are_read():
-    source = "class A:\n    one: str = 'a # b'  # the first\n    two: int = (\n        2  # the second\n    )\n    none: int = 0\n"
+    source = (
+        "class A:\n    one: str = 'a # b'  # the first\n    two: int = (\n        2  # the second\n    )\n"
+        "    none: int = 0\n"
+    )
     assert reference._from_comments(source) == {"one": "the first", "two": "the second"}
     text = "Title.\n\na, b: one\n    more\nc: two\n\nText."
     assert reference._from_docstring(text) == {"a": "one more", "b": "one more", "c": "two"}
@@ -57,7 +60,8 @@ def test_a_wrong_key_is_refused_before_jax_is_imported(tmp_path):
         f"import sys; sys.argv = ['gptjax', 'train', '--config={ROOT}/configs/debug.py', '--workdir={tmp_path}/x', "
         "'--config.model.num_layerz=3']\nfrom gptjax.cli import main\ntry: main.main()\n"
         "except SystemExit as end: assert end.code == 2\n"
-        "heavy = {'jax', 'flax', 'optax', 'orbax', 'tensorboardX', 'datatrove'} & set(sys.modules)\nassert not heavy, heavy"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'tensorboardX', 'datatrove'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -40,38 +40,39 @@ def segments(batch):
 
 
 def test_the_middle_goes_back_between(pieces):
-    """Prefix, middle and suffix make the document again, and half of them are told suffix first."""
+    """Prefix, middle and suffix make the document again, and half of them are moved suffix first."""
     tokenizer = pieces.tokenizer
     prefix, suffix, middle = (tokenizer.special[name] for name in FIM)
     own, rng, spm = Augment(AugmentConfig(fim_rate=1.0), tokenizer, 0), np.random.default_rng(0), 0
     for _ in range(400):
         body = rng.integers(300, 390, rng.integers(1, 30))
         for head in ([], [tokenizer.begin]):
-            told = own.document(np.array([*head, *body, 77]), rng)
-            assert told[-1] == tokenizer.end_of_text and list(told[: len(head)]) == head
-            told = told[len(head) : -1].tolist()
-            assert len(told) == len(body) + 3 and told[0] == prefix
-            a, b = told.index(suffix), told.index(middle)
+            moved = own.document(np.array([*head, *body, 77]), rng)
+            assert moved[-1] == tokenizer.end_of_text and list(moved[: len(head)]) == head
+            moved = moved[len(head) : -1].tolist()
+            assert len(moved) == len(body) + 3 and moved[0] == prefix
+            a, b = moved.index(suffix), moved.index(middle)
             if a == 1:  # SPM, or an empty prefix
-                rest = told[b + 1 :]
-                parts = (rest, told[a + 1 : b])
+                rest = moved[b + 1 :]
+                parts = (rest, moved[a + 1 : b])
                 assert [*parts[0], *parts[1]] == body.tolist()
             else:
-                assert [*told[1:a], *told[b + 1 :], *told[a + 1 : b]] == body.tolist()
+                assert [*moved[1:a], *moved[b + 1 :], *moved[a + 1 : b]] == body.tolist()
             spm += a == 1
     assert 0.45 < spm / 800 < 0.62  # of the others some have an empty prefix
 
 
 def test_rates_are_the_asked_ones(pieces):
     prefix = pieces.tokenizer.special[FIM[0]]
-    found = [prefix in inputs for index in range(40) for inputs, _ in segments(batches(pieces, fim_rate=0.3).batch(index, np.arange(8)))]  # fmt: skip
+    data = (batches(pieces, fim_rate=0.3).batch(index, np.arange(8)) for index in range(40))
+    found = [prefix in inputs for batch in data for inputs, _ in segments(batch)]
     assert len(found) > 300 and 0.24 < np.mean(found) < 0.36
     plain, dropped = batches(pieces), batches(pieces, token_dropout=0.2)
     changed = []
     for index in range(10):
         one, other = plain.batch(index, np.arange(8)), dropped.batch(index, np.arange(8))
-        for field, its in list(zip(one, other, strict=True))[1:]:
-            np.testing.assert_array_equal(field, its)
+        for field, same in list(zip(one, other, strict=True))[1:]:
+            np.testing.assert_array_equal(field, same)
         special = np.isin(one.inputs, list(pieces.tokenizer.special.values()))
         np.testing.assert_array_equal(one.inputs[special], other.inputs[special])
         assert all(np.isin(b, a).all() for a, b in zip(one.inputs, other.inputs, strict=True))
@@ -85,9 +86,9 @@ def test_another_encoding_is_of_the_same_text(pieces):
     for index in range(5):
         one, other = plain.batch(index, np.arange(8)), again.batch(index, np.arange(8))
         for row in range(8):
-            text, its = (tokenizer.decode(batch.inputs[row].tolist()) for batch in (one, other))
-            assert text.startswith(its) and len(its) > len(text) / 3
-            longer += its != text
+            text, start = (tokenizer.decode(batch.inputs[row].tolist()) for batch in (one, other))
+            assert text.startswith(start) and len(start) > len(text) / 3
+            longer += start != text
         assert (other.inputs != one.inputs).any()
     assert longer > 20
 
@@ -109,14 +110,17 @@ def test_they_are_functions_of_seed_batch_and_row(pieces):
     changes = dict(subword_alpha=0.1, fim_rate=0.5, token_dropout=0.1)
     whole = batches(pieces, **changes).batch(7, np.arange(8))
     parts = [batches(pieces, **changes).batch(7, rows) for rows in np.split(np.arange(8), 4)]
-    for field, its in zip(whole, zip(*parts, strict=True), strict=True):
-        np.testing.assert_array_equal(field, np.concatenate(its))
+    for field, rows in zip(whole, zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(field, np.concatenate(rows))
     config = tiny(seq_len=T, seed=1, tokenizer=PIECES, augment=AugmentConfig(**changes))
     assert (data_of(config, pieces).batch(7, np.arange(8)).inputs != whole.inputs).any()
     own = Augment(AugmentConfig(**changes), pieces.tokenizer, 0)
     row = [field[0] for field in batches(pieces).batch(7, np.arange(8))]
-    told = lambda batch: own.row(batch, 0, row[0], row[1], row[3])[0]
-    assert (told(7) == whole.inputs[0]).all() and (told(8) != told(7)).any()
+
+    def augmented(batch):
+        return own.row(batch, 0, row[0], row[1], row[3])[0]
+
+    assert (augmented(7) == whole.inputs[0]).all() and (augmented(8) != augmented(7)).any()
 
 
 def test_evaluation_sees_none_of_it(pieces, monkeypatch):

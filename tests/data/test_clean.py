@@ -24,11 +24,12 @@ from gptjax.training.config.schema import default, parse
 
 BYTE = TokenizerConfig(kind="byte")
 STOP = "the of and to that with have be in on for from was by".split()
-WORDS = """river town house garden winter summer teacher letter window market village bridge farmer captain story journey
-mountain kitchen animal doctor music paper question answer station railway island forest weather company history picture
-machine sister father children people money reason problem moment season street corner church school office engine metal
-water silver golden heavy narrow broken gentle strange quiet ancient modern distant famous careful walked carried opened
-wanted remembered followed believed finished covered offered watched painted noticed repaired visited""".split()
+WORDS = """river town house garden winter summer teacher letter window market village bridge farmer captain story
+journey mountain kitchen animal doctor music paper question answer station railway island forest weather company
+history picture machine sister father children people money reason problem moment season street corner church school
+office engine metal water silver golden heavy narrow broken gentle strange quiet ancient modern distant famous careful
+walked carried opened wanted remembered followed believed finished covered offered watched painted noticed repaired
+visited""".split()
 GERMAN = "Der alte Mann ging langsam durch die Straßen der Stadt und dachte an seine Kinder in der Ferne. " * 8
 
 
@@ -211,7 +212,7 @@ def test_two_workers_leave_the_same(tmp_path, monkeypatch):
         for number, task in enumerate(tasks):
             finish(folder / "tasks", number, task)
 
-        def run(step, tasks, words):
+        def run(step, tasks, words, workers=workers, folder=folder):
             survey.run_step(step, tasks, workers, folder, words, None)
 
         whole = Corpus(data, folder / "tasks")
@@ -282,8 +283,8 @@ def test_the_sample_of_a_change_is_looked_for_where_it_is_kept(monkeypatch):
         document = Document(f"text {number}", str(number), metadata={"name": f"file {number}", "offset": 0})
         account.change("personal_data", f"Text {number}", document, False)
     ((_, rows),) = account.result()["samples"]
-    hash = lambda number: hashlib.blake2b(f"file {number}\x000".encode(), digest_size=8).hexdigest()
-    assert [row["hash"] for row in rows] == sorted(map(hash, range(1000)))[:SAMPLES] and len(looked) < 100
+    hashes = [hashlib.blake2b(f"file {number}\x000".encode(), digest_size=8).hexdigest() for number in range(1000)]
+    assert [row["hash"] for row in rows] == sorted(hashes)[:SAMPLES] and len(looked) < 100
 
 
 def test_what_is_off_needs_no_package_and_changes_nothing(tmp_path, monkeypatch):
@@ -367,8 +368,8 @@ def test_comparing_tells_that_it_goes_on(tmp_path):
         def run(self, *_):
             pass
 
-    told = []
+    counts = []
     step = stages.Compare(Step(), 2, epath.Path(tmp_path))
     for task in range(2):
-        step(task, lambda *more: told.append(more))
-    assert told == [(0, 0, 0)] * 2
+        step(task, lambda *more: counts.append(more))
+    assert counts == [(0, 0, 0)] * 2

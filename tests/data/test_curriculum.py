@@ -33,7 +33,7 @@ def stream_of(folder, lengths, sizes="4", history=(), batch=0):
 
 
 def tokens_of(data, batches):
-    """Of each row the tokens of the store that are its inputs."""
+    """Of each row the tokens of the store that are row_field inputs."""
     spans = [span for batch in batches for source in data.sources(batch) for span in source.spans]
     return [range(start, start + length) for _, start, length in spans]
 
@@ -55,8 +55,8 @@ def test_only_some_rows_are_read_as_before(one):
         whole = data.batch(batch, np.arange(count))
         for row in range(count):
             part = data.batch(batch, np.array([row]))
-            for field, its in zip(whole, part, strict=True):
-                np.testing.assert_array_equal(field[[row]], its)
+            for field, row_field in zip(whole, part, strict=True):
+                np.testing.assert_array_equal(field[[row]], row_field)
 
 
 def test_a_longer_sequence_goes_on_at_its_next_multiple(one):
@@ -141,10 +141,17 @@ def test_a_run_of_several_shapes(one, tmp_path, capfd):
 
 
 def test_going_back_to_a_shape_from_before_this_process_began(one, tmp_path, monkeypatch):
-    run = lambda steps: loop.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))
+    def run(steps):
+        loop.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))
+
     run(4)
     troubles, go_on = [rollback.GoBack(3, 3, 3, "why", "where", [])], loop.train_steps
-    going_on = lambda *args: go_on(*args) if not troubles else (_ for _ in ()).throw(troubles.pop())
+
+    def going_on(*args):
+        if troubles:
+            raise troubles.pop()
+        return go_on(*args)
+
     monkeypatch.setattr(loop, "train_steps", going_on)
     run(5)
     assert {row["step"]: row["tokens_seen"] for row in rows(tmp_path) if "loss" in row} == {

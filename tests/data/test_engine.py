@@ -18,15 +18,15 @@ from gptjax.errors import Failed, Refused
 
 
 def run(tmp_path, tasks, workers, **more):
-    """What was told, and by how many processes it was done."""
-    told = []
+    """Returns the sums of the reported counts, and the ids of the processes that did the tasks."""
+    reported = []
     (tmp_path / "out").mkdir(exist_ok=True)
     executor.run(
-        Step(tmp_path / "out", **more), tasks, workers, epath.Path(tmp_path / "engine"), lambda *n: told.append(n)
+        Step(tmp_path / "out", **more), tasks, workers, epath.Path(tmp_path / "engine"), lambda *n: reported.append(n)
     )
     done = [json.loads((tmp_path / "out" / f"{task}.json").read_text()) for task in range(tasks)]
     assert workers == 1 or not any(imported for _, imported in done)
-    return tuple(map(sum, zip(*told, strict=True))), {pid for pid, _ in done}
+    return tuple(map(sum, zip(*reported, strict=True))), {pid for pid, _ in done}
 
 
 @pytest.mark.parametrize("workers", [1, 3])

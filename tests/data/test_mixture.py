@@ -72,9 +72,9 @@ def test_what_a_table_says_is_what_is_counted():
     shares = mixture.shares("a 3, b 2, c 0.01", ["a", "b", "c"])
     store, before = mixture.taken(shares, np.arange(3 * PERIOD))
     seen = collections.Counter()
-    for number, (its, count) in enumerate(zip(store.tolist(), before.tolist(), strict=True)):
-        assert seen[its] == count
-        seen[its] += 1
+    for number, (chosen, count) in enumerate(zip(store.tolist(), before.tolist(), strict=True)):
+        assert seen[chosen] == count
+        seen[chosen] += 1
         if number % 777 == 0:
             assert mixture.given(shares, number + 1) == {name: seen[at] for at, name in enumerate(shares)}
 
@@ -115,8 +115,11 @@ def test_weights_that_change_when_a_run_goes_on_leave_each_store_where_it_was(fo
     assert [phase.first for phase in changed.phases] == [0, 37]
     for batch in range(37):
         assert changed.sources(batch) == first.sources(batch)
-    order = lambda data: {name: [source.spans[0][1] for batch in range(90) for source in data.sources(batch)
-                                 if source.store == name] for name in SIZES}  # fmt: skip
+
+    def order(data):
+        sources = [source for batch in range(90) for source in data.sources(batch)]
+        return {name: [source.spans[0][1] for source in sources if source.store == name] for name in SIZES}
+
     for name in ("code", "web"):
         one, other = order(first)[name], order(changed)[name]
         assert one[: len(other)] == other[: len(one)] and len(one) != len(other)
@@ -261,7 +264,10 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
 
 def test_a_name_that_comes_or_goes(folders, tmp_path):
     alone, mix = ({name: Store.open(folders["code"])} for name in ("", "code"))
-    hashes = lambda corpus: {name: store.manifest["text_hash"] for name, store in corpus.items()}
+
+    def hashes(corpus):
+        return {name: store.manifest["text_hash"] for name, store in corpus.items()}
+
     for saved, corpus, words in (
         (alone, mix, f"go on with data.store={folders['code']} and no mixture"),
         (mix, alone, f"go on with mixture.stores='code={folders['code']}' and mixture.weights='code 1'"),
@@ -306,8 +312,8 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     assert "--step=0 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=0")
     assert "--step=61 must be from 1 to num_steps=60" in refused(mixed, *show, "--step=61")
     assert "--row=8 is none of the rows 0 to 7 of step 5" in refused(mixed, *show, "--step=5", "--row=8")
-    told = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
-    assert told.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
+    shown = batch_audit.show(run_of(folders, weights="code 0.6, web 0.4"), epath.Path(mixed), 5, 2)
+    assert shown.startswith("step 5 reads batch 4, as of the checkpoint of step 6: 8 rows")
     with pytest.raises(Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"):
         batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]

@@ -64,8 +64,8 @@ def test_rows_hold_each_token_once(split_store):
             whole = {
                 (r, p + i): s + i for r, p, s, n in zip(*spans, strict=True) for i in range(n) if p + i >= 8 * quarter
             }
-            its = {(r, p + i + 8 * quarter): s + i for r, p, s, n in zip(*part, strict=True) for i in range(n)}
-            assert its == {key: token for key, token in whole.items() if key[1] < 8 * quarter + 8}
+            found = {(r, p + i + 8 * quarter): s + i for r, p, s, n in zip(*part, strict=True) for i in range(n)}
+            assert found == {key: token for key, token in whole.items() if key[1] < 8 * quarter + 8}
 
 
 def test_documents_stay_whole_and_there_is_little_padding(split_store):
@@ -124,8 +124,8 @@ def test_nothing_is_looked_at_across_documents(split_store):
 
     @jax.jit
     def nll(model, inputs, weights):
-        its = batch._replace(inputs=inputs, weights=weights)
-        return batch_sums(model, its, None, vocab_size=257, loss=config.loss).nll
+        changed = batch._replace(inputs=inputs, weights=weights)
+        return batch_sums(model, changed, None, vocab_size=257, loss=config.loss).nll
 
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config, 257).model)()

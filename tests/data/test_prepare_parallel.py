@@ -47,9 +47,11 @@ def command(data, store, workers, *more):
 
 def same(one, other):
     """Whether two folders have the same files, to the byte."""
-    names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    mismatched = filecmp.cmpfiles(one, other, names(one), shallow=False)[1:]
-    return names(one) == names(other) and mismatched == ([], [])
+    names, others = (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) for folder in (one, other)
+    )
+    mismatched = filecmp.cmpfiles(one, other, names, shallow=False)[1:]
+    return names == others and mismatched == ([], [])
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,10 @@ def test_files_that_changed_while_it_was_stopped_begin_anew_at_the_next_call(tmp
         raise KeyboardInterrupt
 
     file, data = tmp_path / "a.jsonl", DataConfig("jsonl", str(tmp_path / "a.jsonl"), heldout_fraction=0.1)
-    write = lambda word: file.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(99)))
+
+    def write(word):
+        file.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(99)))
+
     write("one")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_tokenize", stop)

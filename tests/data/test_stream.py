@@ -1,4 +1,5 @@
 import itertools
+import math
 import types
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_heldout_is_all_windows_in_order(store, batch_size):
     split = store.split("heldout")
     tokens = split.read(np.array([0]), split.tokens)[0].astype(np.int32)
     batches = stream.heldout_batches(store, seq_len=T, batch_size=batch_size, rows=np.arange(batch_size))
-    assert len(batches) == -(-(-(-(len(tokens) - 1) // T)) // batch_size)
+    assert len(batches) == math.ceil(math.ceil((len(tokens) - 1) / T) / batch_size)
     everything = concatenated(list(batches))
     assert {len(batch.inputs) for batch in batches} == {batch_size}
     np.testing.assert_array_equal(everything.inputs[everything.weights == 1], tokens[:-1])

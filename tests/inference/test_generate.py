@@ -71,8 +71,8 @@ def ask(model, prompts, sampling=GREEDY, max_tokens=12, seed=0):
 def last_logits(model, tokens_BT, length):
     """Of a full forward pass over one row padded on the right."""
     positions = jnp.arange(tokens_BT.shape[1])[None]
-    row = lambda array: jax.sharding.reshard(array, sharding.spec("act_batch", "act_seq"))
-    inputs = Inputs(row(tokens_BT), row(positions), row(jnp.ones_like(tokens_BT)))
+    arrays = tokens_BT, positions, jnp.ones_like(tokens_BT)
+    inputs = Inputs(*(jax.sharding.reshard(array, sharding.spec("act_batch", "act_seq")) for array in arrays))
     x_BTD = model.hidden(inputs, None).x_BTD
     x_D = jax.sharding.reshard(x_BTD, jax.P())[0, length - 1]
     return jax.sharding.reshard(model.output().table[...], jax.P())[:257] @ x_D
@@ -112,7 +112,10 @@ def test_any_mesh_gives_the_same_text(llama):
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: Transformer(llama.config, 257, SEQ_LEN, nnx.Rngs(1)))
-        put = lambda leaf, shape: jax.device_put(np.asarray(leaf), jax.NamedSharding(mesh, shape.sharding.spec))
+
+        def put(leaf, shape):
+            return jax.device_put(np.asarray(leaf), jax.NamedSharding(mesh, shape.sharding.spec))
+
         moved = jax.tree.map(put, llama, shapes)
         assert ask(moved, PROMPTS, drawn) == four
         assert ask(moved, PROMPTS[:1], drawn) == four[:1]
@@ -246,7 +249,10 @@ def test_rows_take_prompts_at_any_time(llama):
     alone = [ask(llama, [prompt], drawn, max_tokens=9)[0] for prompt in PROMPTS]
     decoder = Decoder(model, TOKENIZER, 2, SEQ_LEN)
     rows = {number: Continuation(TOKENIZER, 9) for number in range(4)}
-    begin = lambda row, number: decoder.begin({row: Prompt([eot, *PROMPTS[number]], 9, drawn, 0, 0)})[row]
+
+    def begin(row, number):
+        return decoder.begin({row: Prompt([eot, *PROMPTS[number]], 9, drawn, 0, 0)})[row]
+
     rows[2].push(begin(0, 2))
     rows[2].push(decoder.step([0], 3)[0])
     rows[0].push(begin(1, 0))
@@ -268,12 +274,13 @@ class Begun(ByteTokenizer):
 
 def test_a_document_opens_with_the_token_that_the_tokenizer_has_for_it(llama):
     """As `<s>` is Llama's; and that token was not said, while the end-of-text of a prompt was."""
-    ask = lambda tokenizer, prompts, **more: generate(
-        llama, prompts, tokenizer, Request(SEQ_LEN, max_tokens=12, seed=0, **more)
-    )
-    begun, sampling = [[70, *prompt] for prompt in PROMPTS], Sampling(temperature=0, repetition_penalty=1e6)
+
+    def ask(tokenizer, prompts, **more):
+        return generate(llama, prompts, tokenizer, Request(SEQ_LEN, max_tokens=12, seed=0, **more))
+
+    opened, sampling = [[70, *prompt] for prompt in PROMPTS], Sampling(temperature=0, repetition_penalty=1e6)
     made = ask(Begun(""), PROMPTS, sampling=GREEDY)
-    assert made == ask(TOKENIZER, begun, sampling=GREEDY, opened=True) != ask(TOKENIZER, PROMPTS, sampling=GREEDY)
+    assert made == ask(TOKENIZER, opened, sampling=GREEDY, opened=True) != ask(TOKENIZER, PROMPTS, sampling=GREEDY)
     decoder = Decoder(llama.for_decoding(), Begun(""), 1, SEQ_LEN)
     decoder.begin({0: Prompt([70, 1, 256], 5, sampling, 0, 0)})
     seen = np.flatnonzero(decoder._rows.seen_BV[0])
@@ -295,10 +302,13 @@ def test_lengths_alike_share_a_program():
     """Batches whose longest rows are of 130 to 256 tokens take the same one."""
     long = dataclasses.replace(LLAMA, dropout=0.0).resolved()
     model = jax.jit(lambda: Transformer(long, 257, 300, nnx.Rngs(1)))()
-    made = lambda length: generate(model, [[1] * length], TOKENIZER, Request(300, 2, GREEDY, seed=0))
-    made(130)
+
+    def make_text(length):
+        generate(model, [[1] * length], TOKENIZER, Request(300, 2, GREEDY, seed=0))
+
+    make_text(130)
     before = begin._cache_size(), advance._cache_size()
-    made(200)
+    make_text(200)
     assert (begin._cache_size(), advance._cache_size()) == before
     assert [doubled(64, needed, 300) for needed in (1, 64, 65, 250, 257, 400)] == [64, 64, 128, 256, 300, 300]
 
@@ -311,10 +321,10 @@ def test_the_whole_is_what_came_in_pieces(llama):
     number, end = next((n, at + 2) for n in range(4) for at in range(4, 18) if max(whole[n][at : at + 2]) < 128)
     stop = TOKENIZER.decode(whole[number][end - 2 : end])
     for steps in (1, 3, 32):
-        told = [""] * 4
+        texts_so_far = [""] * 4
         for rows in grow(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)), steps=steps):
-            told = [text + row.news() for text, row in zip(told, rows, strict=True)]
-        assert told == [text.partition(stop)[0] for text in texts]
+            texts_so_far = [text + row.news() for text, row in zip(texts_so_far, rows, strict=True)]
+        assert texts_so_far == [text.partition(stop)[0] for text in texts]
         assert rows[number].tokens == whole[number][:end] and rows[number].finish == "stop"
     made = generate(llama, PROMPTS, TOKENIZER, Request(SEQ_LEN, 20, drawn, 0, (stop,)))
     assert made == [row.tokens for row in rows]

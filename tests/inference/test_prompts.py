@@ -90,12 +90,12 @@ def test_an_epoch_has_the_responses_and_their_ends_as_targets_with_weight(pairs,
     assert sorted(targets[weights == 1]) == sorted(expected)
     assert set(np.unique(weights)) == {0, 1}
     if (method, seq_len) == ("best_fit", 200):  # whole pairs: each response is at once behind its prompt
-        told = "".join(
+        printed = "".join(
             "|" if target == 256 or not segment else chr(target) if weight else "."
             for row in zip(targets, weights, segments, strict=True)
             for target, weight, segment in [*zip(*row, strict=True), (256, 0, 0)]
         )
-        ends = re.findall(r"(\.*)([^.|]+)\|", told)
+        ends = re.findall(r"(\.*)([^.|]+)\|", printed)
         train = [(len(prompt.encode()), text) for prompt, text in PAIRS]
         assert {(len(prompt), text) for prompt, text in ends} <= set(train) and len(ends) == split.documents
 

@@ -189,7 +189,10 @@ def test_what_is_no_request(server, client):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_its_decoding(server, client, stream):
     """Long before all of 128 texts are made."""
-    load = lambda: post(server, b"", "/health", "GET")[1]
+
+    def load():
+        return post(server, b"", "/health", "GET")[1]
+
     before = load()["tokens"]
     body = {"model": "finished", "prompt": "1 plus ", "n": 128, "max_tokens": 25, "temperature": 2, "stream": stream}
     gone = socket.create_connection(("127.0.0.1", server[1]))

@@ -344,7 +344,7 @@ def test_a_converted_model_is_a_workdir(converted, corpus, gptjax_main, refused)
     code, out, _ = gptjax_main("generate", f"--workdir={converted}", "--prompt=ab", "--max_tokens=3")
     assert code == 0 and out.startswith("ab")
     sentence = refused(converted / "checkpoints", *training(corpus, converted))
-    assert "holds a converted model, weights alone" in sentence
+    assert "holds a converted model, which has weights alone" in sentence
     sentence = refused(converted, "convert", "from-hf", f"--source={converted}", f"--workdir={converted}")
     assert "model_type" in sentence
 

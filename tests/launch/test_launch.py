@@ -137,7 +137,7 @@ def test_a_run_of_two_slices_survives_a_preemption(cloud):
     assert code == 0
     line = "--config=configs/debug.py --workdir=gs://bucket/run one"
     assert out == f"pair-0-w-0 start 0: train {line}\npair-0-w-0 start 1: train {line}\n"
-    told = [
+    words = [
         "creating pair: 2 × v5p-16, 16 chips, spot",
         "pair is WAITING_FOR_RESOURCES",
         "pair is ACTIVE",
@@ -147,7 +147,7 @@ def test_a_run_of_two_slices_survives_a_preemption(cloud):
         "pair is SUSPENDED",
         "deleting pair",
     ]
-    assert err.splitlines()[1:] == told + told[:5] + ["the command has ended well", "deleting pair"]
+    assert err.splitlines()[1:] == words + words[:5] + ["the command has ended well", "deleting pair"]
     both = ["scp"] * 2 + ["install"] * 2 + ["start"] * 2
     assert cloud.verbs() == ["create", *both, "delete", "create", *both, "delete"]
     create = next(rest for _, verb, *rest in cloud.calls() if verb == "create")
@@ -161,7 +161,7 @@ def test_a_run_of_two_slices_survives_a_preemption(cloud):
     code, out, _ = cloud.launch(*PAIR, "--dry-run=preemption")
     assert code == 0 and not cloud.calls()
 
-    def told(commands):
+    def summary(commands):
         """Two nodes are asked at once, in either order, and looked at as often as it takes until both have ended; the
         tarball lies in another folder each time."""
         lines = [" ".join(word for word in words if not word.endswith("/gptjax.tar.gz")) for words in commands]
@@ -169,16 +169,16 @@ def test_a_run_of_two_slices_survives_a_preemption(cloud):
         again = re.compile("worker.sh follow [1-9]")
         return sorted(looks), sorted(line for line in lines if line not in looks and not again.search(line))
 
-    assert told(real) == told(shlex.split(line) for line in out.splitlines())
+    assert summary(real) == summary(shlex.split(line) for line in out.splitlines())
 
 
-@pytest.mark.parametrize("outcome, told", [(75, "ended with exit code 75"), ("lost", "was lost")])
-def test_exit_code_75_starts_the_command_again_where_it_is(cloud, outcome, told):
+@pytest.mark.parametrize("outcome, words", [(75, "ended with exit code 75"), ("lost", "was lost")])
+def test_exit_code_75_starts_the_command_again_where_it_is(cloud, outcome, words):
     cloud.play(outcomes={"one-w-1.0": outcome, "one-w-0.0": "late134", "one-w-1.1": "third"})
     code, out, err = cloud.launch(*ONE)
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines()] == ["one-w-0 start 0", "one-w-0 start 1"]
-    assert f"one-w-1 of one {told}\n" in err
+    assert f"one-w-1 of one {words}\n" in err
     assert cloud.verbs() == ["create", "scp", "install", "start", "start", "delete"]
 
 
@@ -189,7 +189,7 @@ def test_a_command_that_ends_while_it_is_asked_after_is_not_lost(cloud):
     grep.write_text(f'#!/bin/sh\ncase $1 in --quiet) {look} ;; esac\nexec {shutil.which("grep")} "$@"\n')
     grep.chmod(0o755)
     cloud.play(outcomes={"one-w-1.0": "wait"})
-    code, out, err = cloud.launch(*ONE)
+    code, _, err = cloud.launch(*ONE)
     assert code == 0 and "was lost" not in err
     assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
 
@@ -220,7 +220,7 @@ def test_a_worker_that_was_not_reached_is_noticed_though_gcloud_says_nothing(clo
 
 
 @pytest.mark.parametrize(
-    "play, told, verbs",
+    "play, words, verbs",
     [
         (
             {"states": [["PROVISIONING", "FAILED"]]},
@@ -230,10 +230,10 @@ def test_a_worker_that_was_not_reached_is_noticed_though_gcloud_says_nothing(clo
         ({"refuse": "RESOURCE_EXHAUSTED: quota of 8 cores"}, "RESOURCE_EXHAUSTED: quota of 8 cores", ["create"]),
     ],
 )
-def test_no_resource_is_to_be_had(cloud, play, told, verbs):
+def test_no_resource_is_to_be_had(cloud, play, words, verbs):
     cloud.play(**play)
     code, _, err = cloud.launch(*ONE)
-    assert code == 1 and told in err and "still exists" not in err
+    assert code == 1 and words in err and "still exists" not in err
     assert cloud.verbs() == verbs
 
 
@@ -290,7 +290,7 @@ def replaced(word, new):
 
 
 @pytest.mark.parametrize(
-    "flags, command, told",
+    "flags, command, words",
     [
         (["--name=one", "--type=v5p:4x4x4"], COMMAND, "give the accelerator type of so many chips, v5p-128"),
         (["--name=one", "--type=v5e-16"], COMMAND, "is called v5litepod-16"),
@@ -311,9 +311,9 @@ def replaced(word, new):
         ),
     ],
 )
-def test_refused_before_gcloud_is_called(cloud, flags, command, told):
+def test_refused_before_gcloud_is_called(cloud, flags, command, words):
     code, out, err = cloud.launch(*flags, command=command)
-    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
     assert not cloud.calls()
 
 
@@ -417,7 +417,8 @@ def test_slurm_requeues_after_exit_code_75_and_sigterm_only(tmp_path, codes, res
         "[ $code -gt $most ] && most=$code; done; exit $most",
         "scontrol": 'echo "scontrol $*"',
         # Slurm signals all processes of a task, the shell around the command too.
-        "gptjax": f'kill -TERM $PPID; sleep 0.1; echo "gptjax $*"; [ "$SLURM_PROCID" = 0 ] && exit {codes[0]}; exit {codes[1]}',
+        "gptjax": 'kill -TERM $PPID; sleep 0.1; echo "gptjax $*"; '
+        f'[ "$SLURM_PROCID" = 0 ] && exit {codes[0]}; exit {codes[1]}',
     }
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name, line in fakes.items():
@@ -425,9 +426,7 @@ def test_slurm_requeues_after_exit_code_75_and_sigterm_only(tmp_path, codes, res
         (tmp_path / ".venv/bin" / name).chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     command = ["bash", str(LAUNCH / "slurm/train.sbatch"), "--config=c.py", "--workdir=/shared/a run"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True)
     assert done.returncode == left
     assert done.stdout.splitlines()[:2] == ["gptjax train --config=c.py --workdir=/shared/a run"] * 2
     assert ("scontrol requeue 7" in done.stdout) == requeued

@@ -48,7 +48,9 @@ def same_as_masked(attend, length, heads, kv_heads, window, head_dim=H):
     """Asserts that values and gradients of `attend` are those of the reference."""
     q, k, v, segments = inputs(length, heads, kv_heads, head_dim)
     direction = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
-    reference = lambda q, k, v: masked_attention(q, k, v, mask_of(segments, window))
+
+    def reference(q, k, v):
+        return masked_attention(q, k, v, mask_of(segments, window))
 
     def both(attend):
         gradients = jax.value_and_grad(lambda *qkv: (attend(*qkv) * direction).sum(), (0, 1, 2))
@@ -61,7 +63,9 @@ def same_as_masked(attend, length, heads, kv_heads, window, head_dim=H):
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("length, window", [(13, 0), (16, 0), (150, 0), (150, 1), (150, 20), (150, 100), (16, 99)])
 def test_blocks_are_the_whole(length, window, heads, kv_heads):
-    blocked = lambda segments: lambda q, k, v: blocked_attention(q, k, v, segments, window)
+    def blocked(segments):
+        return lambda q, k, v: blocked_attention(q, k, v, segments, window)
+
     same_as_masked(blocked, length, heads, kv_heads, window)
 
 
@@ -70,7 +74,10 @@ def test_blocks_are_the_whole(length, window, heads, kv_heads):
 ])  # fmt: skip
 def test_the_tpu_kernel_is_the_whole(length, window, kv_heads, head_dim):
     """By the kernel's own program, interpreted; that it compiles for a TPU, test_pod_configs.py shows."""
-    splash = lambda segments: lambda q, k, v: splash_attention(q, k, v, segments, window, interpret=True)
+
+    def splash(segments):
+        return lambda q, k, v: splash_attention(q, k, v, segments, window, interpret=True)
+
     same_as_masked(splash, length, 4, kv_heads, window, head_dim)
 
 
@@ -82,7 +89,10 @@ def test_cached_attention_is_the_full_one(shape, window):
     q, k, v, _ = inputs(8, 4, 2)
     positions, rows = np.array([5, 2]), np.arange(2)
     with jax.set_mesh(mesh):
-        put = lambda array, *names: jax.device_put(array, jax.NamedSharding(mesh, spec(*names)))
+
+        def put(array, *names):
+            return jax.device_put(array, jax.NamedSharding(mesh, spec(*names)))
+
         heads = "act_batch", "act_seq", "act_heads"
         full = jax.jit(attention, static_argnames="window")(
             *(put(array, *heads) for array in (q, k, v)), put(np.zeros((2, 8), np.int32), "act_batch"), window=window

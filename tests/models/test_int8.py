@@ -36,8 +36,8 @@ def test_int8_weights_are_the_rounded_ones(config):
     model = make(config, mesh)
     with jax.set_mesh(mesh):
         small = int8.quantized(model)
-        bytes_of = lambda model: sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        assert bytes_of(small) < 0.3 * bytes_of(model) + 4 * 48 * 64
+        size, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in (small, model))
+        assert size < 0.3 * whole + 4 * 48 * 64
         assert ask(small) == ask(int8.rounded(model))
     before, after = (np.asarray(each.blocks.up[...]) for each in (model, int8.rounded(model)))
     step = np.abs(before).max(1, keepdims=True) / 127
@@ -51,7 +51,10 @@ def test_any_mesh_gives_the_same_text():
         expected = ask(int8.quantized(model))
     with jax.set_mesh(cut):
         shapes = jax.eval_shape(lambda: Transformer(model.config, 257, 48, nnx.Rngs(1)))
-        put = lambda leaf, shape: jax.device_put(np.asarray(leaf), jax.NamedSharding(cut, shape.sharding.spec))
+
+        def put(leaf, shape):
+            return jax.device_put(np.asarray(leaf), jax.NamedSharding(cut, shape.sharding.spec))
+
         assert ask(int8.quantized(jax.tree.map(put, model, shapes))) == expected
 
 

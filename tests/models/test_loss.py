@@ -78,7 +78,10 @@ def test_scores_of_targets_are_those_of_log_softmax(inputs, shape, softcap):
         placed = [
             jax.device_put(array, jax.NamedSharding(mesh, cut)) for array, cut in zip(inputs[:3], specs(), strict=True)
         ]
-        score = lambda x, w, targets: next_token_scores(x, output_of(w, softcap), targets, vocab_size=VOCAB)
+
+        def score(x, w, targets):
+            return next_token_scores(x, output_of(w, softcap), targets, vocab_size=VOCAB)
+
         scores, best = jax.device_get(jax.jit(score)(*placed))
     logits = np.float64(x) @ np.float64(w[:VOCAB]).T
     logits = softcap * np.tanh(logits / softcap) if softcap else logits

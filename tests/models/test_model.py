@@ -401,5 +401,5 @@ def products_of(equation, shape, dtype):
     left, right = equation.split("->")[0].split(",")
     sizes = dict(zip(right, shape, strict=True)) | {"B": 3, "T": 5}
     keys = jax.random.split(jax.random.key(0))
-    draw = lambda key, names: jax.random.normal(key, [sizes[name] for name in names]).astype(dtype)
-    return draw(keys[0], left), draw(keys[1], right)
+    names = zip(keys, (left, right), strict=True)
+    return tuple(jax.random.normal(key, [sizes[name] for name in each]).astype(dtype) for key, each in names)

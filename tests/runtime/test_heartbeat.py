@@ -126,17 +126,17 @@ def test_two_processes_of_which_each_fails_in_another_way_end_as_if_nothing_had_
     processes = start(2, corpus, folder, "--config.watchdog.step_seconds=3", hangs=1)
     (code_0, err_0), (code_1, err_1) = ended(processes, 240)
     assert (code_0, code_1) == (75, 75)
-    told = (
+    message = (
         rf"gptjax: process 1 \(\S+, pid {processes[1].pid}\) while training, after step 7, has not gone on for \d+ s; "
     )
-    assert re.search(told + "process 0 ", err_0) and re.search(told + "process 1 ", err_1), (err_0, err_1)
+    assert re.search(message + "process 0 ", err_0) and re.search(message + "process 1 ", err_1), (err_0, err_1)
     assert "in batches" in (folder / "hosts" / "1.stacks.txt").read_text()
     found = status.status(epath.Path(folder))
     assert [(fact["process"], fact["running"]) for fact in found["processes"]] == [(0, False), (1, False)]
     assert found["last_step"] in (6, 7) and "nobody runs here" in status.text(found)
 
-    (told,) = lost(2, 0, signal.SIGKILL, 14, corpus, folder)
-    assert "is gone: its connection closed" in told and "; process 1 (" in told
+    (message,) = lost(2, 0, signal.SIGKILL, 14, corpus, folder)
+    assert "is gone: its connection closed" in message and "; process 1 (" in message
 
     processes = start(2, corpus, folder)
     past(folder, 21, processes)
@@ -160,9 +160,9 @@ def test_two_processes_of_which_each_fails_in_another_way_end_as_if_nothing_had_
 @pytest.mark.slow
 def test_four_processes_then_two_then_one(two, corpus, tmp_path):
     folder = tmp_path / "run"
-    assert all("is gone: its connection closed" in told for told in lost(4, 3, signal.SIGKILL, 7, corpus, folder))
-    (told,) = lost(2, 0, signal.SIGSTOP, 14, corpus, folder)
-    assert "has given no sign of life for " in told
+    assert all("is gone: its connection closed" in message for message in lost(4, 3, signal.SIGKILL, 7, corpus, folder))
+    (message,) = lost(2, 0, signal.SIGSTOP, 14, corpus, folder)
+    assert "has given no sign of life for " in message
     assert [code for code, _ in ended(start(1, corpus, folder), 240)] == [0]
     assert losses(folder) == pytest.approx(two, rel=1e-5)
 
@@ -202,7 +202,8 @@ def test_a_beat_survives_the_file_and_nothing_else_does():
     fields = dataclasses.asdict(beat)
     assert heartbeat.parsed(json.dumps(fields)) == beat
     for damage in ("", "[]", "{}", "[" * 100_000, json.dumps(fields)[:-9], json.dumps(fields | {"pid": "1"}),
-                   json.dumps(fields | {"time": float("nan")}), json.dumps(fields | {"time": 10**400}), json.dumps(fields | {"host": "\x1b[2J"})):  # fmt: skip
+                   json.dumps(fields | {"time": float("nan")}), json.dumps(fields | {"time": 10**400}),
+                   json.dumps(fields | {"host": "\x1b[2J"})):  # fmt: skip
         with pytest.raises((ValueError, RecursionError)):
             heartbeat.parsed(damage)
 

@@ -57,7 +57,10 @@ def test_a_signal_in_training_is_a_save_and_the_run_goes_on(uninterrupted, corpu
 def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted, corpus, tmp_path, record_property):
     """One run, started again after each stop."""
     folder = tmp_path / "run"
-    saved = lambda: sorted(int(path.name[-8:]) for path in (folder / "checkpoints").glob("step_????????"))
+
+    def saved():
+        return sorted(int(path.name[-8:]) for path in (folder / "checkpoints").glob("step_????????"))
+
     for phase, step, seconds, signals, words in [
         ("starting", 0, 0.2, "SIGTERM", "while starting: nothing is unsaved"),
         ("preparing data", 0, 0, "SIGTERM", "while preparing data: nothing is unsaved"),
@@ -84,8 +87,10 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
     done = subprocess.run(long_run(corpus, folder, *MORE), env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert losses(folder) == losses(uninterrupted) and len(losses(folder)) == 60
-    evaluations = lambda run: [(row["step"], row["eval_loss"]) for row in rows(run) if "eval_loss" in row]
-    assert evaluations(folder) == evaluations(uninterrupted)
+    found, expected = (
+        [(row["step"], row["eval_loss"]) for row in rows(run) if "eval_loss" in row] for run in (folder, uninterrupted)
+    )
+    assert found == expected
     assert (folder / "samples.txt").read_text() == (uninterrupted / "samples.txt").read_text()
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
     assert saved() == [50, 60]

@@ -153,8 +153,7 @@ def test_only_process_0_writes_and_prints(alone, two):
     folder, (first, other) = two
     assert other.out == "" and "Gloo" not in first.out
     assert "on 4 × cpu in 2 processes, mesh" in first.out and first.out.count(" sample\n") == 1
-    names = lambda run: sorted(path.name for path in run.iterdir())
-    assert names(folder) == names(alone)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in alone.iterdir())
     others = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if not path.stat().st_mode & 0o077}
     assert others <= {"checkpoints"}
 
@@ -165,7 +164,7 @@ def test_both_processes_wrote_the_checkpoint(two):
     assert [path.name for path in saved] == [f"step_{step:08}" for step in (EVERY, STEPS)]
     for path in saved:
         parts = {part.name: part for part in (path / "state").iterdir()}
-        assert not list(parts["ocdbt.process_1"].rglob("*"))[0].stat().st_mode & 0o077
+        assert not next(iter(parts["ocdbt.process_1"].rglob("*"))).stat().st_mode & 0o077
 
 
 def test_two_go_on_as_one(two, store, tmp_path):

@@ -37,8 +37,9 @@ def models() -> dict:
             hidden_size=64, num_attention_heads=8, num_key_value_heads=2, vocab_size=300, **ROTARY
         ),
         "llama 3, tied, scaled": LlamaConfig(
-            hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=10, vocab_size=384, rms_norm_eps=1e-5,
-            tie_word_embeddings=True, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, **ROTARY,
+            hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=10, vocab_size=384,
+            rms_norm_eps=1e-5, tie_word_embeddings=True,
+            rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, **ROTARY,
         ),
         "llama, linear": LlamaConfig(
             hidden_size=48, num_attention_heads=4, num_key_value_heads=4, vocab_size=301,
@@ -49,16 +50,16 @@ def models() -> dict:
             tie_word_embeddings=True, **ROTARY,
         ),
         "qwen3, window": Qwen3Config(
-            hidden_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=18, vocab_size=257, sliding_window=20,
-            use_sliding_window=True, max_window_layers=0, **ROTARY,
+            hidden_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=18, vocab_size=257,
+            sliding_window=20, use_sliding_window=True, max_window_layers=0, **ROTARY,
         ),
         "mistral, window": MistralConfig(
-            hidden_size=60, num_attention_heads=4, num_key_value_heads=1, head_dim=22, vocab_size=333, sliding_window=24,
-            **ROTARY,
+            hidden_size=60, num_attention_heads=4, num_key_value_heads=1, head_dim=22, vocab_size=333,
+            sliding_window=24, **ROTARY,
         ),
         "mistral, no window": MistralConfig(
-            hidden_size=50, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=400, sliding_window=None,
-            **ROTARY,
+            hidden_size=50, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=400,
+            sliding_window=None, **ROTARY,
         ),
     }  # fmt: skip
 

@@ -20,13 +20,13 @@ class Step:
     refuse: int = -1
     by: signal.Signals = signal.SIGKILL
 
-    def __call__(self, task, told):
-        told(1, 10, 100)
+    def __call__(self, task, report):
+        report(1, 10, 100)
         if task == self.kill:
             os.kill(os.getpid(), self.by)
         if task == self.refuse:
             raise Refused(f"task {task} is damaged.")
-        told(0, 1, 0)
+        report(0, 1, 0)
         (self.folder / f"{task}.json").write_text(json.dumps([os.getpid(), "jax" in sys.modules]))
 
 
@@ -36,7 +36,7 @@ class Endless:
 
     folder: pathlib.Path
 
-    def __call__(self, task, told):
+    def __call__(self, task, report):
         (self.folder / f"{os.getpid()}.pid").touch()
         while True:
             time.sleep(0.1)

@@ -170,7 +170,10 @@ def test_names_that_are_none_are_refused(names, words):
 def test_drawn_encodings_are_exact_and_depend_on_the_seed_alone(tmp_path, model):
     ours = tokenizer.train(TokenizerConfig(vocab_size=296, model=model), TEXTS, tmp_path)
     text = "".join(TEXTS[:20]) + "\u2581é\u4e2d" + TEXTS[0]
-    draw = lambda seed: ours.encode_sampled(text, seed, 0.2)
+
+    def draw(seed):
+        return ours.encode_sampled(text, seed, 0.2)
+
     alone = [draw(seed) for seed in range(24)]
     with ThreadPoolExecutor(1) as other:  # another thread draws in between
         sentencepiece.set_random_generator_seed(5)

@@ -181,7 +181,10 @@ AMBIGUOUS = {"path", "name", "model"}
 
 
 def reads(tree, sections: dict) -> set[tuple[str, str]]:
-    """(section, field) of each attribute of a section: of an annotated name, of `self` in its class, or `x.section.field`."""
+    """Returns (section, field) for each attribute of a section that a tree reads.
+
+    A section is an annotated name, `self` in the class of that section, or the middle of `x.section.field`.
+    """
     known = {"Config", *(section.__name__ for section in sections.values())}
     found = set()
 

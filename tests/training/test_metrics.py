@@ -17,7 +17,9 @@ UNWATCHED = SimpleNamespace(see=lambda step, loss, grad_norm: "")
 
 
 def log_of(folder, bar, start, watch=UNWATCHED, log_every=10, tokens_per_step=1, flops_per_token=1, peak=None):
-    done = lambda step: (step * tokens_per_step, step * tokens_per_step * flops_per_token)
+    def done(step):
+        return step * tokens_per_step, step * tokens_per_step * flops_per_token
+
     writers = Writers(epath.Path(folder), start, bar)
     return Log(writers, bar, start, watch, log_every, SimpleNamespace(done=done, peak=peak))
 
@@ -34,8 +36,8 @@ def test_rows_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
-@pytest.mark.parametrize("line", [b"3", b"{}", b'{"step": "1"}', b'{"step": true}', b"\xff", b"\0" * 100, b"[" * 100_000,
-                                  b'{"step": ' + b"9" * 5000 + b"}"])  # fmt: skip
+@pytest.mark.parametrize("line", [b"3", b"{}", b'{"step": "1"}', b'{"step": true}', b"\xff", b"\0" * 100,
+                                  b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"])  # fmt: skip
 def test_what_is_no_row_is_dropped(tmp_path, line):
     """As a disk that lost power leaves it."""
     path = epath.Path(tmp_path) / "metrics.jsonl"
@@ -88,9 +90,9 @@ def test_steps_of_other_flops_are_not_measured_together(tmp_path, monkeypatch):
     """A curriculum of 100 FLOPs a step, and from the fifth on of 300, with a floor of three times the time."""
     clock = [0.0]
     monkeypatch.setattr("gptjax.training.monitoring.metrics.time.perf_counter", lambda: clock[0])
-    done = lambda step: (step, 100 * step + 200 * max(0, step - 5))
     bar = SimpleNamespace(update=lambda step, text: None)
-    writers, work = Writers(epath.Path(tmp_path), 0, bar), SimpleNamespace(done=done, peak=1000.0)
+    work = SimpleNamespace(done=lambda step: (step, 100 * step + 200 * max(0, step - 5)), peak=1000.0)
+    writers = Writers(epath.Path(tmp_path), 0, bar)
     with Log(writers, bar, 0, UNWATCHED, 2, work) as log:
         for step in range(1, 11):
             clock[0] += 1.0 if step <= 5 else 3.0

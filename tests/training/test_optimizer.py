@@ -11,8 +11,8 @@ from support.runs import GPT2, LLAMA, mesh_of
 
 from gptjax.errors import Refused
 from gptjax.models.transformer import Transformer
-from gptjax.training.optim.config import OptimizerConfig
-from gptjax.training.optim.optimizers import check, decays, make_optimizer
+from gptjax.training.optim.config import OptimizerConfig, check
+from gptjax.training.optim.optimizers import decays, make_optimizer
 from gptjax.training.optim.schedules import SCHEDULES, learning_rate
 
 PEAK, WARMUP, STEPS = 0.01, 10, 110

@@ -101,7 +101,9 @@ def test_it_is_as_if_the_bad_batch_had_not_been(store, monkeypatch):
 
 
 def watch(tmp_path, config, saved=Recovery(), start=0):
-    documents = lambda batch: [{"name": f"{batch}.txt", "offset": 7}]
+    def documents(batch):
+        return [{"name": f"{batch}.txt", "offset": 7}]
+
     return Watch(
         config, epath.Path(tmp_path), documents, start, Recovery(**json.loads(json.dumps(dataclasses.asdict(saved))))
     )
@@ -109,13 +111,13 @@ def watch(tmp_path, config, saved=Recovery(), start=0):
 
 def verdicts(watching, numbers, start=0):
     """The step and kind of the first exception, with the watch's words until then."""
-    told = []
+    words = []
     for step, number in enumerate(numbers, start + 1):
         try:
-            told.append(watching.see(step, number, 1.0))
+            words.append(watching.see(step, number, 1.0))
         except (GoBack, Failed) as trouble:
-            return step, trouble, told
-    return None, None, told
+            return step, trouble, words
+    return None, None, words
 
 
 NAN = math.nan
@@ -348,7 +350,7 @@ def test_stopped_anywhere_it_comes_to_the_same(went_back, corpus, tmp_path, monk
             poisoned.poison(BAD, poisoned.not_finite, patch.setattr)
             harmed = stream.iterate
 
-            def until(dataset, start, stop):
+            def until(dataset, start, stop, harmed=harmed, last=last):
                 for number, batch in enumerate(harmed(dataset, start, stop), start):
                     if number - 1 == last:
                         raise KeyboardInterrupt
@@ -408,7 +410,7 @@ def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, 
         with monkeypatch.context() as patch:
             real = preemption.tick
 
-            def tick():
+            def tick(real=real, last=last):
                 if heartbeat.beat().step >= last:
                     raise Preempted("told to")
                 real()

@@ -92,5 +92,5 @@ def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gpt
 
 def test_the_best_of_a_run_that_was_never_evaluated(copied, refused):
     (copied / "metrics.jsonl").unlink()
-    told = refused(copied, "eval", f"--workdir={copied}", "--step=best")
-    assert "has no held-out loss for any step with a checkpoint" in told and "give a step among 2, 4" in told
+    message = refused(copied, "eval", f"--workdir={copied}", "--step=best")
+    assert "has no held-out loss for any step with a checkpoint" in message and "give a step among 2, 4" in message

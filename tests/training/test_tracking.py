@@ -1,5 +1,6 @@
 """Trackers: one's own function, and wandb without a network."""
 
+import functools
 import json
 import os
 import pathlib
@@ -75,7 +76,10 @@ def test_a_tracker_that_is_none(module, refused, corpus, tmp_path, name, words):
 
 
 def test_wandb_without_a_key_is_refused_before_anything(tmp_path):
-    code = "from gptjax.training.monitoring import trackers\nfrom gptjax.errors import Refused\ntry: trackers.find('wandb')\nexcept Refused as no: print(no)"
+    code = (
+        "from gptjax.training.monitoring import trackers\nfrom gptjax.errors import Refused\n"
+        "try: trackers.find('wandb')\nexcept Refused as no: print(no)"
+    )
     hidden = {"WANDB_API_KEY", "WANDB_MODE", "NETRC"}
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
@@ -91,7 +95,7 @@ def test_wandb_offline_keeps_the_rows_and_goes_on_as_the_same_run(tmp_path, monk
     wandb.teardown()  # it reads the variables once
     for start in (0, 2):
         begin = trackers.find("wandb")
-        writers = Writers(epath.Path(tmp_path), start, None, lambda: begin({"seed": 7}, str(tmp_path)))
+        writers = Writers(epath.Path(tmp_path), start, None, functools.partial(begin, {"seed": 7}, str(tmp_path)))
         for step in (start + 1, start + 2):
             writers.write({"step": step, "loss": 1 / step, "mfu": None})
         writers.write({"step": start + 1, "save_seconds": 0.5})
@@ -113,8 +117,8 @@ def history(file: pathlib.Path) -> list[dict]:
         _, length, kind = struct.unpack_from("<IHB", content, at)
         record, at = record + content[at + 7 : at + 7 + length], at + 7 + length
         if kind in (1, 4):  # whole, or the last part
-            told = wandb_internal_pb2.Record.FromString(record)
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in told.history.item}
+            row = wandb_internal_pb2.Record.FromString(record)
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.history.item}
             rows += [{key: value for key, value in items.items() if not key.startswith("_")}] if items else []
             record = b""
     return rows

@@ -46,9 +46,9 @@ def base(finished, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def begun(base, others, tmp_path_factory):
+def transferred(base, others, tmp_path_factory):
     """(workdir, what was printed) of a run that began with the weights of `base`."""
-    folder = tmp_path_factory.mktemp("runs") / "begun"
+    folder = tmp_path_factory.mktemp("runs") / "transferred"
     return folder, run(others, folder, f"--config.init_from={base}")
 
 
@@ -65,8 +65,8 @@ def run(corpus, folder, *more):
     return printed.getvalue()
 
 
-def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(begun, base, others):
-    folder, printed = begun
+def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(transferred, base, others):
+    folder, printed = transferred
     assert f"beginning with the weights of step 4 of {base}\n" in printed
     old, config = loading.load(epath.Path(base), -1), loaded(others)
     corpus = open_corpus(config, epath.Path(folder))
@@ -80,8 +80,8 @@ def test_the_first_loss_is_that_of_the_old_model_on_the_new_data(begun, base, ot
     assert losses(folder)[STEPS] < losses(folder)[1] < np.log(257) - 0.3
 
 
-def test_it_goes_on_bit_for_bit_without_what_it_began_from(begun, base, others, tmp_path):
-    folder = shutil.copytree(begun[0], tmp_path / "run")
+def test_it_goes_on_bit_for_bit_without_what_it_began_from(transferred, base, others, tmp_path):
+    folder = shutil.copytree(transferred[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS:08}")
     gone = base.rename(base.with_name("gone"))
     try:
@@ -89,20 +89,20 @@ def test_it_goes_on_bit_for_bit_without_what_it_began_from(begun, base, others, 
     finally:
         gone.rename(base)
     assert "going on from the checkpoint of step 4" in printed and "beginning" not in printed
-    assert losses(folder) == losses(begun[0])
+    assert losses(folder) == losses(transferred[0])
 
 
-def test_killed_before_its_first_checkpoint_it_begins_again(begun, base, others, tmp_path):
+def test_killed_before_its_first_checkpoint_it_begins_again(transferred, base, others, tmp_path):
     left = shutil.ignore_patterns("checkpoints", "metrics.jsonl")
-    folder = shutil.copytree(begun[0], tmp_path / "run", ignore=left)
+    folder = shutil.copytree(transferred[0], tmp_path / "run", ignore=left)
     assert "beginning with the weights of step 4" in run(others, folder, f"--config.init_from={base}")
-    assert losses(folder) == losses(begun[0])
+    assert losses(folder) == losses(transferred[0])
 
 
-def test_on_another_mesh_it_is_the_same_run(begun, base, others, tmp_path):
+def test_on_another_mesh_it_is_the_same_run(transferred, base, others, tmp_path):
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
     run(others, tmp_path / "run", f"--config.init_from={base}", *mesh)
-    assert losses(tmp_path / "run") == pytest.approx(losses(begun[0]), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(transferred[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("more, words", [
@@ -130,8 +130,9 @@ def test_what_is_no_model_to_begin_with(base, others, refused, tmp_path):
     assert "holds no checkpoint" in refused(
         tmp_path / "run", *training(others, tmp_path / "run", f"--config.init_from={empty}")
     )
-    assert 'init_step=4 must be a checkpoint of a workdir in init_from, or -1 for the newest; found init_from=""' in refused(
-        tmp_path, *training(others, tmp_path / "run", "--config.init_step=4")
+    assert (
+        'init_step=4 must be a checkpoint of a workdir in init_from, or -1 for the newest; found init_from=""'
+        in refused(tmp_path, *training(others, tmp_path / "run", "--config.init_step=4"))
     )
     alone = training(others, tmp_path / "run", "--config.lora.rank=2")
     assert "lora.rank=2 adds adapters to an existing model, and init_from is empty" in refused(tmp_path, *alone)

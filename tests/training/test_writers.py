@@ -56,8 +56,8 @@ def test_rows_and_events(tmp_path):
 
 
 def test_a_full_disk_is_one_warning_and_cuts_no_row(tmp_path):
-    told = []
-    writers = Writers(epath.Path(tmp_path), 0, SimpleNamespace(print=told.append))
+    printed = []
+    writers = Writers(epath.Path(tmp_path), 0, SimpleNamespace(print=printed.append))
     with files_of_at_most(1000):
         for step in range(1, 2000):
             writers.write({"step": step, "loss": 1 / step})
@@ -65,8 +65,8 @@ def test_a_full_disk_is_one_warning_and_cuts_no_row(tmp_path):
     for step in range(2000, 2010):
         writers.write({"step": step, "loss": 1 / step})
     writers.close()
-    assert len(told) == 2 and all("; the run goes on without it" in line for line in told)
-    assert "metrics.jsonl can't be written (OSError: [Errno 27]" in told[0] and "tensorboard can't" in told[1]
+    assert len(printed) == 2 and all("; the run goes on without it" in line for line in printed)
+    assert "metrics.jsonl can't be written (OSError: [Errno 27]" in printed[0] and "tensorboard can't" in printed[1]
     assert max(event.step for event in events(tmp_path)) < 2000, "after half a record"
     steps = [row["step"] for row in rows(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-10:] == list(range(2000, 2010)) and len(steps) > 50
@@ -74,27 +74,27 @@ def test_a_full_disk_is_one_warning_and_cuts_no_row(tmp_path):
 
 def test_a_file_instead_of_the_folder(tmp_path):
     (tmp_path / "tensorboard").write_text("")
-    told = []
-    writers = Writers(epath.Path(tmp_path), 0, SimpleNamespace(print=told.append))
+    printed = []
+    writers = Writers(epath.Path(tmp_path), 0, SimpleNamespace(print=printed.append))
     for step in (1, 2):
         writers.write({"step": step, "loss": 1.0})
         writers.flush()
     writers.close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-    (line,) = told
+    (line,) = printed
     assert line.startswith(f"warning: {tmp_path}/tensorboard can't be written (NotADirectoryError: ")
 
 
 def test_a_failure_while_starting_keeps_the_old_rows(tmp_path):
     old = "".join(json.dumps({"step": step, "text": "x" * 100}) + "\n" for step in range(20))
     (tmp_path / "metrics.jsonl").write_text(old)
-    told = []
+    printed = []
     with files_of_at_most(1000):
-        writers = Writers(epath.Path(tmp_path), 9, SimpleNamespace(print=told.append))
+        writers = Writers(epath.Path(tmp_path), 9, SimpleNamespace(print=printed.append))
         assert [row["step"] for row in writers.rows] == list(range(10))
         writers.write({"step": 10, "loss": 1.0})
         writers.close()
-    assert len(told) == 1 and (tmp_path / "metrics.jsonl").read_text() == old
+    assert len(printed) == 1 and (tmp_path / "metrics.jsonl").read_text() == old
 
 
 @pytest.mark.parity

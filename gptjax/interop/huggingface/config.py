@@ -192,8 +192,9 @@ def family_of(c: ModelConfig) -> str:
         wanted |= {key: value for key, value in ROTARY.items() if key != "norm"}
     if (c.widened, c.query_scale) != (1, 1):
         raise Refused(
-            f"model.mup_base_width={c.mup_base_width} must be 0: with model.embed_dim={c.embed_dim}, logits are divided "
-            f"by {c.widened:g} and queries multiplied by {c.query_scale:g}, which no family of Hugging Face does."
+            f"model.mup_base_width={c.mup_base_width} must be 0: with model.embed_dim={c.embed_dim}, logits are "
+            f"divided by {c.widened:g} and queries multiplied by {c.query_scale:g}, which no family of Hugging "
+            "Face does."
         )
     for key, value in wanted.items():
         if getattr(c, key) != value:

@@ -144,8 +144,8 @@ def check(tensors: dict[str, Tensor], parts: dict[str, list[Part]], where) -> No
             )
     if extra := [name for name in tensors if name not in wanted and not BUFFERS.fullmatch(name)]:
         raise Refused(
-            f"{where} has {len(extra)} tensors that config.json does not ask for, such as {extra[0]}; only plain models "
-            "of the family are supported."
+            f"{where} has {len(extra)} tensors that config.json does not ask for, such as {extra[0]}; only plain "
+            "models of the family are supported."
         )
 
 

@@ -202,7 +202,7 @@ def resolve(config: Config) -> Config:
         )
     if config.init_step < -1 or (config.init_step >= 0 and not config.init_from):
         raise Refused(
-            f'init_step={config.init_step} must be a checkpoint of a workdir in init_from, or -1 for the newest; found '
+            f"init_step={config.init_step} must be a checkpoint of a workdir in init_from, or -1 for the newest; found "
             f'init_from="{config.init_from}".'
         )
     if config.init_from and config.tokenizer.kind != "byte" and not config.tokenizer.path:

@@ -14,8 +14,8 @@ class RecoveryConfig:
     A spike is a loss above median + max(spike_deviations × 1.4826 × median absolute deviation, spike_floor), that many
     times in a row. The median is over the spike_window losses before the last spike_steps. The factor 1.4826 turns the
     deviation into standard deviations where losses are normally distributed. By the defaults no healthy run has a
-    spike: bad batches and short spikes mend themselves before 16 steps, and chance does not explain 16 losses in a row that
-    are both 12 deviations and half a nat above the median.
+    spike: bad batches and short spikes mend themselves before 16 steps, and chance does not explain 16 losses in a row
+    that are both 12 deviations and half a nat above the median.
     """
 
     on_nonfinite: str = "skip"  # skip, stop or off, after a loss or gradient norm that is not finite

@@ -60,7 +60,7 @@ class Log:
         self._starting = began, facts
 
     def push(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step just dispatched; waits for the previous step and writes that step's row if due."""
+        """Takes the metrics of a dispatched step; waits for the previous step and writes that step's row if due."""
         self._flush()
         self._pending = step, metrics
 
