@@ -111,7 +111,7 @@ def test_on_another_mesh_it_is_the_same_run(transferred, base, others, tmp_path)
      "model.head_dim (16 there, 8 here), model.mlp_dim (256 there, 128 here): use its values"),
     (["--config.seq_len=64"], "seq_len=64 is more than the 32 positions that the model of init_from="),
     (["--config.init_step=3"], "has no checkpoint of step 3: it has 2, 4."),
-    (["--config.init_step=-2"], "init_step=-2 must be a checkpoint of a workdir in init_from, or -1 for the newest; found init_from="),
+    (["--config.init_step=-2"], "init_step=-2 must be a checkpoint of a workdir in init_from, or -1 for the newest"),
     (["--config.tokenizer.kind=sentencepiece"], "is of kind byte, and tokenizer.kind is sentencepiece: set it to byte"),
     ([f"--config.tokenizer.special_tokens={','.join(f'<{n}>' for n in range(128))}"],
      "makes 385 ids, and the embedding of init_from="),
