@@ -140,7 +140,7 @@ def test_an_evaluation_counts_the_bytes_of_responses(pairs, judged):
 
 def test_prompts_alone_are_no_evaluation(tmp_path, judged):
     data = jsonl(tmp_path, [("x" * 400 + str(number), "y") for number in range(30)])
-    with pytest.raises(Failed, match="have 0 tokens with a loss: read more, by eval_batches"):
+    with pytest.raises(Failed, match="have 0 tokens with a loss; raise eval_batches"):
         judged(prepare(data, BYTE, tmp_path / "store"), 4)
 
 
