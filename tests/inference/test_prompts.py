@@ -145,11 +145,11 @@ def test_prompts_alone_are_no_evaluation(tmp_path, judged):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"answer": "x"}, 'has no field "question" (it has answer): name the one that holds the prompt'),
-    ({"question": "x"}, 'has no field "answer" (it has question): name the one that holds the text'),
-    ({"question": 1, "answer": "x"}, 'has no text in the field "question" (1): name the one that holds the prompt'),
-    ({"question": "x", "answer": None}, 'has no text in the field "answer" (None)'),
-    ({"question": "x", "answer": ""}, 'has an empty response in the field "answer": give it one'),
+    ({"answer": "x"}, 'must have a field "question" (it has answer): name the one that holds the prompt'),
+    ({"question": "x"}, 'must have a field "answer" (it has question): name the one that holds the text'),
+    ({"question": 1, "answer": "x"}, 'must have a field "question" that is text (1): name the one that holds the prompt'),
+    ({"question": "x", "answer": None}, 'must have a field "answer" that is text (None)'),
+    ({"question": "x", "answer": ""}, 'has an empty response in the field "answer": add the response'),
 ])  # fmt: skip
 def test_a_pair_that_is_none_is_named_by_its_line(tmp_path, record, words):
     data = jsonl(tmp_path, PAIRS[:3])
