@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import sentencepiece
@@ -132,10 +131,9 @@ def memory(folder: pathlib.Path, sizes: list[int], workers: int) -> None:
         argv += [f"--config.data.store={folder}/store{megabytes}", "--config.tokenizer.kind=byte"]
         began, samples = time.monotonic(), []
         running = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-        ended = threading.Event()
-        threading.Thread(target=lambda: (running.wait(), ended.set())).start()  # noqa: B023
-        while not ended.wait(0.2):
+        while running.poll() is None:
             samples.append(resident(running.pid))
+            time.sleep(0.2)
         if running.returncode:
             sys.exit(f"prepare ended with {running.returncode}")
         quarters = [max(samples[len(samples) * i // 4 : len(samples) * (i + 1) // 4]) >> 20 for i in range(4)]
