@@ -46,7 +46,7 @@ def command(folder: pathlib.Path, corpus: pathlib.Path) -> list[str]:
 
 
 def losses(folder: pathlib.Path) -> dict[int, float]:
-    """Step → loss, of the rows that are whole."""
+    """Returns step → loss from the complete rows of metrics.jsonl."""
     found = {}
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
@@ -56,7 +56,7 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
 
 
 def said(folder: pathlib.Path, pid: int) -> tuple[str, str]:
-    """The phase that a process says it is in, and what its saving thread does; empty before it says anything."""
+    """Returns the phases that a process reports for its main and saving threads; empty before the first beat."""
     try:
         beat = json.loads((folder / "hosts" / "0.json").read_text())
     except (OSError, ValueError):
@@ -65,13 +65,13 @@ def said(folder: pathlib.Path, pid: int) -> tuple[str, str]:
 
 
 def newest(folder: pathlib.Path) -> int:
-    """The step of the newest checkpoint that has its manifest, which is written last; 0 where there is none."""
+    """Returns the step of the newest checkpoint with a manifest, which is written last; 0 without checkpoints."""
     found = folder.glob("checkpoints/step_????????/manifest.json")
     return max((int(path.parent.name[-8:]) for path in found), default=0)
 
 
 def resumed(code: int | None, phase: str, log: str, step: int) -> bool:
-    """Whether a start that ended so, in a phase, went on from a step's checkpoint, or was killed before it could."""
+    """Returns whether a start resumed from the checkpoint of `step`, or was killed before it could resume."""
     if code not in (0, -signal.SIGKILL):
         return False
     words = r"^(?:going on from the checkpoint of|The run in .* is complete at) step (\d+)"

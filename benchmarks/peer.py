@@ -49,7 +49,8 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def serve(build) -> None:
-    """A side's process. `build()` gives its parameters' number and a function that does a step and gives its loss."""
+    """Runs the process of a side. build: returns the number of parameters, and a function that trains a step and
+    returns the loss."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print too
     parameters, step = build()
@@ -66,7 +67,7 @@ def serve(build) -> None:
 
 
 class Side:
-    """The process of a side, from here."""
+    """The handle of a side's process."""
 
     def __init__(self, name: str, command: list[str]):
         self.name, self.errors = name, tempfile.TemporaryFile("w+")
@@ -84,7 +85,7 @@ class Side:
         return line.split()
 
     def seconds(self, steps: int) -> float:
-        """A step's, over a turn of so many."""
+        """Returns the mean seconds of a step over a turn of `steps` steps."""
         print(steps, file=self.process.stdin, flush=True)
         seconds, loss = self.answer()
         self.last = float(loss)
@@ -95,8 +96,9 @@ def compare(args: argparse.Namespace, peers: dict[str, list[str]], *, biases: bo
     """Prints a table of our step and the peers'.
 
     Args:
-      args: of `arguments`. peers: name → the command of its process, but for what all have in common.
-      biases: whether the peer's model has them; then ours has, too.
+      args: the flags of `arguments`.
+      peers: name → the command of the process, without the flags that all sides share.
+      biases: whether the peer's model has biases; ours then has biases too.
     """
     shape = SHAPES[args.shape]
     commands = {"gptjax": [sys.executable, "-m", "benchmarks.ours", *(["--biases"] if biases else [])]} | peers

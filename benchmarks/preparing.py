@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import sentencepiece
@@ -36,7 +35,7 @@ CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
 
 
 def corpus(folder: pathlib.Path, megabytes: int) -> DataConfig:
-    """Files of 32 MB each."""
+    """Writes the corpus as files of 32 MB each."""
     texts, number, made = [document.text for document in sources.documents(DataConfig())], 0, 0
     folder.mkdir()
     for file in range(-(-megabytes // 32)):
@@ -50,7 +49,7 @@ def corpus(folder: pathlib.Path, megabytes: int) -> DataConfig:
 
 
 def bare(model: str, texts: list[list[str]], begin, seconds) -> None:
-    """A process that tokenizes lists of texts, and puts how long that took."""
+    """Runs in a process: tokenizes lists of texts, and puts the seconds into the queue."""
     encoder = sentencepiece.SentencePieceProcessor(model_file=model)
     begin.wait()
     began = time.perf_counter()
@@ -60,7 +59,7 @@ def bare(model: str, texts: list[list[str]], begin, seconds) -> None:
 
 
 def theirs(model: str, shares: list[list[list[str]]]) -> float:
-    """Seconds until all processes are done, from when all are ready."""
+    """Returns the seconds from when all processes are ready until all are done."""
     begin, seconds = multiprocessing.Barrier(len(shares)), multiprocessing.Queue()
     running = [multiprocessing.Process(target=bare, args=(model, share, begin, seconds)) for share in shares]
     for process in running:
@@ -104,7 +103,7 @@ def speed(folder: pathlib.Path, megabytes: int, workers: int, rounds: int) -> No
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process and of all that it started, as far as they are not shared."""
+    """Returns the unshared bytes of a process and its descendants."""
     total = 0
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -132,10 +131,9 @@ def memory(folder: pathlib.Path, sizes: list[int], workers: int) -> None:
         argv += [f"--config.data.store={folder}/store{megabytes}", "--config.tokenizer.kind=byte"]
         began, samples = time.monotonic(), []
         running = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-        ended = threading.Event()
-        threading.Thread(target=lambda: (running.wait(), ended.set())).start()  # noqa: B023
-        while not ended.wait(0.2):
+        while running.poll() is None:
             samples.append(resident(running.pid))
+            time.sleep(0.2)
         if running.returncode:
             sys.exit(f"prepare ended with {running.returncode}")
         quarters = [max(samples[len(samples) * i // 4 : len(samples) * (i + 1) // 4]) >> 20 for i in range(4)]

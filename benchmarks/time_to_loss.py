@@ -67,7 +67,7 @@ class Run:
         self.seconds, self.steps, self.curve = 0.0, 0, []
 
     def train(self, steps: int) -> float:
-        """Seconds that so many more steps took."""
+        """Trains more steps; returns the seconds they took."""
         began = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.step(self.state, next(self.batches))
@@ -77,7 +77,7 @@ class Run:
         return took
 
     def evaluate(self) -> float:
-        """Appends to the curve, and returns the held-out bits a byte."""
+        """Appends the held-out bits per byte to the curve and returns them."""
         held_out = evaluate(
             self.state.model,
             corpus=self.corpus,
@@ -92,7 +92,7 @@ class Run:
 
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
-    """When a curve of (seconds, bits) first comes down to the target, in a straight line between its points."""
+    """Returns when a curve of (seconds, bits) first falls to the target, by linear interpolation."""
     for (t0, y0), (t1, y1) in itertools.pairwise(curve):
         if y1 <= target:
             return t0 + (t1 - t0) * (y0 - target) / (y0 - y1)

@@ -5,8 +5,8 @@
 The standard library's files are cut in two by a hash of their names. On one half the quickstart's model is trained for
 `--pretrain` steps. Of the functions of the other half pairs are made: the prompt is the docstring's first line and the
 arguments, the response the name. On these the same model is trained for `--steps` steps of 8 rows of 128 tokens, with
-`init_from`, with adapters alone, and from the beginning, each at each of `--peaks` of the learning rate; told is the
-held-out loss of the responses by the best. About five minutes on two cores.
+`init_from`, with adapters alone, and from the beginning, each at each of `--peaks` of the learning rate; the table
+has the held-out loss of the responses by the best. About five minutes on two cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def pairs(code: str):
 
 
 def prepare(folder: pathlib.Path) -> int:
-    """Writes text/ and pairs.jsonl; how many pairs."""
+    """Writes text/ and pairs.jsonl; returns the number of pairs."""
     (folder / "text").mkdir(parents=True)
     found = {}
     for document in sources.documents(DataConfig()):
@@ -50,7 +50,7 @@ def prepare(folder: pathlib.Path) -> int:
 
 
 def train(folder: pathlib.Path, **keys) -> dict:
-    """The last evaluation of a run of the quickstart's model."""
+    """Trains the quickstart's model; returns the last evaluation."""
     command = [sys.executable, "-m", "gptjax", "train", f"--config={QUICKSTART}", f"--workdir={folder}"]
     done = subprocess.run(
         [*command, *(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items())],

@@ -1,4 +1,4 @@
-"""The command line of tpu_vm.py, and what it refuses before anything is asked for."""
+"""Parses the command line of tpu_vm.py and refuses mistakes before any resource is requested."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from launch.tree import ROOT, tracked
 
 EXIT_CODES = """exit codes: 0 done · 2 refused, or refused by the command · 130 Ctrl-C · 1 there was no resource to be
 had, or it could not be used · else the code of the worker that failed first"""
-# By the first word of --type: the machines' image for JAX, and the cores a chip where its number counts cores.
+# First word of --type → image of the machines for JAX, and how many units of the type's number make a chip.
 # https://cloud.google.com/tpu/docs/runtimes, and the page of each kind there (v4, v5e, v5p, v6e).
 KINDS = {
     "v4": ("tpu-ubuntu2204-base", 2),
@@ -22,14 +22,14 @@ KINDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose complaints are refusals like any other."""
+    """Raises Refused where argparse would exit."""
 
     def error(self, message: str):
         raise Refused(f"{message}: see {self.prog} --help.")
 
 
 def parse(argv: list[str], text: str) -> argparse.Namespace:
-    """Flags, and after `--` the command. `text` is for --help. Raises: Refused."""
+    """Parses the flags, and the command after `--`. text: the description for --help. Raises: Refused."""
     parser = Parser(
         prog="tpu_vm.py",
         usage="%(prog)s --name=NAME --zone=ZONE --type=TYPE [flags] -- gptjax train --config=FILE --workdir=gs://…",
@@ -85,7 +85,7 @@ def parse(argv: list[str], text: str) -> argparse.Namespace:
 
 
 def check_type(accelerator: str) -> tuple[str, int]:
-    """The image and the number of chips of an accelerator type. Raises: Refused."""
+    """Returns the image and the number of chips of an accelerator type. Raises: Refused."""
     kind, _, size = re.sub("^v5e", "v5litepod", accelerator).replace(":", "-").partition("-")
     if kind not in KINDS:
         raise Refused(f"--type={accelerator} must begin with one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
@@ -104,7 +104,7 @@ def check_type(accelerator: str) -> tuple[str, int]:
 
 
 def check_command(command: list[str]) -> None:
-    """Raises: Refused."""
+    """Checks that the command trains, with a workdir on gs:// and a config that git tracks. Raises: Refused."""
     if "gptjax train" not in " ".join(command):
         raise Refused(f"{shlex.join(command) or 'Nothing'} follows --: write -- gptjax train --config=… --workdir=…")
     flags = dict(word.split("=", 1) for word in command if word.startswith("--") and "=" in word)

@@ -1,4 +1,4 @@
-"""Running gcloud, and saying what happens."""
+"""Runs gcloud and reports what happens."""
 
 import subprocess
 import sys
@@ -8,11 +8,11 @@ ANSWER = "gptjax-done"
 
 
 class Unreachable(Exception):
-    """A gcloud command failed: the machine, the network or the request. Its text is gcloud's own last words."""
+    """A gcloud command failed: the machine, the network or the request. The text is the end of gcloud's stderr."""
 
 
 def say(text: str) -> None:
-    """A line of the launcher's own; stdout is the log of the run."""
+    """Prints a line of the launcher to stderr; stdout carries the log of the run."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
@@ -20,9 +20,9 @@ class Gcloud:
     at_once = 4  # commands
 
     def run(self, command: list[str], answers: int = 0) -> str:
-        """The stdout of a command, without its ANSWER lines.
+        """Returns the stdout of a command without the ANSWER lines.
 
-        Raises: Unreachable, also where there were fewer than `answers` of these.
+        Raises: Unreachable if the command fails or prints fewer than `answers` ANSWER lines.
         """
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode:
@@ -50,7 +50,7 @@ class Gcloud:
 
 
 def last_words(stderr: str) -> str:
-    """gcloud's ERROR and what follows it, or else the last three lines, on one line."""
+    """Returns the lines from gcloud's ERROR on, or else the last three, joined to one line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     error = next((number for number, line in enumerate(lines) if line.startswith("ERROR")), -3)
     return " ".join(lines[error:])

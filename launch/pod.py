@@ -62,7 +62,7 @@ class Pod:
         self.exists = False
 
     def state(self) -> tuple[str, str]:
-        """The state of the resource, NONE where there is none, and why it failed. Raises: Unreachable, Refused."""
+        """Returns the state of the resource (NONE if absent) and why it failed. Raises: Unreachable, Refused."""
         try:
             text = self.gcloud.run(self.command("queued-resources", "describe", self.args.name, "--format=json"))
         except Unreachable as error:
@@ -79,7 +79,7 @@ class Pod:
         return state["state"], state.get("failedData", {}).get("error", {}).get("message", "")
 
     def check(self, specs: list[dict]) -> None:
-        """The resource is what is asked for, also where it was there before. Raises: Refused."""
+        """Checks that the resource, new or found, has the requested slices and type. Raises: Refused."""
         asked = f"{self.args.slices} × {self.args.type}"
         there = f"{len(specs)} × {specs[0]['node'].get('acceleratorType', self.args.type)}"
         if there != asked:
@@ -90,9 +90,10 @@ class Pod:
         return len(found["networkEndpoints"])
 
     def everywhere(self, call) -> list[tuple[str, str]]:
-        """Runs `call(node, workers)`, a command and its answers, for all workers. Returns the stdout by node.
+        """Runs `call(node, workers, size)`, which gives a command and its answers, for all workers.
 
-        Raises: Unreachable. Node by node, as `queued-resources ssh --node=all` passes over nodes in silence.
+        The commands go node by node, because `queued-resources ssh --node=all` passes over nodes in silence.
+        Returns: pairs of node and stdout. Raises: Unreachable.
         """
         calls = [(node, *batch) for node, count in self.workers.items() for batch in batches(count)]
         with ThreadPoolExecutor(self.gcloud.at_once) as threads:
@@ -100,9 +101,9 @@ class Pod:
         return [(node, future.result()) for (node, *_), future in zip(calls, futures, strict=True)]
 
     def remote(self, text: str) -> list[tuple[str, str]]:
-        """Runs a shell line on all workers, likewise.
+        """Runs a shell line on all workers, as `everywhere` does.
 
-        Each worker confirms it, since gcloud exits with 0 where one fails whose number is above the number of workers
+        Each worker prints ANSWER: gcloud exits with 0 if a worker fails whose number is above the number of workers
         in --worker.
         """
         return self.everywhere(lambda node, workers, size: (self.ssh(node, workers, f"{text} && echo {ANSWER}"), size))
@@ -138,16 +139,16 @@ class Pod:
         self.remote(f"bash {WORKER} stop")
 
     def follow(self, offset: int) -> tuple[int, int]:
-        """Prints the log of the first worker from a byte on. Returns worker.sh's exit code, and the bytes."""
+        """Prints the log of the first worker from a byte on. Returns the exit code of worker.sh and the byte count."""
         return self.gcloud.stream(self.ssh(next(iter(self.workers)), "0", f"bash {WORKER} follow {offset}"))
 
     def tail(self, worker: Worker) -> str:
-        """The end of a worker's log. Raises: Unreachable."""
+        """Returns the end of a worker's log. Raises: Unreachable."""
         return "".join(text for _, text in self.remote(f"bash {WORKER} tail {worker.host}"))
 
 
 def batches(count: int) -> list[tuple[str, int]]:
-    """Values of --worker that together name `count` workers, and how many each names.
+    """Returns values of --worker that together name `count` workers, each with the number of workers it names.
 
     A range of one worker, which gcloud would refuse, does not come up: big slices have a multiple of 16 machines.
     """

@@ -8,9 +8,9 @@ from launch.gcloud import Gcloud, Unreachable
 
 
 class Rehearsal(Gcloud):
-    """Plays a run that ends well; where asked, the resource is preempted once in its midst.
+    """Plays a run that ends well; with --dry-run=preemption the resource is preempted once during the run.
 
-    The commands come from the code that a real run gets them from: only the answers are made up.
+    The commands come from the same code as in a real run; only the answers are made up.
     """
 
     at_once = 1

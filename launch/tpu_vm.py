@@ -44,7 +44,7 @@ class GivenUp(Exception):
 
 
 def run(args: argparse.Namespace, pod: Pod) -> None:
-    """Until the command has ended with 0 on all workers. Raises: GivenUp, Refused."""
+    """Runs the command until all workers have ended with 0. Raises: GivenUp, Refused."""
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         tree = pack(folder)
         while True:
@@ -56,9 +56,10 @@ def run(args: argparse.Namespace, pod: Pod) -> None:
 
 
 def acquire(args: argparse.Namespace, pod: Pod) -> None:
-    """Waits until the resource is ACTIVE; makes it where there is none. Raises: GivenUp, Refused, Unreachable.
+    """Waits until the resource is ACTIVE, after creating the resource if absent. Raises: GivenUp, Refused, Unreachable.
 
-    What ends the first request only delays a later one: the run has begun, and capacity or the network come back.
+    A failure that ends the first request only delays a later request: by then the run has started, and capacity or
+    the network will return.
     """
     seen = refusal = None
     while True:
@@ -87,7 +88,7 @@ def acquire(args: argparse.Namespace, pod: Pod) -> None:
 
 
 def request(args: argparse.Namespace, pod: Pod) -> Unreachable | None:
-    """Asks for the resource. Returns what gcloud has against it, if anything; only its state tells what came of it."""
+    """Requests the resource. Returns gcloud's error, if any; only the state of the resource shows the outcome."""
     tier = "spot" if args.spot else "reserved" if args.reserved else "on demand"
     say(f"creating {args.name}: {args.slices} × {args.type}, {args.slices * args.chips} chips, {tier}")
     try:
@@ -100,7 +101,7 @@ def request(args: argparse.Namespace, pod: Pod) -> Unreachable | None:
 
 
 def work(args: argparse.Namespace, pod: Pod, tree: str) -> None:
-    """From an ACTIVE resource to the end of the command. Raises: Preempted, GivenUp, Refused."""
+    """Starts or joins the command on an ACTIVE resource and waits for the end. Raises: Preempted, GivenUp, Refused."""
     workers = patiently(args, pod, pod.statuses)
     running = {worker.command for worker in workers if worker.state == "running"}
     if running - {" ".join(args.command)}:
@@ -142,7 +143,8 @@ def start(args: argparse.Namespace, pod: Pod) -> None:
 def attend(args: argparse.Namespace, pod: Pod) -> Worker | None:
     """Follows the log of the first worker until the command has ended. Raises: Preempted.
 
-    Returns: the worker that failed first, since the others die for want of it; None where all ended with 0.
+    Returns: the worker that failed first, since the others then fail for lack of that worker; None if all ended
+    with 0.
     """
     offset = 0
     while True:
@@ -164,7 +166,7 @@ def attend(args: argparse.Namespace, pod: Pod) -> Worker | None:
 
 
 def patiently(args: argparse.Namespace, pod: Pod, call, tries: int = 5):
-    """Repeats a call until it gets through; 0 tries are any number. Raises: Preempted, GivenUp, Unreachable."""
+    """Repeats a call until it succeeds. tries: 0 means no limit. Raises: Preempted, GivenUp, Unreachable."""
     for number in itertools.count(1):
         try:
             return call()
@@ -179,7 +181,7 @@ def patiently(args: argparse.Namespace, pod: Pod, call, tries: int = 5):
 
 
 def check_active(pod: Pod) -> None:
-    """Raises: Preempted, where gcloud says so; a gcloud that does not answer says nothing."""
+    """Raises Preempted if gcloud reports another state than ACTIVE; ignores a gcloud that does not answer."""
     try:
         state, _ = pod.state()
     except Unreachable:
@@ -189,7 +191,7 @@ def check_active(pod: Pod) -> None:
 
 
 def give_up(args: argparse.Namespace, pod: Pod, failed: Worker, what: str) -> None:
-    """Puts the end of the worker's log on the terminal. Raises: GivenUp."""
+    """Prints the end of the worker's log. Raises: GivenUp."""
     say(f"the end of the log of {failed.host} of {failed.node}:")
     print(patiently(args, pod, lambda: pod.tail(failed)), end="", flush=True)
     if args.keep:

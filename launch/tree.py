@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def git(*words: str) -> str:
-    """Raises: Refused."""
+    """Returns the stdout of a git command in the repository. Raises: Refused."""
     try:
         return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
@@ -21,7 +21,7 @@ def git(*words: str) -> str:
 
 
 def tracked() -> list[str]:
-    """Raises: Refused."""
+    """Returns the names of the existing files that git tracks. Raises: Refused."""
     return [name for name in git("ls-files", "-z").split("\0") if (ROOT / name).is_file()]
 
 

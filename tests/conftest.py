@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Most of a test's time is XLA's; at level 0 it compiles about twice as fast, the same program otherwise.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-import jax  # noqa: E402
+import jax  # noqa: E402 (JAX reads the variables above on import)
 import pytest  # noqa: E402
 from support.command import CACHE, corpus_text, training, tree  # noqa: E402
 
@@ -23,7 +23,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-from gptjax.cli import main  # noqa: E402
+from gptjax.cli import main  # noqa: E402 (after JAX has eight devices)
 from gptjax.data.preparation.prepare import DataConfig, prepare  # noqa: E402
 from gptjax.tokenizers.tokenizer import TokenizerConfig  # noqa: E402
 

@@ -122,11 +122,16 @@ def test_of_one_run_the_config_is_held_against_the_defaults(tmp_path):
 @pytest.mark.parametrize("spoil", [
     lambda folder: (folder / "metrics.jsonl").unlink(),
     lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\0" * 1000),
-    lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": "high", "time": [], "first_step_seconds": "x"}\n'),  # noqa: E501
-    lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1e999, "eval_loss": NaN}\n'),  # noqa: E501
-    lambda folder: (folder / "metrics.jsonl").write_text('{"step": %s, "loss": 1.0}\n{"step": -1, "loss": 2}\n' % ("9" * 30)),  # noqa: E501
-    lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n' * 20),  # noqa: E501
-    lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "eval_loss": 1, "eval_error": 3}\n{"step": 2, "lo'),  # noqa: E501
+    lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": "high", "time": [], "first_step_seconds": "x"}\n'),
+    lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1e999, "eval_loss": NaN}\n'),
+    lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": %s, "loss": 1.0}\n{"step": -1, "loss": 2}\n' % ("9" * 30)),
+    lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n' * 20),
+    lambda folder: (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1.0, "eval_loss": 1, "eval_error": 3}\n{"step": 2, "lo'),
     lambda folder: (folder / "config.json").write_text("{"),
     lambda folder: (folder / "samples.txt").mkdir(),
     lambda folder: (folder / "samples.txt").write_bytes(b"\xff" * (2 << 20)),

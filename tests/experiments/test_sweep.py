@@ -37,7 +37,8 @@ def tiny(corpus, tmp_path_factory):
         f"import runpy\n\n\ndef get_config():\n    config = runpy.run_path({DEBUG!r})['get_config']()\n"
         f"    config.data.source = 'text'\n    config.data.path = {str(corpus)!r}\n    config.num_steps = 3\n"
         "    config.eval_every = 1\n    config.eval_batches = 1\n    config.checkpoint_every = 1\n"
-        "    config.optimizer.warmup_steps = 1\n    config.num_samples = 0\n    config.seq_len = 32\n    return config\n"  # noqa: E501
+        "    config.optimizer.warmup_steps = 1\n    config.num_samples = 0\n    config.seq_len = 32\n"
+        "    return config\n"
     )
     return path
 
@@ -59,7 +60,8 @@ def sweep(*words) -> list[str]:
 
 
 @pytest.mark.parametrize("text, more, words", [
-    ("{'model.num_layer': [2]}", [], """space.py: 'model.num_layer' must be a key of the config. Did you mean "model.num_layers"?"""),  # noqa: E501
+    ("{'model.num_layer': [2]}", [],
+     """space.py: 'model.num_layer' must be a key of the config. Did you mean "model.num_layers"?"""),
     ("{'model': [2]}", [], "'model' must be a key of the config. It is a section: name model."),
     ("{3: [2]}", [], "3 must be a key of the config."),
     ("{'seed': []}", [], "seed must be a list of at least one value; found an empty list."),

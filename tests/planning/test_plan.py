@@ -211,7 +211,10 @@ def test_largest_buffers_have_places_of_their_own():
 
 
 def test_out_of_memory_is_read():
-    said = "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (32.17G) exceeds available HBM (15.75G)."  # fmt: skip # noqa: E501
+    said = (
+        "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (32.17G) exceeds "
+        "available HBM (15.75G)."
+    )
     assert analysis.out_of_memory(said) == (int(32.17 * 2**30), int(15.75 * 2**30))
     assert analysis.out_of_memory("INTERNAL: something else") is None
 
