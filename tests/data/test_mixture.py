@@ -255,7 +255,7 @@ def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     with Checkpoints(changed / "checkpoints") as checkpoints:
         assert [phase.first for phase in checkpoints.record(6).progress.phases] == [0, 3]
     other = {"text": folders["code"]} | {name: folders[name] for name in ("web", "books")}
-    with pytest.raises(Refused, match="mixture.stores calls .*code text, and .* knows this text as 'code'"):
+    with pytest.raises(Refused, match="mixture.stores calls .*code text, but .* knows this text as 'code'"):
         loop.train(run_of(other, weights="web 1", num_steps=7), changed)
     swapped = folders | {"code": folders["web"]}
     with pytest.raises(Refused, match=r"web has text_hash \w{12}, but .* was trained on \w{12}"):
@@ -317,4 +317,4 @@ def test_show_prints_what_was_read(mixed, folders, gptjax_main, refused):
     with pytest.raises(Refused, match="batch 0 has rows of the store code, which mixture.stores no longer has"):
         batch_audit.show(run_of({"web": folders["web"]}, weights="web 1"), epath.Path(mixed), 1, -1)
     alone = ["data", "show", f"--config={DEBUG}", "--step=1"]
-    assert "there is no --workdir: say where the tokens are" in refused(mixed, *alone)
+    assert "--workdir is not given: set one of the three" in refused(mixed, *alone)

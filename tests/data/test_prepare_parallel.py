@@ -237,7 +237,7 @@ def test_the_command_line(lines, refused, tmp_path):
     argv = ["data", "prepare", f"--config={DEBUG}"]
     assert "--workers=0 must be at least 1" in refused(tmp_path, *argv, "--workers=0", f"--workdir={tmp_path}/run")
     assert "give one of them" in refused(tmp_path, *argv)
-    assert 'data.source is "jsonlines"' in refused(
+    assert 'data.source="jsonlines" must be one of' in refused(
         tmp_path, *argv, f"--workdir={tmp_path}/run", "--config.data.source=jsonlines"
     )
 

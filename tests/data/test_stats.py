@@ -47,7 +47,7 @@ def test_counts_and_lengths(store, found):
     lengths = found["bytes_per_document"]
     assert lengths["mean"] == pytest.approx(sum(sizes) / len(sizes))
     assert (lengths["min"], lengths["max"], lengths["median"]) == (sizes[0], sizes[-1], sizes[(len(sizes) - 1) // 2])
-    bins = list(zip(lengths["edges"], lengths["edges"][1:], lengths["counts"], strict=True))
+    bins = list(zip(lengths["edges"][:-1], lengths["edges"][1:], lengths["counts"], strict=True))
     assert all(sum(low <= size < high for size in sizes) == count for low, high, count in bins)
     assert sum(lengths["counts"]) == len(sizes)
     assert found["tokens_per_document"]["max"] == sizes[-1] + 1  # end_of_text, and of bytes a token each

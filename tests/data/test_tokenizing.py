@@ -62,7 +62,7 @@ def test_refusals_to_train(refused, flags, finished, tmp_path):
     message = refused(tmp_path, "tokenizer", "train", *flags, target, "--config.tokenizer.vocab_size=99999")
     assert "vocab_size is 99999, but this corpus has pieces for at most" in message
     assert "must be a new or empty folder" in refused(finished, "tokenizer", "train", *flags, f"--target={finished}")
-    assert "heldout_fraction is 2.0" in refused(
+    assert "heldout_fraction=2.0 must be above 0 and below 1" in refused(
         tmp_path, "tokenizer", "train", *flags, target, "--config.data.heldout_fraction=2"
     )
 

@@ -267,7 +267,7 @@ def test_refusals_of_kinds_and_paths(tmp_path):
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(Refused, match="junk.model must be a SentencePiece model"):
         tokenizer.check(TokenizerConfig(path=str(tmp_path / "junk.model")))
-    with pytest.raises(Refused, match="there is no tokenizer"):
+    with pytest.raises(Refused, match="does not exist: prepare the data there first"):
         tokenizer.load(tmp_path)
 
 

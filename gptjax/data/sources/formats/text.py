@@ -1,6 +1,5 @@
 """Plain text: the source code of the standard library, and files in UTF-8."""
 
-import functools
 import os
 import sysconfig
 import tokenize
@@ -48,7 +47,6 @@ def read_stdlib(part: Part, data: DataConfig, damages: Damages) -> Iterator[Docu
         yield Document(part.path, 0, text)
 
 
-@functools.cache
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
