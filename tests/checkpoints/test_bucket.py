@@ -125,6 +125,7 @@ def test_a_run_that_is_killed_goes_on(command, bucket, on_a_disk):
     assert losses(run) == {step: loss for step, loss in on_a_disk.items() if step <= 4}
 
 
+@pytest.mark.slow
 def test_a_store_of_which_a_part_was_moved_is_moved_again(bucket, text, monkeypatch):
     data, tokenizer = DataConfig("text", str(text), heldout_fraction=0.1), TokenizerConfig(kind="byte")
     whole, folder = bucket / "whole" / "store", bucket / "moved" / "store"

@@ -240,6 +240,7 @@ def test_an_unsaved_end_is_a_failure_and_the_command_again_mends_it(disk, gptjax
     assert losses(folder) == losses(finished)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(disk, gptjax_main, corpus, tmp_path):
     """It has room again when the first warning comes; the next try is a step later, or a few."""
     folder = tmp_path / "run"
@@ -260,6 +261,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(disk, gptjax_main, corpu
     assert saves[0] == 2 and 400 < saves[1] < 700 and saves[2] == 800, saves
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="it is read from /proc")
 def test_memory_stays_over_two_hundred_saves(tmp_path):
     """After the last at most 5 % more than after the tenth; in a process that does nothing else, where a leak shows."""

@@ -122,6 +122,7 @@ def run_of(store, lengths, sizes, **changes):
     return tiny(ModelConfig(num_layers=1, num_heads=2, embed_dim=16), **(own | changes))
 
 
+@pytest.mark.slow
 def test_a_run_of_several_shapes(one, tmp_path, capfd):
     """Stopped and changed on the way it is, to the last bit, the run that planned it; what it says counts tokens."""
     loop.train(run_of(one, "0: 8; 3: 32", "0: 8; 5: 16; 7: 24"), epath.Path(tmp_path / "planned"))

@@ -186,7 +186,7 @@ def test_two_preparations_of_one_store_refuse_each_other(lines, tmp_path):
         assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk(lines, serial, disk, workers, capfd):
     """It ends in a sentence, with nothing that looks whole, and the same call goes on when there is room.
 

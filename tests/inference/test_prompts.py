@@ -147,7 +147,8 @@ def test_prompts_alone_are_no_evaluation(tmp_path, judged):
 @pytest.mark.parametrize("record, words", [
     ({"answer": "x"}, 'must have a field "question" (it has answer): name the one that holds the prompt'),
     ({"question": "x"}, 'must have a field "answer" (it has question): name the one that holds the text'),
-    ({"question": 1, "answer": "x"}, 'must have a field "question" that is text (1): name the one that holds the prompt'),
+    ({"question": 1, "answer": "x"},
+     'must have a field "question" that is text (1): name the one that holds the prompt'),
     ({"question": "x", "answer": None}, 'must have a field "answer" that is text (None)'),
     ({"question": "x", "answer": ""}, 'has an empty response in the field "answer": add the response'),
 ])  # fmt: skip

@@ -29,7 +29,7 @@ def ask(model, prompts=((1, 2, 3), (), (9,) * 20)):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [pytest.param(GPT2, marks=pytest.mark.slow), LLAMA], ids=["gpt2", "llama"])
 def test_int8_weights_are_the_rounded_ones(config):
     """What is generated with them is what the model with rounded weights makes, and nearly the memory of a quarter."""
     mesh = mesh_of(1, 1, 1)

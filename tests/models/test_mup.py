@@ -39,11 +39,13 @@ def test_activations_are_flat_over_widths(changes, bound):
     assert all(abs(found[place]) < bound for place in PLACES), found
 
 
+@pytest.mark.slow
 def test_without_it_they_are_not():
     found = grown(False)
     assert all(found[place] > 0.3 for place in PLACES[1:]), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, power", [("adamw", 1), ("lion", 1), ("muon", 0.5)])
 def test_the_update_of_a_matrix_is_smaller_and_that_of_an_embedding_is_not(name, power):
     found = {}
@@ -63,7 +65,7 @@ def test_the_update_of_a_matrix_is_smaller_and_that_of_an_embedding_is_not(name,
     assert ratio("embedding") == pytest.approx(1, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_at_the_base_width_nothing_differs(store, name):
     optimizers = dict(name=name, peak_learning_rate=3e-3, warmup_steps=2)
     losses = {}

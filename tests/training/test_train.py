@@ -33,6 +33,7 @@ def test_same_losses_on_every_mesh(single_device, store, model, shape):
     np.testing.assert_allclose(losses, single_device[model], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_same_losses_with_heads_over_eight_devices(store):
     model = dataclasses.replace(LLAMA, num_kv_heads=8)
     _, one = run(tiny(model), store, mesh_of(1, 1, 1), 20)
@@ -68,7 +69,9 @@ def test_full_rematerialization_holds_less(store):
     assert temporaries("full") < 0.6 * temporaries("none")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "lion" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_optimizer_learns_on_a_mesh_as_on_one_device(store, name):
     rate = {"lion": 1e-3, "adafactor": 3e-3, "muon": 1e-2}.get(name, 3e-3)
     config = tiny(LLAMA, optimizer=OptimizerConfig(name=name, peak_learning_rate=rate, warmup_steps=4))
@@ -133,7 +136,8 @@ GOLDEN = {"gpt2": [5.569157, 5.374941, 5.184636], "llama": [5.574926, 5.420625, 
 
 
 @pytest.mark.parametrize("changes", [
-    {"state_dtype": "bfloat16"}, {"offload": True}, {"offload": True, "state_dtype": "bfloat16"},
+    pytest.param({"state_dtype": "bfloat16"}, marks=pytest.mark.slow), pytest.param({"offload": True}, marks=pytest.mark.slow),
+    {"offload": True, "state_dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
 def test_stored_moments_train_and_stay_where_they_are(single_device, store, changes):
     settings = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, **changes)
