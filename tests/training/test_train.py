@@ -136,7 +136,8 @@ GOLDEN = {"gpt2": [5.569157, 5.374941, 5.184636], "llama": [5.574926, 5.420625, 
 
 
 @pytest.mark.parametrize("changes", [
-    pytest.param({"state_dtype": "bfloat16"}, marks=pytest.mark.slow), pytest.param({"offload": True}, marks=pytest.mark.slow),
+    pytest.param({"state_dtype": "bfloat16"}, marks=pytest.mark.slow),
+    pytest.param({"offload": True}, marks=pytest.mark.slow),
     {"offload": True, "state_dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
 def test_stored_moments_train_and_stay_where_they_are(single_device, store, changes):
