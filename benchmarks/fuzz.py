@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz [--inputs=110000] [--reader=NAME]
 
 Each reader runs in a process of its own, so that one that dies is counted as well. The tests run a few hundred inputs
-of the same (tests/test_hostile.py).
+of the same (tests/runtime/test_hostile.py).
 """
 
 import argparse

@@ -83,7 +83,7 @@ def read(content: dict, step: int, where) -> RunRecord:
     untrusted.check_types(found, kinds, where, REMEDY)
     untrusted.check_types(found["text_hashes"], dict.fromkeys(found["text_hashes"], str), where, REMEDY)
     progress = None
-    if "recovery" in content or "phases" in content:
+    if "recovery" in content and "phases" in content:
         recovery = read_recovery(content, step, where)
         untrusted.check_types(found["config"], {"seq_len": int}, where, REMEDY)
         progress = Progress(recovery, curriculum.read_saved(content, found["config"]["seq_len"], where))

@@ -35,8 +35,9 @@ def process(main: Callable[[], None]) -> None:
 
     def leave() -> None:
         if codes:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream:  # None where the caller closed the stream
+                    stream.flush()
             os._exit(codes[0])
 
     atexit.register(leave)

@@ -78,14 +78,16 @@ def run(job: Job, started: float) -> None:
     """Trains once the workdir lock is held. started: time.perf_counter() at process start."""
     config, folder, checkpoints = job.config, job.folder, job.checkpoints
     newest = checkpoints.newest()
-    with distributed.together():
-        rows = workdir.read_rows(folder) if distributed.first() else []
+    rows = None
+    if newest == 0 or config.stopping.patience > 0:  # otherwise an unreadable log is a warning, not a refusal
+        with distributed.together():
+            rows = workdir.read_rows(folder) if distributed.first() else []
     if ended := complete(job, newest, rows):
         print(ended, flush=True)
         return
     with distributed.together():
         if newest == 0:
-            workdir.check_never_saved(rows, folder)
+            workdir.check_never_saved(rows or [], folder)
     point = resume_point.read(config, job.corpus, checkpoints, newest)
     state = first_state(job, point.step)
     leg = leg_from(job, point, rows)
@@ -113,12 +115,12 @@ def run(job: Job, started: float) -> None:
     report(job, leg, model, evaluation, log)
 
 
-def complete(job: Job, newest: int, rows: list[dict]) -> str:
+def complete(job: Job, newest: int, rows: list[dict] | None) -> str:
     """Says that the run is complete, and how to go on; empty if steps or samples are missing."""
     config, folder = job.config, job.folder
     stopped = False
     if newest < config.num_steps and config.stopping.patience > 0:
-        before = [*records.evaluations(row for row in rows if row["step"] <= newest).items()]
+        before = [*records.evaluations(row for row in rows or [] if row["step"] <= newest).items()]
         stopped = early_stopping.over(config.stopping, dict(distributed.exchange(before)[0]))
     if not (stopped or newest >= config.num_steps) or not distributed.shared((folder / "samples.txt").exists):
         return ""

@@ -27,6 +27,7 @@ PODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("name, machine, slices", PODS)

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import chaos
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_eight_times_loses_nothing(tmp_path):
     """In most phases once; `python -m benchmarks.chaos` has all of them, as often as one likes."""
     rows = chaos.chaos(8, 1, tmp_path)

@@ -86,7 +86,7 @@ def test_of_what_reached_all_devices_it_says_so(compiled):
     config, mesh, step, batch = compiled
     other = batch._replace(inputs=batch.targets)
     calls = iter((batch, other))
-    with pytest.raises(Failed, match="a sum over devices carried it to all"):
+    with pytest.raises(Failed, match="a sum over devices spread the error to all"):
         sdc.twice(lambda state, _: step(state, next(calls)), new_state(config, mesh), batch)
 
 

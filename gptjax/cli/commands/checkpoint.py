@@ -37,6 +37,7 @@ def checkpoint(args: argparse.Namespace) -> None:
     from etils import epath
 
     from gptjax.checkpoints import inspection
+    from gptjax.runtime.files import flatten
     from gptjax.training.workdir import losses, read_config
 
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
@@ -55,4 +56,6 @@ def checkpoint(args: argparse.Namespace) -> None:
         found = inspection.diff(folder, args.steps)
         print(json.dumps(found) if args.json else inspection.differences(found))
     else:
-        inspection.prune(folder, args.keep, args.dry_run, config(), losses(folder))
+        saved = config()
+        known = losses(folder) if flatten(saved).get("stopping.patience") else {}  # read only if the best must stay
+        inspection.prune(folder, args.keep, args.dry_run, saved, known)

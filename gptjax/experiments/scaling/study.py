@@ -1,6 +1,5 @@
 """`gptjax scale`: trains a grid of runs of equal compute, and finds the best model size and tokens for any compute."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from gptjax.runtime import files, subprocesses
 from gptjax.tokenizers import tokenizer
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
+from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring import records
 
@@ -127,7 +127,7 @@ def measured(trial: Trial, folder: epath.Path, overrides: dict[str, str]) -> Poi
     """
     there = folder / "config.json"
     loss = math.nan
-    if there.exists() and dataclasses.asdict(trial.config) == workdir.read_config(folder):
+    if there.exists() and trial.config == schema.parse(workdir.read_config(folder)):
         loss = result(records.rows_until(folder / "metrics.jsonl", sys.maxsize), trial.config.num_steps)
     if math.isnan(loss):
         loss = result(run_in(folder, trial.config_path, overrides), trial.config.num_steps)

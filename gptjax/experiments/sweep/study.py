@@ -22,6 +22,7 @@ from gptjax.runtime import files, lock, optional, subprocesses, untrusted
 from gptjax.runtime.subprocesses import GRACE_SECONDS, Process
 from gptjax.training import workdir
 from gptjax.training.config import files as config_file
+from gptjax.training.config import schema
 
 SECONDS = 0.5  # from one look at the trials to the next
 STARTUP = 5  # random trials before a sampler models the loss; complete trials before a pruner prunes
@@ -106,6 +107,9 @@ class Sweep:
             return
         there = untrusted.read_json(path, workdir.MAX_CONFIG_BYTES, "put back the file that the sweep wrote")
         untrusted.check_types(there, {"config": dict, "space": dict}, path, "put back the file that the sweep wrote")
+        there["config"] = (
+            files.flatten(schema.default().to_dict()) | there["config"]
+        )  # keys that are newer than the sweep
         for part in here:
             for key in sorted(here[part].keys() | there[part].keys()):
                 old, new = there[part].get(key, "not set"), here[part].get(key, "not set")
