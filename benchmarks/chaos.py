@@ -28,8 +28,8 @@ DEBUG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "debug.py"
 STEPS, EVERY = 240, 6
 # Compiling takes most of a start; less of it means more kills in the same time.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-# The phases that a run reports (gptjax/runtime/heartbeat.py), of the main thread or of the saving thread. The order lets
-# each phase be met after a kill in the phase before. The last means that, and the run ends before another begins.
+# The phases that a run reports (gptjax/runtime/heartbeat.py), of the main thread or of the saving thread. By the order,
+# each phase can be met after a kill in the phase before. The last means that, and the run ends before another begins.
 SAVING = ("writing", "hashing", "rotating")
 TURNS = ("starting", "preparing data", "compiling", "training", "writing", "any", "hashing", "evaluating", "rotating",
          "restoring", "sampling")  # fmt: skip
