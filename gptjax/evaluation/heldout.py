@@ -30,10 +30,9 @@ class Unreadable(Exception):
 class _Windows:
     """The held-out windows to evaluate, and the rows of each batch that this process reads."""
 
-    mesh: jax.sharding.Mesh
+    layout: BatchLayout
     rows: np.ndarray
     seq_len: int
-    batch_size: int  # rows of all processes
     most: int  # windows of each store; 0 is all
 
 
@@ -83,7 +82,8 @@ def evaluate(
     """
     shards = row_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    rows = local_rows(BatchLayout(mesh, batch_size))
+    layout = BatchLayout(mesh, batch_size)
+    rows = local_rows(layout)
     batches, failure = {}, ""
     try:
         for name, store in corpus.stores.items():
@@ -91,7 +91,7 @@ def evaluate(
     except Exception as error:  # a damaged index; the other processes would wait for this one in the first step
         failure = f"{type(error).__name__}: {error}"
     _raise_on_all(failure)
-    sums, failure = _sums(model, corpus, batches, _Windows(mesh, rows, seq_len, batch_size, max_windows), loss)
+    sums, failure = _sums(model, corpus, batches, _Windows(layout, rows, seq_len, max_windows), loss)
     _raise_on_all(failure)
     with heartbeat.phase("evaluating"), heartbeat.waiting():
         found = {name: np.sum(jax.device_get(each), axis=0, dtype=np.float64) for name, each in sums.items()}
@@ -120,8 +120,8 @@ def _sums(
     loss: LossConfig,
 ) -> tuple[dict[str, list], str]:
     """Returns the results of `eval_step` by store, and why a batch could not be read, or an empty string."""
-    mesh, rows, batch_size = windows.mesh, windows.rows, windows.batch_size
-    token_bytes = trees.put(corpus.tokenizer.token_bytes, jax.NamedSharding(mesh, jax.P()))
+    layout, rows, batch_size = windows.layout, windows.rows, windows.layout.batch_size
+    token_bytes = trees.put(corpus.tokenizer.token_bytes, jax.NamedSharding(layout.mesh, jax.P()))
     vocab_size = corpus.tokenizer.vocab_size
     most = {name: windows.most or len(stored) * batch_size for name, stored in batches.items()}
     number = {name: min(len(stored), -(-most[name] // batch_size)) for name, stored in batches.items()}
@@ -138,7 +138,7 @@ def _sums(
                 # Weights of 0 beyond `most` keep the set of windows independent of the batch size.
                 counted = (index * batch_size + rows < most[name]).astype(np.float32)
                 batch = batch._replace(weights=batch.weights * counted[:, None])
-                batch = place(batch, rows, BatchLayout(mesh, batch_size))
+                batch = place(batch, rows, layout)
                 preemption.tick()
                 with heartbeat.waiting():
                     found = eval_step(model, batch, token_bytes, vocab_size=vocab_size, loss=loss)

@@ -33,7 +33,7 @@ def stream_of(folder, lengths, sizes="4", history=(), batch=0):
 
 
 def tokens_of(data, batches):
-    """Of each row the tokens of the store that are row_field inputs."""
+    """Reads, for each row, the tokens of the store that are inputs of the row."""
     spans = [span for batch in batches for source in data.sources(batch) for span in source.spans]
     return [range(start, start + length) for _, start, length in spans]
 
