@@ -15,7 +15,6 @@ from gptjax.training.config import schema
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring import records
 
-MAX_CONFIG_BYTES = 1 << 20
 CONVERTED = 0  # the step of a converted model's checkpoint, which no run saved
 
 

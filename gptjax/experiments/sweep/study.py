@@ -105,7 +105,7 @@ class Sweep:
         path, here = epath.Path(self.folder) / "sweep.json", json.loads(self._described())
         if not path.exists():
             return
-        there = untrusted.read_json(path, workdir.MAX_CONFIG_BYTES, "put back the file that the sweep wrote")
+        there = untrusted.read_json(path, schema.MAX_JSON_BYTES, "put back the file that the sweep wrote")
         untrusted.check_types(there, {"config": dict, "space": dict}, path, "put back the file that the sweep wrote")
         there["config"] = (
             files.flatten(schema.default().to_dict()) | there["config"]
