@@ -20,7 +20,6 @@ from gptjax.experiments.sweep import plot, space, table
 from gptjax.experiments.sweep.trials import busy, evaluations
 from gptjax.runtime import files, lock, optional, subprocesses, untrusted
 from gptjax.runtime.subprocesses import GRACE_SECONDS, Process
-from gptjax.training import workdir
 from gptjax.training.config import files as config_file
 from gptjax.training.config import schema
 
