@@ -113,6 +113,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     assert (restored["x"] == 1).all()
 
 
+@pytest.mark.slow
 def test_so_may_moments_that_wait_in_host_memory(store, tmp_path):
     """They are where the copy goes, and still are not the copy themselves."""
     config = tiny(GPT2, optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, offload=True))

@@ -220,6 +220,7 @@ def with_its_checkpoints_on(disk, folder):
     (folder / "checkpoints").symlink_to(disk / "checkpoints")
 
 
+@pytest.mark.slow
 def test_an_unsaved_end_is_a_failure_and_the_command_again_mends_it(disk, gptjax_main, corpus, finished, tmp_path):
     folder = tmp_path / "run"
     assert gptjax_main(*training(corpus, folder, "--config.num_steps=2"))[0] == 0

@@ -202,6 +202,7 @@ def test_what_was_personal_is_in_neither_the_store_nor_the_samples(cleaned):
     assert not any("jane@" in store.tokenizer.decode(text) for text in texts)
 
 
+@pytest.mark.slow
 def test_two_workers_leave_the_same(tmp_path, monkeypatch):
     data = corpus(tmp_path / "corpus", monkeypatch)
     tasks = survey._tasks(sources.parts(data))

@@ -45,7 +45,8 @@ def test_a_refusal_comes_through(tmp_path, workers, capfd):
     assert run(tmp_path, 3, workers)
 
 
-@pytest.mark.parametrize("by", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_that_is_killed_is_noticed(tmp_path, by):
     began = time.monotonic()
     with pytest.raises(Failed, match=f"Worker process .* exit code -{by:d} .*: run the same command to resume"):

@@ -159,6 +159,7 @@ def test_the_files_of_the_architecture_exist():
     assert not [name for name in packages if f"| `gptjax/{name}/` |" not in text]
 
 
+@pytest.mark.slow
 def test_the_example_of_the_python_api_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python-api.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -100,6 +100,7 @@ def test_the_parts_of_a_weight_are_where_its_sharding_says(shape):
     assert cut["blocks.query"] == (sharded if mesh.size > 1 else ((), (), (), ()))
 
 
+@pytest.mark.slow
 def test_gradient_norms_add_up_to_that_of_the_step(store):
     mesh, config = training.mesh_of(2, 2, 1), training.tiny(dataclasses.replace(training.GPT2, dropout=0.0))
     layout = batches.BatchLayout(mesh, config.batch_size)

@@ -89,6 +89,7 @@ def signal_once_it_trains(path: pathlib.Path, over: threading.Event):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_run_is_done_once(tmp_path, monkeypatch, corpus, capfd):
     """A real run by `gptjax train`, taken up again without a process; one that is asked to stop saves
     before; and one that can't be is refused in its words."""

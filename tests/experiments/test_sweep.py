@@ -182,6 +182,7 @@ def states(folder) -> list[str]:
     return [trial.state.name for trial in trials(folder)]
 
 
+@pytest.mark.slow
 def test_every_point_is_a_trial_and_a_failed_one_ends_nothing(swept):
     folder, _, printed = swept
     found = trials(folder)
@@ -196,6 +197,7 @@ def test_every_point_is_a_trial_and_a_failed_one_ends_nothing(swept):
     assert [line.split()[:2] for line in lines if line[:1].isdigit()][:2] == [["0", "complete"], ["2", "complete"]]
 
 
+@pytest.mark.slow
 def test_the_best_is_a_config_and_there_is_a_picture(swept, tiny):
     folder, _, _ = swept
     best, own = config_file.load(str(folder / "best.py"), {}), config_file.load(str(tiny), {})
@@ -203,6 +205,7 @@ def test_the_best_is_a_config_and_there_is_a_picture(swept, tiny):
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_complete_sweep_does_nothing_and_another_is_refused(swept, tiny, gptjax_main, refused):
     folder, file, _ = swept
     argv = ["sweep", f"--config={tiny}", f"--space={file}", f"--workdir={folder}", "--sampler=grid"]
@@ -214,6 +217,7 @@ def test_a_complete_sweep_does_nothing_and_another_is_refused(swept, tiny, gptja
     assert "belongs to a sweep of another space: " in refused(folder, *argv)
 
 
+@pytest.mark.slow
 def test_a_report_of_the_trials(swept, gptjax_main, tmp_path):
     folder, _, _ = swept
     code, _, _ = gptjax_main("report", *sorted((folder / "trials").iterdir()), f"--target={tmp_path / 'report.html'}")

@@ -406,6 +406,7 @@ def test_the_readme_says_what_can_go_out():
         assert config.family_of(files.load(config_path, changes).model)
 
 
+@pytest.mark.slow
 def test_the_ends_that_a_model_names(llama, tmp_path):
     """An instruct model has several ends: generation stops at each; ends and chat template convert back."""
 

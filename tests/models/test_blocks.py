@@ -39,10 +39,8 @@ def split(config, single):
     return model
 
 
-@pytest.mark.parametrize("model, shape", [
-    (GPT2, (1, 1, 1)),
-    pytest.param(dataclasses.replace(LLAMA, remat="dots"), (1, 2, 2), marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("model, shape", [(GPT2, (1, 1, 1)), (dataclasses.replace(LLAMA, remat="dots"), (1, 2, 2))])
 def test_two_segments_train_as_one(model, shape, store):
     """Dropout, the optimizer's grouping of weights and rematerialization included."""
     mesh, optimizer = mesh_of(*shape), OptimizerConfig(name="muon", peak_learning_rate=3e-3, warmup_steps=1)

@@ -99,6 +99,7 @@ def test_a_coordinator_that_is_not_there():
     assert found.startswith("Process 1 of 2 can't reach the coordinator HOST:PORT in 1 s (Connection refused): check ")
 
 
+@pytest.mark.slow
 def test_something_else_at_the_coordinators_port():
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as threads:
         given = {"coordinator": f"127.0.0.1:{server.getsockname()[1]}", "num_processes": 2, "process_id": 1}

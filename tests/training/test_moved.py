@@ -37,6 +37,7 @@ def as_if_killed_after(step, folder):
         shutil.rmtree(folder / "checkpoints" / f"step_{later:08}")
 
 
+@pytest.mark.slow
 def test_eight_devices_then_two_then_four(leg, tmp_path):
     batches, losses = leg(8, MeshConfig(2, 2, 2))
     assert {step: len(rows) for step, rows in batches.items()} == dict.fromkeys(range(STEPS), 8)

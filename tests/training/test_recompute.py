@@ -49,7 +49,7 @@ class Faulty:
         return getattr(self._step, name)
 
 
-@pytest.fixture(scope="module", params=[{}, {"offload": True}], ids=str)
+@pytest.fixture(scope="module", params=[{}, pytest.param({"offload": True}, marks=pytest.mark.slow)], ids=str)
 def compiled(request, store):
     """(config, mesh, step, state, batch)"""
     config, mesh = tiny(GPT2, optimizer=OptimizerConfig(warmup_steps=4, **request.param)), mesh_of(2, 2, 2)
@@ -90,6 +90,7 @@ def test_of_what_reached_all_devices_it_says_so(compiled):
         sdc.twice(lambda state, _: step(state, next(calls)), new_state(config, mesh), batch)
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_it_saves(corpus, tmp_path, monkeypatch):
     """Of 6 steps each third is checked and each second saved: the fault of step 6, its second time, is call 8."""
     honest = update.compile_step

@@ -54,6 +54,7 @@ def losses_of(folder):
     return records.evaluations(rows)
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_keeps_its_best_checkpoint(diverging, tmp_path, gptjax_main):
     folder = tmp_path / "run"
     code, out, _ = gptjax_main(*diverging(folder))

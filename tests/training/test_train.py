@@ -12,7 +12,8 @@ from gptjax.training import step as update
 from gptjax.training.optim.config import OptimizerConfig
 from gptjax.training.optim.optimizers import OPTIMIZERS
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+SLOW = pytest.mark.slow
+MESHES = [pytest.param((8, 1, 1), marks=SLOW), pytest.param((1, 8, 1), marks=SLOW), (2, 2, 2), (1, 2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_golden_losses(single_device):
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_same_losses_on_every_mesh(single_device, store, model, shape):
     _, losses = run(tiny(model), store, mesh_of(*shape), 20)
     np.testing.assert_allclose(losses, single_device[model], rtol=1e-5)
@@ -56,6 +57,7 @@ def test_rematerialization_changes_no_loss(single_device, store, remat):
     np.testing.assert_allclose(losses, single_device[GPT2][:5], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_rematerialization_holds_less(store):
     """The compiler's own count of temporary bytes; without remat a layer keeps its activations."""
 
@@ -69,9 +71,8 @@ def test_full_rematerialization_holds_less(store):
     assert temporaries("full") < 0.6 * temporaries("none")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "lion" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_learns_on_a_mesh_as_on_one_device(store, name):
     rate = {"lion": 1e-3, "adafactor": 3e-3, "muon": 1e-2}.get(name, 3e-3)
     config = tiny(LLAMA, optimizer=OptimizerConfig(name=name, peak_learning_rate=rate, warmup_steps=4))
@@ -135,10 +136,9 @@ def test_average_of_weights_follows(store):
 GOLDEN = {"gpt2": [5.569157, 5.374941, 5.184636], "llama": [5.574926, 5.420625, 5.256514]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    pytest.param({"state_dtype": "bfloat16"}, marks=pytest.mark.slow),
-    pytest.param({"offload": True}, marks=pytest.mark.slow),
-    {"offload": True, "state_dtype": "bfloat16"},
+    {"state_dtype": "bfloat16"}, {"offload": True}, {"offload": True, "state_dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
 def test_stored_moments_train_and_stay_where_they_are(single_device, store, changes):
     settings = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, **changes)
@@ -152,6 +152,7 @@ def test_stored_moments_train_and_stay_where_they_are(single_device, store, chan
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host" if settings.offload else "device"}
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_learn_with_float32_moments(store):
     model = dataclasses.replace(GPT2, param_dtype="bfloat16", dropout=0.0)
     state, losses = run(tiny(model, grad_accum_steps=2), store, mesh_of(1, 2, 1), 20)

@@ -99,6 +99,7 @@ def test_killed_before_its_first_checkpoint_it_begins_again(transferred, base, o
     assert losses(folder) == losses(transferred[0])
 
 
+@pytest.mark.slow
 def test_on_another_mesh_it_is_the_same_run(transferred, base, others, tmp_path):
     mesh = "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
     run(others, tmp_path / "run", f"--config.init_from={base}", *mesh)
