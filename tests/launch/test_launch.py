@@ -367,6 +367,7 @@ def test_the_parts_of_the_jobset_fit_together():
     assert (ROOT / args.config).exists()
 
 
+@pytest.mark.slow
 def test_the_job_in_the_jobset_is_valid_for_kubernetes():
     validate = pytest.importorskip("kubernetes_validate")
     (part,) = jobset()["spec"]["replicatedJobs"]

@@ -26,8 +26,9 @@ def test_all_are_there():
     assert found >= {"quickstart", "inside_the_model", "from_neuron_to_transformer", "plan_a_pod", "transfer"}
 
 
-# The quickest is the witness of the default run; the one that loads a model of transformers needs it.
-MARKS = {"inside_the_model": (), "transfer": pytest.mark.parity}
+# The quickest is the witness of the default run. With libtpu, it asks the TPU compiler. The notebook that loads a model
+# of transformers needs that package.
+MARKS = {"plan_a_pod": pytest.mark.tpu_aot, "transfer": pytest.mark.parity}
 
 
 @pytest.mark.parametrize(

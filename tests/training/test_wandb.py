@@ -21,6 +21,7 @@ from wandb.proto import wandb_internal_pb2  # noqa: E402  # after the skip
 
 from gptjax.training.monitoring import wandb_tracker  # noqa: E402
 
+pytestmark = pytest.mark.slow  # CI installs wandb after the default tests
 BLOCK = 1 << 15
 
 
