@@ -347,6 +347,7 @@ def test_generate_takes_several_prompts(gptjax_main, finished, tmp_path):
     assert cut == [text[:6] + text[6:].partition(stop)[0] + "\n" for text in whole]
 
 
+@pytest.mark.slow
 def test_int8_weights(gptjax_main, finished):
     """Of a model this small the loss changes, and by little."""
 

@@ -141,6 +141,7 @@ def test_a_run_of_several_shapes(one, tmp_path, capfd):
     ]
 
 
+@pytest.mark.slow
 def test_going_back_to_a_shape_from_before_this_process_began(one, tmp_path, monkeypatch):
     def run(steps):
         loop.train(run_of(one, "0: 8; 4: 32", "", num_steps=steps), epath.Path(tmp_path))

@@ -243,6 +243,7 @@ def test_loss_by_source(mixed, folders, gptjax_main):
     assert last["eval_loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_changed_on_resume(mixed, folders, tmp_path, capfd):
     """The run that was changed at step 3 is, to the last bit, one that planned it."""
     changed, planned = epath.Path(tmp_path / "changed"), epath.Path(tmp_path / "planned")

@@ -242,6 +242,7 @@ def test_the_command_line(lines, refused, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_trained_and_measured_on_the_same_texts(lines, serial):
     store = Store.open(serial)
     heldout = [store.tokenizer.encode(document.text) for document in module.heldout_documents(lines, CleanConfig(), 2)]

@@ -86,6 +86,7 @@ def test_bytes_are_those_of_the_files(store, corpus):
     assert store.split("heldout").bytes == sum(len(open(part["name"], "rb").read()) for part in parts)
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_matter(store):
     """A batch size may not divide over the mesh, or may exceed the windows: the numbers stay."""
     one, other = on_mesh(GPT2, store, (1, 1, 1), batch_size=16), on_mesh(GPT2, store, (2, 2, 2), batch_size=5)

@@ -35,6 +35,7 @@ def maps_on(*shape):
         return interpretability.attention_maps(model_on(mesh), TOKENS)
 
 
+@pytest.mark.slow
 def test_maps_are_the_weights_of_the_models_own_attention():
     mesh = training.mesh_of(1, 1, 1)
     model = model_on(mesh)

@@ -33,6 +33,7 @@ def test_without_noise_the_law_comes_back(law):
     assert np.allclose(found, law, rtol=0.01), found
 
 
+@pytest.mark.slow
 def test_the_intervals_hold_the_exponents_that_the_data_was_drawn_with(monkeypatch):
     """Intervals of 90 %: of six draws at most two may miss."""
     monkeypatch.setattr(laws, "RESAMPLES", 60)
@@ -112,6 +113,7 @@ MEASURED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_resample_that_is_far_off_spoils_no_interval():
     found = study.summary(laws.scaling([Point(b, "", N, D, loss) for b, N, D, loss in MEASURED]), 1e13)
     for fit in ("parabolas", "law"):

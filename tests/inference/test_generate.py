@@ -152,6 +152,7 @@ def test_stops_at_the_end_of_the_text(config):
     assert len({len(ids) for ids in made}) > 1 and not any(TOKENIZER.end_of_text in ids for ids in made)
 
 
+@pytest.mark.slow
 def test_soft_cap_applies_to_what_is_drawn():
     """Capped at ±0.01 all tokens are about as likely; uncapped a few hold everything."""
     capped, free = (make(dataclasses.replace(GPT2, logits_softcap=cap)) for cap in (0.01, 0.0))
@@ -298,6 +299,7 @@ def test_no_request_compiles_anew(llama):
     assert (begin._cache_size(), advance._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_lengths_alike_share_a_program():
     """Batches whose longest rows are of 130 to 256 tokens take the same one."""
     long = dataclasses.replace(LLAMA, dropout=0.0).resolved()

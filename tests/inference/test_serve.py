@@ -223,7 +223,9 @@ def test_who_gave_up_takes_no_place():
     assert thread.submit(jobs[-1])
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_signal_ends_it_at_once(finished, sign):
     """Also in the midst of a stream; and without a word."""
     with serving(finished, "--context=30") as (process, port):

@@ -467,6 +467,7 @@ print(taken >> 10, peak() - before >> 10)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_pieces(llama, tmp_path):
     """Converting a model of 200 MB, with tensors of 64 MB, takes the memory of a few pieces of 4 MB."""
     large = tmp_path / "large"

@@ -44,6 +44,7 @@ def test_int8_weights_are_the_rounded_ones(config):
     assert (np.abs(before - after) <= 0.501 * step).all() and (before != after).any()  # the given model stays
 
 
+@pytest.mark.slow
 def test_any_mesh_gives_the_same_text():
     whole, cut = mesh_of(1, 1, 1), mesh_of(2, 2, 2)
     model = make(LLAMA, whole)

@@ -64,6 +64,7 @@ def test_only_adapters_are_trained_and_have_moments(trained):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_same_on_a_mesh(trained, store):
     """Adapters are cut as their matrices are."""
     state, losses = run(config(), store, mesh_of(2, 2, 2), 6)

@@ -25,6 +25,7 @@ MESHES = [
     (2, 2, 2, 1),
     (2, 1, 4, 1),
 ]
+QUICK = [(1, 1, 2, 4), (1, 2, 2, 2)]
 
 
 @pytest.fixture
@@ -48,7 +49,9 @@ def compile_on(slices, data, fsdp, tensor):
         return config, mesh, state, step.compile_step(config, VOCAB, state, mesh).as_text()
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(mesh, marks=() if mesh in QUICK else pytest.mark.slow, id=str(mesh)) for mesh in MESHES]
+)
 def test_collectives_are_those_of_the_mesh_and_no_others(shape, capfd, uncached):
     config, mesh, state, text = compile_on(*shape)
     assert WARNING not in capfd.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 from support.command import DEBUG
 
 
+@pytest.mark.slow
 def test_bench(gptjax_main):
     argv = ["bench", f"--config={DEBUG}", "--steps=3", "--config.mesh.tensor=2", "--config.grad_accum_steps=2"]
     argv.append("--config.curriculum.batch_size=0: 8; 5: 16")

@@ -256,7 +256,7 @@ def shapes(config):
     return estimate.shapes(config, estimate.abstract_mesh(config, topology.parse("v5e:2x4", 1)))
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_the_estimate_agrees_with_a_compiled_program(mesh):
     """The estimate's bytes equal those of the program from this machine's compiler, to the byte."""
     config = planned(mesh=mesh)

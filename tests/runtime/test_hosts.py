@@ -81,6 +81,7 @@ def test_versions_are_compared(monkeypatch):
     assert len(set(found)) == 1 and "disagree on jax (0." in found[0]
 
 
+@pytest.mark.slow
 def test_who_is_missing_is_named():
     found = refusals((0, {}), (2, {}), num_processes=4, timeout=5)
     assert set(found) == {

@@ -49,8 +49,8 @@ ADAMW = dict(peak_learning_rate=3e-3, warmup_steps=4)
 
 
 @pytest.mark.parametrize("shape, optimizer, changes", [
-    ((2, 2, 2), {"ema_decay": 0.9}, {"grad_accum_steps": 2}),
-    ((1, 8, 1), {"name": "muon", "clip_norm": 0.0}, {}),
+    pytest.param((2, 2, 2), {"ema_decay": 0.9}, {"grad_accum_steps": 2}, marks=pytest.mark.slow),
+    pytest.param((1, 8, 1), {"name": "muon", "clip_norm": 0.0}, {}, marks=pytest.mark.slow),
     ((1, 2, 1), {"name": "lion", "offload": True, "state_dtype": "bfloat16"}, {}),
 ], ids=str)  # fmt: skip
 def test_a_batch_that_is_not_finite_changes_nothing(store, shape, optimizer, changes):
@@ -84,6 +84,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(store)
     assert unchanged(state) == before and int(state.skipped) == 1
 
 
+@pytest.mark.slow
 def test_it_is_as_if_the_bad_batch_had_not_been(store, monkeypatch):
     """Also for the schedule and the average of the weights."""
     config = tiny(dataclasses.replace(GPT2, dropout=0.0), optimizer=OptimizerConfig(**ADAMW, ema_decay=0.99))
@@ -402,6 +403,7 @@ def test_where_no_checkpoint_can_be_read_it_does_not_go_back(corpus, tmp_path, m
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4]
 
 
+@pytest.mark.slow
 def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, tmp_path, monkeypatch):
     """Stopped again and again, it still has what it must go back to, and comes to the same."""
     config = run_of(corpus, checkpoint=CheckpointConfig(keep=1))
@@ -425,6 +427,7 @@ def test_saves_of_a_run_that_is_stopped_in_doubt_remove_none(went_back, corpus, 
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [12]
 
 
+@pytest.mark.slow
 def test_a_save_waits_while_in_doubt(corpus, tmp_path, monkeypatch, capsys):
     poisoned.poison((3,), poisoned.not_finite, monkeypatch.setattr)
     config = run_of(corpus, num_steps=8, checkpoint_every=2, checkpoint=CheckpointConfig(keep=9))

@@ -214,6 +214,7 @@ def test_samples_of_a_shorter_run_do_not_make_a_longer_one_complete(finished, co
     assert (folder / "samples.txt").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_left_is_cleared_away(finished, corpus, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     left = folder / "checkpoints" / "step_00000009"
@@ -226,6 +227,7 @@ def test_what_a_killed_save_left_is_cleared_away(finished, corpus, tmp_path):
 # Evaluation and logging never end a run
 
 
+@pytest.mark.slow
 def test_a_save_comes_before_the_evaluation_of_the_same_step(corpus, tmp_path, monkeypatch):
     """And an evaluation that dies of whatever takes nothing with it."""
     folder, seen = tmp_path / "run", []

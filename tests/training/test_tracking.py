@@ -42,6 +42,7 @@ def test_a_function_of_ones_own_gets_every_row(module, gptjax_main, corpus, tmp_
     assert seen[1:] == expected
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_one_warning(module, gptjax_main, corpus, copied):
     """In a run that goes on, with a tracker that it did not have before."""
     argv = training(corpus, copied, "--config.tracker=my_tracker:broken", "--config.num_steps=6")

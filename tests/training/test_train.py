@@ -12,8 +12,8 @@ from gptjax.training import step as update
 from gptjax.training.optim.config import OptimizerConfig
 from gptjax.training.optim.optimizers import OPTIMIZERS
 
-SLOW = pytest.mark.slow
-MESHES = [pytest.param((8, 1, 1), marks=SLOW), pytest.param((1, 8, 1), marks=SLOW), (2, 2, 2), (1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+QUICK = [("gpt2", (2, 2, 2)), ("llama", (1, 2, 4))]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,14 @@ def test_golden_losses(single_device):
     np.testing.assert_allclose(single_device[LLAMA][:3], GOLDEN["llama"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "model, shape",
+    [
+        pytest.param(model, shape, marks=() if (name, shape) in QUICK else pytest.mark.slow, id=f"{name}-{shape}")
+        for name, model in (("gpt2", GPT2), ("llama", LLAMA))
+        for shape in MESHES
+    ],
+)
 def test_same_losses_on_every_mesh(single_device, store, model, shape):
     _, losses = run(tiny(model), store, mesh_of(*shape), 20)
     np.testing.assert_allclose(losses, single_device[model], rtol=1e-5)
@@ -42,6 +48,7 @@ def test_same_losses_with_heads_over_eight_devices(store):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_update(store):
     model = dataclasses.replace(GPT2, dropout=0.0)
     _, whole = run(tiny(model), store, mesh_of(1, 1, 1), 20)
@@ -51,7 +58,7 @@ def test_accumulation_gives_the_same_update(store):
     np.testing.assert_allclose(sharded_parts, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_rematerialization_changes_no_loss(single_device, store, remat):
     _, losses = run(tiny(dataclasses.replace(GPT2, remat=remat)), store, mesh_of(1, 1, 1), 5)
     np.testing.assert_allclose(losses, single_device[GPT2][:5], rtol=1e-5)
@@ -116,6 +123,7 @@ def new_state(config, mesh):
         return jax.jit(lambda: update.init_state(config, 257))()
 
 
+@pytest.mark.slow
 def test_average_of_weights_follows(store):
     config = tiny(GPT2, optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=4, ema_decay=0.9))
     state, _ = run(config, store, mesh_of(1, 1, 1), 3)

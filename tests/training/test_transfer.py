@@ -193,6 +193,7 @@ def test_the_config_of_a_run_is_a_config_file(base, others, refused, tmp_path):
     assert "config.json is damaged" in refused(tmp_path, *command)
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_pairs_from_the_command_line(base, tmp_path, gptjax_main):
     """With adapters: of the whole model that is made of the run nothing but the blocks' matrices is another."""
     lines = [json.dumps({"prompt": f"{a} plus {b} is ", "response": f"{a + b}."}) for a in range(30) for b in range(9)]
