@@ -55,6 +55,7 @@ def test_maps_are_the_weights_of_the_models_own_attention():
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_maps_are_the_same_on_any_mesh():
     np.testing.assert_allclose(maps_on(2, 2, 2), maps_on(1, 1, 1), atol=1e-5)
 

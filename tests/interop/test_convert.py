@@ -338,6 +338,7 @@ def converted(llama, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_a_workdir(converted, corpus, gptjax_main, refused):
     code, out, _ = gptjax_main("checkpoint", "verify", f"--workdir={converted}")
     assert code == 0, out

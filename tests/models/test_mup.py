@@ -76,6 +76,7 @@ def test_at_the_base_width_nothing_differs(store, name):
     assert losses[0] == losses[64]
 
 
+@pytest.mark.slow
 def test_weight_decay_takes_the_same_share_at_any_width():
     """Without a gradient to follow, all that is left of an update is the decay."""
     config = config_of(256, True, weight_decay=0.5, clip_norm=0.0)

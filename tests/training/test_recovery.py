@@ -366,6 +366,7 @@ def test_stopped_anywhere_it_comes_to_the_same(went_back, corpus, tmp_path, monk
     assert skipped_rows(tmp_path / "run") == skipped_rows(went_back[0])
 
 
+@pytest.mark.slow
 def test_past_a_spike(corpus, tmp_path, monkeypatch, capsys):
     """Two high losses, of which the second is of a step to be saved; the checkpoint just before may be spoilt."""
     rule = RecoveryConfig(spike_steps=2, spike_window=4, spike_deviations=1.0, spike_floor=0.2)
