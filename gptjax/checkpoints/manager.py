@@ -1,26 +1,22 @@
-"""Save, verify and restore the state and what belongs to it; the only importer of orbax.
+"""Save, verify and restore the state and what belongs to it.
 
 A checkpoint is named by its step, the number of completed updates, which is also the cursor of the data: the stream is
 a function of the step. It is a folder of `state`, one array a leaf, named as in the tree (`model.blocks.query`), and
 `manifest.json`, written last: the hash of every file, and what the run says of itself (config, tokenizer).
-
-Orbax's handler writes and reads the arrays. What orbax has around it is not used: there a host that can't write lets
-the others wait twenty minutes and then fail one by one, and here all of them know of it and go on together.
 """
 
-import asyncio
+from __future__ import annotations
+
 import functools
-import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import __version__
@@ -32,20 +28,10 @@ from gptjax.errors import Failed, Refused
 from gptjax.parallel.trees import named_leaves
 from gptjax.runtime import distributed, files
 
+if TYPE_CHECKING:
+    from gptjax.checkpoints.arrays import Arrays
+
 VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-
-# Orbax warns without need, and logs the errors that it raises; asyncio logs those of writes that orbax dropped.
-for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _unraisable(found, show=sys.unraisablehook) -> None:
-    # A dropped write that ends finds a closed event loop.
-    if str(found.exc_value) != "Event loop is closed":
-        show(found)
-
-
-sys.unraisablehook = _unraisable
 
 
 class Checkpoints:
@@ -70,9 +56,10 @@ class Checkpoints:
             self._conclude(self._saving, [self._saving.failure])
 
     @functools.cached_property
-    def _handler(self) -> ocp.PyTreeCheckpointHandler:
-        # Created late, since orbax asks for the devices. Compression would save 8 % of disk for 250 MB of memory.
-        return ocp.PyTreeCheckpointHandler(use_compression=False)
+    def _arrays(self) -> Arrays:
+        from gptjax.checkpoints.arrays import Arrays  # imports orbax, which the first step does without
+
+        return Arrays()  # created late, since orbax asks for the devices
 
     def _at(self, step: int) -> epath.Path:
         return retention.at(self.folder, step)
@@ -174,28 +161,20 @@ class Checkpoints:
         Raises: Refused.
         """
         wanted = named_leaves(state)
-        # Without `strict`, orbax cuts arrays or fills them up with zeros.
-        restore_args = {
-            name: ocp.ArrayRestoreArgs(
-                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=name not in cut
-            )
-            for name, leaf in wanted.items()
-        }
         with distributed.together():
             self.check_shapes(step, wanted, cut)
-            arrays = self._read(step, wanted, restore_args)
+            arrays = self._read(step, wanted, cut)
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
 
     def array(self, step: int, name: str) -> np.ndarray:
         """One array of a step, on the host. Raises: Refused."""
         described = self._manifest(step)["arrays"][name]
         wanted = {name: jax.ShapeDtypeStruct(described["shape"], described["dtype"])}
-        return self._read(step, wanted, {name: ocp.RestoreArgs(restore_type=np.ndarray)})[name]
+        return self._read(step, wanted)[name]
 
-    def _read(self, step: int, wanted: dict, restore_args: dict) -> dict:
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    def _read(self, step: int, wanted: dict, cut: Sequence[str] = ()) -> dict:
         try:
-            return self._handler.restore(self._at(step) / "state", args=args)
+            return self._arrays.read(self._at(step) / "state", wanted, cut)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and TensorStore raise many kinds for damaged files
@@ -258,18 +237,13 @@ class Checkpoints:
         self._saving = saving
         folder = self._at(step) / "state"
         saving.begin(
-            functools.partial(self._write, folder, copies),
-            functools.partial(self._handler.finalize, folder),
+            lambda: self._arrays.write(folder, copies),  # called in the thread of the save, which imports orbax
+            lambda: self._arrays.finalize(folder),
             content,
             self._config,
             dict(losses),
             rotate,
         )
-
-    def _write(self, folder: epath.Path, copies: dict) -> list:
-        """Begins to write arrays; returns the futures to wait for."""
-        futures = asyncio.run(self._handler.async_save(folder, args=ocp.args.PyTreeSave(copies)))
-        return cast(list, futures)  # orbax declares an optional list, and always returns a list
 
     def _make_room(self, step: int) -> str:
         """Makes an empty folder for a step. Returns the reason if that fails, or an empty string."""
