@@ -15,7 +15,6 @@ import tensorstore as ts
 from etils import epath
 
 from gptjax.checkpoints import manifest, retention
-from gptjax.checkpoints.manager import VERSIONS
 from gptjax.checkpoints.record import RunRecord
 from gptjax.errors import Refused
 from gptjax.runtime import files
@@ -41,7 +40,7 @@ def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, ord
         piece[axis] = min(shape[axis], max(1, PIECE_BYTES // size))
         size *= piece[axis]
     metadata = {"shape": shape, "chunks": piece, "compressor": None}
-    spec = {"driver": "zarr", "kvstore": _url(state / name), "metadata": metadata}
+    spec = {"driver": "zarr", "kvstore": _kvstore(state / name), "metadata": metadata}
     return _done(ts.open(spec, dtype=ts.dtype(dtype), create=True))
 
 
@@ -65,11 +64,8 @@ def _done(future):
 
 def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore:
     """Opens an array of a verified checkpoint without reading the values. Raises: Refused, if the shape differs."""
-    where: str | dict[str, str] = _url(state / name)
-    if (state / "manifest.ocdbt").exists():
-        where = {"driver": "ocdbt", "base": _url(state), "path": f"{name}/"}
     try:
-        array = ts.open({"driver": "zarr", "kvstore": where}, open=True, read=True).result()
+        array = opened(state, name)
         if array.shape != shape or array.dtype.name not in ("float32", "bfloat16"):
             raise ValueError(f"found {array.dtype.name} of shape {array.shape}, not {shape}")
     except ValueError as error:
@@ -77,8 +73,17 @@ def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
     return array
 
 
-def _url(folder: epath.Path) -> str:
-    return f"{folder}/" if "://" in str(folder) else f"file://{folder.resolve()}/"
+def opened(state: epath.Path, name: str) -> ts.TensorStore:
+    """Opens an array of either form without reading the values. Raises: ValueError."""
+    where = _kvstore(state / name)
+    if (state / "manifest.ocdbt").exists():
+        where = {"driver": "ocdbt", "base": _kvstore(state), "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": where}, open=True, read=True).result()
+
+
+def _kvstore(folder: epath.Path) -> str | dict:
+    """A folder for TensorStore, which would read `%`, `#` and `?` of a local path in a URL as parts of the URL."""
+    return f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 def regions(array: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
@@ -114,7 +119,7 @@ def seal(checkpoints: epath.Path, step: int, run: RunRecord, arrays: dict[str, t
     tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
     (folder / "state" / "_METADATA").write_text(json.dumps(tree))
     content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
-    content |= {"versions": VERSIONS} | run.to_json()
+    content |= {"versions": manifest.VERSIONS} | run.to_json()
     content["arrays"] = {
         name: {
             "shape": list(array.shape),

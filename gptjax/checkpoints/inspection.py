@@ -6,7 +6,7 @@ import time
 import numpy as np
 from etils import epath
 
-from gptjax.checkpoints import manifest, retention
+from gptjax.checkpoints import manifest, retention, verification
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed
@@ -98,10 +98,9 @@ def verify(workdir: epath.Path, step: int) -> None:
 
 def _damage(folder: epath.Path, step: int) -> str:
     try:
-        manifest.verify(retention.at(folder, step), step)
-    except manifest.Damaged as damage:
-        return str(damage)
-    return ""
+        return verification.damage(retention.at(folder, step), step)
+    except manifest.Unreadable as reason:
+        return str(reason)
 
 
 def diff(workdir: epath.Path, steps: str) -> dict:

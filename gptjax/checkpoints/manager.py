@@ -11,7 +11,6 @@ import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gptjax import __version__
-from gptjax.checkpoints import manifest, record, retention
+from gptjax.checkpoints import manifest, record, retention, verification
 from gptjax.checkpoints.async_save import Save
 from gptjax.checkpoints.config import CheckpointConfig
 from gptjax.checkpoints.record import RunRecord
@@ -31,14 +29,14 @@ from gptjax.runtime import distributed, files
 if TYPE_CHECKING:
     from gptjax.checkpoints.arrays import Arrays
 
-VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-
 
 class Checkpoints:
     """The checkpoints of a workdir. A context manager: leaving it waits for the last save."""
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
         folder = epath.Path(folder)
+        if "://" in str(folder) and retention.PATTERN.search(str(folder)):
+            raise Refused(f"--workdir={folder.parent} must be a path on a bucket without *, ?, [ and \\: give another.")
         self.folder = folder if "://" in str(folder) else folder.resolve()  # TensorStore takes no relative path
         self._config = config
         self._passed_over = []  # damaged steps above the step that the run resumes from
@@ -59,7 +57,7 @@ class Checkpoints:
     def _arrays(self) -> Arrays:
         from gptjax.checkpoints.arrays import Arrays  # imports orbax, which the first step does without
 
-        return Arrays()  # created late, since orbax asks for the devices
+        return Arrays(self.folder)  # created late, since orbax asks for the devices
 
     def _at(self, step: int) -> epath.Path:
         return retention.at(self.folder, step)
@@ -109,13 +107,22 @@ class Checkpoints:
         return step
 
     def _damage(self, step: int) -> str:
-        """The reason why a checkpoint is unusable, or an empty string. Each process reads its share; all agree."""
+        """The reason why a checkpoint is unusable, or an empty string. Each process reads its share; all agree.
+
+        Raises: Refused, on all processes, for an error that says nothing about the content.
+        """
+        damage = unreadable = ""
         try:
-            manifest.verify(self._at(step), step, jax.process_index(), jax.process_count())
-            damage = ""
-        except manifest.Damaged as error:
-            damage = str(error)
-        return next(filter(None, distributed.exchange(damage)), "")
+            damage = verification.damage(self._at(step), step, jax.process_index(), jax.process_count())
+        except manifest.Unreadable as error:
+            unreadable = str(error)
+        damages, unreadables = zip(*distributed.exchange([damage, unreadable]), strict=True)
+        if reason := next(filter(None, unreadables), ""):
+            raise Refused(
+                f"The checkpoint of step {step} in {self.folder} may be whole, but {reason}: make it readable, or move "
+                "it away."
+            )
+        return next(filter(None, damages), "")
 
     def verified(self) -> list[int]:
         """The steps that verify, ascending. Raises: Refused."""
@@ -229,7 +236,7 @@ class Checkpoints:
         copies = {} if saving.failure else jax.device_put(leaves, hosted, may_alias=False)
         content = {"format": manifest.FORMAT, "step": step, "cursor": step, "saved_at": int(time.time())}
         content |= (
-            {"versions": VERSIONS}
+            {"versions": manifest.VERSIONS}
             | run.to_json()
             | {"arrays": {name: _described(leaf) for name, leaf in leaves.items()}}
         )

@@ -5,24 +5,33 @@ that the manifest names may lie outside of the checkpoint's folder.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+from importlib import metadata
 
 from etils import epath
 
+from gptjax import __version__
 from gptjax.errors import shown
 from gptjax.runtime import untrusted
-from gptjax.runtime.files import reason, to_disk, write_whole
+from gptjax.runtime.files import reason, size_of, to_disk, write_whole
 
 FORMAT = 1
+VERSIONS = {"gptjax": __version__} | {name: metadata.version(name) for name in ("jax", "orbax-checkpoint")}
 NAME = "manifest.json"
+LOST = errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP  # errors that tell of the content
 MAX_BYTES = 64 << 20  # a longer file is cut, and then does not match its hash
 
 
 class Damaged(Exception):
     """A checkpoint is unusable. The message is the reason; callers put step and folder before it."""
+
+
+class Unreadable(Damaged):
+    """An error while looking, such as of a lost file system or a permission: the checkpoint may be whole."""
 
 
 def stored(folder: epath.Path) -> list[str]:
@@ -60,7 +69,12 @@ def _encoded(content: dict) -> bytes:
 
 @contextlib.contextmanager
 def _reading(path: str):
-    """Context manager around reading a file of a checkpoint. Raises: Damaged, if the file can't be read."""
+    """Context manager around reading a file of a checkpoint.
+
+    Raises:
+      Damaged: if the file is missing, or its content is lost.
+      Unreadable: for any other error.
+    """
     try:
         yield
     except (Damaged, MemoryError):
@@ -68,7 +82,8 @@ def _reading(path: str):
     except FileNotFoundError as error:
         raise Damaged(f"{path} is missing") from error
     except Exception as error:  # gcsfs and google-auth raise errors that are not OSError
-        raise Damaged(f"{path} can't be read ({reason(error)})") from error
+        lost = isinstance(error, OSError) and error.errno in LOST
+        raise (Damaged if lost else Unreadable)(f"{path} can't be read ({reason(error)})") from error
 
 
 def read(folder: epath.Path, step: int) -> dict:
@@ -126,7 +141,7 @@ def check_sizes(folder: epath.Path, content: dict, share: int = 0, shares: int =
         with _reading(path):
             if any(os.path.islink(folder / part) for part in (path, *pathlib.PurePosixPath(path).parents[:-1])):
                 raise Damaged(f"{path} is a link")
-            size = (folder / path).stat().length
+            size = size_of(folder / path)
             if not untrusted.is_file(folder / path):
                 raise Damaged(f"{path} is not a file")
             if size != files[path]["bytes"]:

@@ -11,6 +11,7 @@ from gptjax.checkpoints import manifest
 from gptjax.errors import Refused
 from gptjax.runtime import files
 
+PATTERN = re.compile(r"[][*?\\]")  # the signs of a path that orbax's glob takes for a pattern
 UNFINISHED = "unfinished"  # name of a file that marks a checkpoint's folder until the manifest is written
 
 

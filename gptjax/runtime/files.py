@@ -43,6 +43,19 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes, suffix: str = "
     beside.replace(path)
 
 
+def size_of(path: epath.Path) -> int:
+    """The bytes of a file. epath's `stat` of a local file fails where the user database has no name for the owner."""
+    return path.stat().length if "://" in str(path) else os.stat(path).st_size
+
+
+def listed(folder: epath.Path, suffix: str = "") -> list:
+    """The paths in a folder whose names end in `suffix`, sorted; none if the folder does not exist.
+
+    A glob would take `[` in the name of the folder itself for a pattern.
+    """
+    return sorted(path for path in folder.iterdir() if path.name.endswith(suffix)) if folder.is_dir() else []
+
+
 def to_disk(file) -> None:
     """Flushes an open file to its disk; a full or lost file system may report its failure only here."""
     file.flush()

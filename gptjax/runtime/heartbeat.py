@@ -202,10 +202,12 @@ def beat() -> Beat:
 
 def publish(workdir, processes: int) -> None:
     """Lets `write` write into a workdir (an epath.Path) that this run has locked."""
+    from gptjax.runtime.files import listed  # here, since this module imports only the standard library
+
     global _folder
     folder = workdir / FOLDER
-    if _heart.process == 0 and folder.exists():
-        for path in folder.glob("*.json"):  # left by a killed run of more processes
+    if _heart.process == 0:
+        for path in listed(folder, ".json"):  # left by a killed run of more processes
             if path.stem.isdecimal() and int(path.stem) >= processes:
                 path.unlink(missing_ok=True)
     _folder = folder

@@ -5,7 +5,7 @@ import statistics
 import jax
 from etils import epath
 
-from gptjax.checkpoints.manager import VERSIONS
+from gptjax.checkpoints.manifest import VERSIONS
 from gptjax.data.stream.mixture import Corpus
 from gptjax.data.stream.packing import report as report_of
 from gptjax.data.stream.packing import report_line

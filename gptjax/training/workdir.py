@@ -69,7 +69,7 @@ def read_config(folder: epath.Path) -> dict:
     """Reads config.json, the resolved config of the latest start. Raises: Refused."""
     path = folder / "config.json"
     if not path.exists():
-        known = folder.parent.glob("*") if folder.parent.exists() else ()
+        known = files.listed(folder.parent)
         raise Refused(
             f"{path} does not exist: {folder} is not the workdir of a run."
             f"{nearest(folder.name, [p.name for p in known if p.name != folder.name])}"

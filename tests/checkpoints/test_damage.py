@@ -216,18 +216,20 @@ def nobody():
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state/_METADATA", "state"])
-def test_what_may_not_be_read(saved, capsys, name):
+def test_what_may_not_be_read(saved, name):
+    """An error while looking is no damage: the run waits for a mended permission, and nothing is renamed."""
     with tempfile.TemporaryDirectory() as where:  # nobody comes through pytest's own
         os.chmod(where, 0o755)
         folder = shutil.copytree(saved, f"{where}/checkpoints")
         unreadable = pathlib.Path(folder) / NEWEST / name
         unreadable.chmod(0)
-        with nobody():
-            step = Checkpoints(folder).newest()
+        before = sorted(os.listdir(folder))
+        with nobody(), pytest.raises(Refused) as refusal:
+            Checkpoints(folder).newest()
         unreadable.chmod(0o700)
-    error = capsys.readouterr().err
-    report(f"{name}: no permission", error.strip().rpartition("checkpoints: ")[2])
-    assert step == 2 and "can't be read (Permission denied)" in error
+        assert sorted(os.listdir(folder)) == before and Checkpoints(folder).newest() == 4
+    report(f"{name}: no permission", refusal.value)
+    assert "of step 4 in " in str(refusal.value) and "can't be read (Permission denied): make it" in str(refusal.value)
 
 
 def test_when_none_can_be_used_the_run_is_refused(folder):

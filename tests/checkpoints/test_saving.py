@@ -159,8 +159,8 @@ def test_an_outage_while_rotating_costs_nothing(outage, tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("method, words", [
-    ("open", r"of step 1, manifest.json can't be read \(Outage: 503\)"),
-    ("stat", r"of step 1, state/\S+ can't be read \(Outage: 503\)"),
+    ("open", r"of step 1 in \S+ may be whole, but manifest.json can't be read \(Outage: 503\): make it readable"),
+    ("walk", r"of step 1 in \S+ may be whole, but state can't be read \(Outage: 503\): make it readable"),
     ("iterdir", r"checkpoints can't be read \(Outage: 503\)"),
 ])  # fmt: skip
 def test_an_outage_before_a_run_begins_is_a_refusal(outage, tmp_path, method, words):

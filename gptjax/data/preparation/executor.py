@@ -28,7 +28,7 @@ from etils import epath
 
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import optional
-from gptjax.runtime.files import write_whole
+from gptjax.runtime.files import listed, write_whole
 
 SECONDS = 0.5  # between two looks at the workers, and between two notes of a worker
 GRACE = 10.0  # seconds for the pool to end by itself once its workers are done
@@ -146,7 +146,7 @@ def _kept(function: Callable, failures: list) -> None:
 
 
 def _sum(notes: pathlib.Path) -> Counts:
-    counts = [json.loads(note.read_text()) for note in notes.glob("*.json")]
+    counts = [json.loads(note.read_text()) for note in listed(epath.Path(notes), ".json")]
     return Counts(*(sum(count) for count in zip(*counts, strict=True))) if counts else Counts(0, 0, 0)
 
 

@@ -15,6 +15,7 @@ from gptjax.data.sources import sources
 from gptjax.data.sources.documents import END, PLACES, DataConfig, Part
 from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, progress
+from gptjax.runtime.files import size_of
 
 # The size of a task; smaller where a corpus would give few tasks of this size.
 TASK_BYTES, LEAST_TASK_BYTES, TASKS = 64 << 20, 1 << 20, 256
@@ -123,7 +124,7 @@ def _extract(data: DataConfig, corpus: Corpus, tasks: int, folder: epath.Path, w
     made.tasks.mkdir(exist_ok=True)
     for task in range(tasks):
         file = path(step.folder, task, "documents")
-        finish(made.tasks, task, [Part("documents", str(file), 0, END, file.stat().length)])
+        finish(made.tasks, task, [Part("documents", str(file), 0, END, size_of(file))])
     lost = _lost([result(step.folder, task) for task in range(tasks)])
     _print_lost(lost)
     return made, lost

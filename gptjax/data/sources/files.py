@@ -15,6 +15,7 @@ from etils import epath
 from gptjax.data.sources.documents import END, PART_BYTES, RECORD_BYTES, Damages, DataConfig, Part
 from gptjax.errors import Refused
 from gptjax.runtime import optional, untrusted
+from gptjax.runtime.files import size_of
 
 COMPRESSED = ".gz", ".zst"
 
@@ -47,14 +48,23 @@ def sized(data: DataConfig) -> list[tuple[epath.Path, int]]:
         )
     files = matching(path)
     if not files:
-        hint = f' This is a folder: try "{path.rstrip("/")}/*".' if epath.Path(path).is_dir() else ""
+        folder = epath.Path(path).expanduser().is_dir()
+        hint = f' This is a folder: try "{glob.escape(path.rstrip("/"))}/*".' if folder else _nearest_folder(path)
         raise Refused(f'data.path "{path}" matches 0 files, and at least 1 is needed.{hint}')
     return with_bytes(files)
 
 
+def _nearest_folder(path: str) -> str:
+    """A hint where the name of an existing folder was taken for a pattern; otherwise empty."""
+    folder, _, name = path.rpartition("/")
+    if "://" in path or not glob.has_magic(folder) or not os.path.isdir(os.path.expanduser(folder)):
+        return ""
+    return f' A folder has this name: try "{glob.escape(folder)}/{name}".'
+
+
 def with_bytes(files: list[epath.Path]) -> list[tuple[epath.Path, int]]:
     """Pairs files with their size in bytes."""
-    return list(zip(files, _at_once(lambda file: file.stat().length, files), strict=True))
+    return list(zip(files, _at_once(size_of, files), strict=True))
 
 
 def _at_once(ask: Callable, files: list[epath.Path]) -> list:
@@ -66,7 +76,10 @@ def _at_once(ask: Callable, files: list[epath.Path]) -> list:
 def matching(path: str) -> list[epath.Path]:
     """The files that a glob matches, sorted."""
     if "://" not in path:
-        names = glob.glob(os.path.expanduser(path), recursive=True)
+        path = os.path.expanduser(path)
+        if os.path.isfile(path):  # the name of a file may look like a glob
+            return [epath.Path(path)]
+        names = glob.glob(path, recursive=True)
         return [epath.Path(name) for name in sorted(names) if os.path.isfile(name)]
     if not glob.has_magic(path):
         return [epath.Path(path)] if epath.Path(path).is_file() else []

@@ -29,6 +29,7 @@ from gptjax.data.store.memory_map import Mapped
 from gptjax.data.store.split import REMEDY, Split
 from gptjax.errors import Refused, shown
 from gptjax.runtime import untrusted
+from gptjax.runtime.files import size_of
 from gptjax.tokenizers.tokenizer import Tokenizer, from_files, hash_of, read_files
 
 FORMAT = 1
@@ -166,7 +167,7 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 def write_manifest(folder: epath.Path, manifest: dict):
     """Finishes a store: writes the manifest, with the format and the length of every file added."""
-    files = {str(file.relative_to(folder)): file.stat().length for file in _walk(folder)}
+    files = {str(file.relative_to(folder)): size_of(file) for file in _walk(folder)}
     content = {"format": FORMAT, **manifest, "files": files}
     (folder / "manifest.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -279,7 +280,7 @@ def _check_files(folder: epath.Path, files: dict[str, int]):
 
     def length(name: str) -> int:
         file = untrusted.inside(folder, name, REMEDY)
-        return file.stat().length if untrusted.is_file(file) else -1
+        return size_of(file) if untrusted.is_file(file) else -1
 
     with ThreadPoolExecutor(16) as threads:
         found = dict(zip(files, threads.map(length, files), strict=True))

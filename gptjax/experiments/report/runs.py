@@ -57,7 +57,7 @@ def read(folders: list[epath.Path]) -> list[Run]:
     """Reads the runs, with the shortest distinct names. Raises: Refused, for a folder without a run."""
     for folder in folders:
         if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
-            beside = [path.name for path in folder.parent.glob("*")] if folder.parent.exists() else ()
+            beside = [path.name for path in files.listed(folder.parent)]
             hint = nearest(folder.name, [name for name in beside if name != folder.name])
             raise Refused(f"{folder} has no config.json and no metrics.jsonl: give the workdirs of runs.{hint}")
     if twice := [folder for folder in folders if folders.count(folder) > 1]:

@@ -28,7 +28,7 @@ def load(path: str) -> dict[str, BaseDistribution]:
     """Reads the space of a file. Raises: Refused, for an unusable file, key, type or range."""
     if not epath.Path(path).is_file():
         beside = epath.Path(path).parent
-        names = [p.name for p in beside.glob("*.py")] if beside.is_dir() else []
+        names = [p.name for p in files.listed(beside, ".py")]
         raise Refused(f"--space={path} does not exist.{nearest(epath.Path(path).name, names)}")
     try:
         module = runpy.run_path(path)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from gptjax.errors import Refused, nearest
 from gptjax.runtime import untrusted
-from gptjax.runtime.files import flatten, write_whole
+from gptjax.runtime.files import flatten, listed, write_whole
 from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, parse
 
 
@@ -38,8 +38,7 @@ def load(path: str, overrides: dict[str, str]) -> Config:
     """
     path, arguments = split(path)
     if not epath.Path(path).is_file():
-        beside = epath.Path(path).parent
-        names = [p.name for p in beside.glob("*.py")] if beside.is_dir() else []
+        names = [p.name for p in listed(epath.Path(path).parent, ".py")]
         raise Refused(f"--config={path} does not exist.{nearest(epath.Path(path).name, names)}")
     config = _of_run(path) if path.endswith(".json") else _of_module(path, arguments)
     for key, text in overrides.items():

@@ -9,6 +9,7 @@ from etils import epath
 
 from gptjax.errors import Refused
 from gptjax.runtime import heartbeat, untrusted
+from gptjax.runtime.files import listed
 from gptjax.training.monitoring import records
 
 MAX_BYTES = 1 << 16  # size of a beat's file
@@ -26,8 +27,7 @@ def status(folder: epath.Path) -> dict:
     if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", heartbeat.FOLDER)):
         raise Refused(f"--workdir={folder} has no config.json, metrics.jsonl or hosts/: give the folder of a run.")
     processes, unreadable = [], []
-    files = (folder / heartbeat.FOLDER).glob("*.json") if (folder / heartbeat.FOLDER).exists() else ()
-    for path in sorted(files, key=lambda path: (len(path.name), path.name)):
+    for path in sorted(listed(folder / heartbeat.FOLDER, ".json"), key=lambda path: (len(path.name), path.name)):
         try:
             processes.append(_fact(heartbeat.parsed(untrusted.read(path, MAX_BYTES, "see that process's output"))))
         except (Refused, ValueError, RecursionError) as error:
