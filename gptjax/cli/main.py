@@ -51,6 +51,10 @@ COMMANDS = (
 )
 
 
+# The flags that are paths, whatever the command.
+PATHS = {"workdir", "config", "target", "source", "store", "space", "tasks_folder", "prompts_file"}
+
+
 def parser() -> Parser:
     top = Parser(
         prog="gptjax",
@@ -68,6 +72,12 @@ def parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags of the command, and its `--config.KEY=VALUE` overrides. Raises: Refused, for an unknown flag."""
     args, rest = parser().parse_known_args(argv)
+    from gptjax.runtime.files import user_path  # --help does not wait for what this imports
+
+    for name in PATHS & vars(args).keys():
+        setattr(args, name, user_path(getattr(args, name)))
+    if "workdirs" in args:
+        args.workdirs = [user_path(folder) for folder in args.workdirs]
     if "workdir" in args and not args.workdir and args.verb != "data":
         raise Refused("--workdir is empty: give a folder.")
     args.overrides = {}

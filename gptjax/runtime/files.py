@@ -16,6 +16,8 @@ from gptjax.errors import Refused
 
 def check_writable(folder: epath.Path, flag: str = "--workdir") -> None:
     """A local folder can be made, or written into where it exists. Raises: Refused."""
+    if "://" not in str(folder) and "\\" in os.path.abspath(folder):
+        raise Refused(f"{flag}={os.path.abspath(folder)} has a backslash, which TensorStore takes for /: give another.")
     inside = next(path for path in (folder, *folder.parents) if path.exists())
     if not inside.is_dir():
         raise Refused(f"{flag}={folder} can't be a folder, because {inside} is a file: give another.")
@@ -24,6 +26,20 @@ def check_writable(folder: epath.Path, flag: str = "--workdir") -> None:
             pass
     except OSError as error:
         raise Refused(f"{flag}={folder} can't be written to ({inside}: {error.strerror}): give another.") from error
+
+
+def user_path(path: str) -> str:
+    """A path as its writer means it: the home folder for a leading `~` or `~NAME`, which shells leave alone after `=`.
+
+    A folder that is named `~` is `./~`. Raises: Refused, if the home folder is unknown.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise Refused(
+            f'"{path}" begins with a home folder that is unknown: write the whole path, or "./{path}" for a folder of '
+            "that name."
+        )
+    return expanded
 
 
 def write_whole(path: epath.Path | pathlib.Path, content: bytes, suffix: str = "partial", sync: bool = False) -> None:

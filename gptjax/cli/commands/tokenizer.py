@@ -31,6 +31,7 @@ def tokenizer(args: argparse.Namespace) -> None:
     from etils import epath
 
     from gptjax.data.preparation import tokenizer_study
+    from gptjax.runtime.files import user_path
     from gptjax.training.config import files
 
     check_workers(args.workers)
@@ -39,6 +40,6 @@ def tokenizer(args: argparse.Namespace) -> None:
         tokenizer_study.train(loaded.data, loaded.clean, loaded.tokenizer, epath.Path(args.target), args.workers)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # progress goes to stderr; stdout has only the result
-            paths = args.tokenizers.split(",") if args.tokenizers else []
+            paths = [user_path(path) for path in args.tokenizers.split(",")] if args.tokenizers else []
             found = tokenizer_study.compare(loaded.data, loaded.clean, loaded.tokenizer, paths, args.workers)
         print(json.dumps(found) if args.json else tokenizer_study.table(found))

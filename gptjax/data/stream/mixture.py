@@ -15,6 +15,7 @@ from etils import epath
 
 from gptjax.data.store.store import Store
 from gptjax.errors import Refused, nearest
+from gptjax.runtime.files import user_path
 from gptjax.tokenizers.tokenizer import Tokenizer
 
 PERIOD = 10_000  # windows
@@ -82,7 +83,7 @@ def folders(stores: str) -> dict[str, epath.Path]:
             raise Refused(
                 f"mixture.stores names {name} twice, {found[name]} and {folder}: give each store its own name."
             )
-        found[name] = epath.Path(folder)
+        found[name] = epath.Path(user_path(folder))
     return found
 
 

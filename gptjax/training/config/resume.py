@@ -1,9 +1,10 @@
 """Which keys of a config may differ when a run resumes."""
 
 import dataclasses
+import os
 
 from gptjax.runtime.files import flatten
-from gptjax.training.config.schema import RETIRED_KEYS, Config, default
+from gptjax.training.config.schema import PATHS, RETIRED_KEYS, Config, default
 
 # Keys that may change when a run resumes: the parameters, the optimizer's state and the tokens of a step do not depend
 # on them. A section stands for all its keys.
@@ -30,6 +31,7 @@ def differences(old: dict, new: Config) -> list[str]:
 
     # A key that an earlier version did not know had no effect, like its default now.
     before, now = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
+    before |= {key: os.path.expanduser(before[key]) for key in PATHS}  # earlier versions kept a leading ~
     # The average of the weights is kept or not; its decay is free.
     for flat in (before, now):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"

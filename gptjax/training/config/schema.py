@@ -29,7 +29,7 @@ from gptjax.models.config import ModelConfig
 from gptjax.models.sections import LoraConfig, LossConfig, check_lora
 from gptjax.parallel.config import MeshConfig
 from gptjax.parallel.xla import options
-from gptjax.runtime.files import flatten
+from gptjax.runtime.files import flatten, user_path
 from gptjax.runtime.watchdog import WatchdogConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
 from gptjax.training.monitoring import early_stopping
@@ -105,6 +105,9 @@ class Config:
 # checkpoints stay readable.
 RETIRED_KEYS = ("model.isolate_products",)
 
+# Keys that are a path; those of mixture.stores are read by mixture.folders.
+PATHS = ("init_from", "data.path", "data.store", "clean.blocked_words", "tokenizer.path", "tasks.folder")
+
 MAX_JSON_BYTES = 1 << 20  # of a config.json
 
 
@@ -144,7 +147,7 @@ def _build(kind, values, prefix):
         elif isinstance(value, float) and not math.isfinite(value):
             raise Refused(f"{prefix}{key}={value} must be a finite number.")
         else:
-            made[key] = value
+            made[key] = user_path(value) if prefix + str(key) in PATHS else value
     return kind(**made)
 
 
