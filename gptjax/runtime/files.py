@@ -59,6 +59,17 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes, suffix: str = "
     beside.replace(path)
 
 
+def contents(folder: epath.Path) -> list:
+    """The paths in a folder that a user may have put there: without lost+found, which a new file system has."""
+    return [path for path in listed(folder) if path.name != "lost+found"]
+
+
+def fill(folder: epath.Path, made: epath.Path, last: str) -> None:
+    """Moves everything in `made` into an existing folder, which may be a mount; the entry named `last` at the end."""
+    for path in sorted(made.iterdir(), key=lambda path: path.name == last):
+        path.rename(folder / path.name)
+
+
 def size_of(path: epath.Path) -> int:
     """The bytes of a file. epath's `stat` of a local file fails where the user database has no name for the owner."""
     return path.stat().length if "://" in str(path) else os.stat(path).st_size

@@ -19,7 +19,7 @@ from gptjax.data.preparation import tasks
 from gptjax.data.preparation.prepare import DataConfig, prepare
 from gptjax.data.store.store import is_whole
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import lock
+from gptjax.runtime import files, lock
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 from gptjax.training.corpus import make_corpus
 
@@ -182,6 +182,27 @@ def test_a_folder_of_other_files_is_refused_and_an_empty_one_is_used(tmp_path, d
         with pytest.raises(Refused, match=f"{name} exists and has no manifest.json"):
             prepare(data, BYTE, tmp_path / name)
     assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_a_mount_is_filled(disk, data, tmp_path, monkeypatch):
+    """A folder that can't be renamed over, with the work inside of it; what a killed move left is replaced."""
+    (disk / "lost+found").mkdir()
+    right = prepare(data, BYTE, tmp_path / "store")
+    fill = files.fill
+
+    def killed(folder, made, last):
+        (made / "train").rename(folder / "train")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "fill", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, BYTE, disk)
+    assert not is_whole(disk)
+    monkeypatch.setattr(files, "fill", fill)
+    store = prepare(data, BYTE, disk)
+    assert sorted(os.listdir(disk)) == sorted([*os.listdir(tmp_path / "store"), "lost+found"])
+    assert decoded(store, "train") == decoded(right, "train")
+    assert prepare(data, BYTE, disk).folder == store.folder
 
 
 def test_files_that_change_while_read_are_refused(tmp_path, data, monkeypatch):

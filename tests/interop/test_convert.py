@@ -444,6 +444,19 @@ def test_the_ends_that_a_model_names(llama, tmp_path):
         config.read_config(folder)
 
 
+def test_a_target_that_is_empty_is_filled(converted, disk, tmp_path):
+    """A mount, as a container's volume is, can't be renamed over."""
+    convert.to_hf(epath.Path(converted), str(tmp_path / "new"), -1)
+    (tmp_path / "made").mkdir()
+    for target in (tmp_path / "made", disk):
+        convert.to_hf(epath.Path(converted), str(target), -1)
+        assert {p.name: p.read_bytes() for p in target.iterdir()} == {
+            p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()
+        }
+        with pytest.raises(Refused, match="must be a new or empty folder"):
+            convert.to_hf(epath.Path(converted), str(target), -1)
+
+
 def test_a_target_that_exists_is_refused(converted, llama, refused):
     argv = "convert", "to-hf", f"--workdir={converted}", f"--target={llama}"
     assert f"--target={llama} must be a new or empty folder" in refused(llama, *argv)

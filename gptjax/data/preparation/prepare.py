@@ -1,6 +1,7 @@
 """Prepares a source as a token store: holds out documents, trains the tokenizer, tokenizes, writes.
 
-Long work is done task by task (`tasks.py`), in several processes (`executor.py`), in a folder beside the store:
+Long work is done task by task (`tasks.py`), in several processes (`executor.py`), in a folder beside the store,
+or inside a folder that exists already:
 
     STORE.partial/
         owner.json          the process that works here
@@ -31,7 +32,7 @@ from gptjax.data.preparation.tasks import Corpus, Sample, Tokenize, hash_of, res
 from gptjax.data.sources.documents import Damages, DataConfig, Document
 from gptjax.data.store.store import Store, is_whole, token_dtype, write_manifest
 from gptjax.errors import Failed, Refused
-from gptjax.runtime import heartbeat, lock
+from gptjax.runtime import files, heartbeat, lock
 from gptjax.tokenizers import tokenizer as tokenizers
 from gptjax.tokenizers.tokenizer import Tokenizer, TokenizerConfig
 
@@ -70,15 +71,17 @@ def prepared(
     """
     folder = epath.Path(folder)
     settings = _settings(data, tokenizer, cleaning)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = partial_of(folder)
     refusal = "is being prepared on", "wait until it is done, stop it, or give another folder in data.store"
     if is_whole(folder):
-        if partial.exists():  # left by a process that was killed after the last step, or is just about to end
-            with contextlib.suppress(Refused, OSError), lock.locked(partial, *refusal):
-                partial.rmtree()
+        for left in (path for path in (partial, folder / "partial") if path.exists()):
+            # A process was killed after the last step, or is just about to end.
+            with contextlib.suppress(Refused, OSError), lock.locked(left, *refusal):
+                left.rmtree()
         return _reuse(folder, settings, tokenizer), False
     partly_moved = (partial / "moving").exists()  # as `_move` may leave it
-    if not partly_moved and (folder.is_file() or (folder.exists() and any(folder.iterdir()))):
+    others = [path for path in files.contents(folder) if path != partial]
+    if not partly_moved and (folder.is_file() or others):
         raise Refused(
             f"{folder} exists and has no manifest.json, so it can't be a token store: give another in data.store."
         )
@@ -90,8 +93,8 @@ def prepared(
         try:
             made = not is_whole(folder)  # another run may have made the store meanwhile
             if made:
-                if partly_moved and folder.exists():
-                    folder.rmtree()
+                for path in others:  # only left by `_move`
+                    path.rmtree() if path.is_dir() else path.unlink()
                 _build(data, tokenizer, cleaning, partial, settings, workers)
                 _move(partial / "store", folder)
         except OSError as error:
@@ -109,18 +112,29 @@ def prepared(
     return Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
 
 
-def _move(made: epath.Path, folder: epath.Path) -> None:
-    """Moves a complete store to its place, which must be free.
+def partial_of(folder: epath.Path) -> epath.Path:
+    """Where the store of a folder is prepared: beside the folder, or inside one that exists.
 
-    A bucket moves object by object. There the manifest is written last, and the file `moving` lets `prepared` remove
-    what a killed move left.
+    A folder that exists may be a mount, which no other folder can be renamed over.
     """
-    if folder.exists():
-        folder.rmdir()  # empty, as `prepared` checked; the rename needs the name
-    if "://" not in str(folder):
+    beside = folder.with_name(f"{folder.name}.partial")
+    inside = "://" not in str(folder) and folder.is_dir() and not is_whole(folder) and not beside.exists()
+    return folder / "partial" if inside else beside
+
+
+def _move(made: epath.Path, folder: epath.Path) -> None:
+    """Moves a complete store to its place, which must be free, or into its place, which must be empty.
+
+    A bucket moves object by object, and a folder that exists is filled entry by entry. There the manifest is written
+    last, and the file `moving` lets `prepared` remove what a killed move left.
+    """
+    if "://" not in str(folder) and not folder.exists():
         made.rename(folder)
         return
     (made.parent / "moving").write_text("")  # from here on, whatever is in the target is ours
+    if "://" not in str(folder):
+        files.fill(folder, made, last="manifest.json")
+        return
     manifest = (made / "manifest.json").read_bytes()
     (made / "manifest.json").unlink()
     made.rename(folder)

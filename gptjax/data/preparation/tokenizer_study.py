@@ -11,6 +11,7 @@ from gptjax.data.preparation import prepare, tasks
 from gptjax.data.preparation.prepare import DataConfig
 from gptjax.data.sources.documents import Document
 from gptjax.errors import Failed, Refused
+from gptjax.runtime.files import contents
 from gptjax.tokenizers.tokenizer import Tokenizer, TokenizerConfig, check, existing
 from gptjax.tokenizers.tokenizer import train as train_tokenizer
 
@@ -31,7 +32,7 @@ def train(data: DataConfig, clean: CleanConfig, tokenizer: TokenizerConfig, targ
             f'tokenizer.kind={tokenizer.kind} with tokenizer.path="{tokenizer.path}" leaves nothing to '
             "train: set tokenizer.kind=sentencepiece and no path."
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or contents(target)):
         raise Refused(f"--target={target} must be a new or empty folder: give another.")
     try:
         made = train_tokenizer(tokenizer, prepare.training_texts(data, clean, workers), target)

@@ -29,7 +29,7 @@ from gptjax.models.lora import Adapters, LoraConfig
 from gptjax.parallel import mesh
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.trees import named_leaves
-from gptjax.runtime.files import check_writable
+from gptjax.runtime.files import check_writable, contents, fill
 from gptjax.tokenizers import tokenizer
 from gptjax.training import loading, workdir
 from gptjax.training.config import schema
@@ -223,22 +223,28 @@ def _local(flag: str, path: str) -> epath.Path:
 def _new_folder(flag: str, target: epath.Path) -> Iterator[epath.Path]:
     """Context manager. Yields a temporary folder, renamed to `target` on success and removed on failure.
 
+    An empty target that exists is filled from a folder inside of it, since a mount can't be renamed over.
+
     Raises:
       Refused: the target is not empty.
       Failed: the disk can't be written.
     """
     check_writable(target, flag)
-    if target.exists() and any(target.iterdir()):
+    there = target.is_dir()
+    made = target / "partial" if there else target.with_name(f"{target.name}.partial")
+    if any(path != made for path in contents(target)):
         raise Refused(f"{flag}={target} must be a new or empty folder; found files there.")
-    beside = target.with_name(f"{target.name}.partial")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # left by a killed conversion
-        beside.mkdir(parents=True)
-        yield beside
-        beside.replace(target)
+        shutil.rmtree(made, ignore_errors=True)  # left by a killed conversion
+        made.mkdir(parents=True)
+        yield made
+        if there:
+            fill(target, made, last="config.json")
+        else:
+            made.replace(target)
     except OSError as error:
         raise Failed(
             f"{target} can't be written ({error.strerror or error}); make room, or give another {flag}."
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
