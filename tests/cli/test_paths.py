@@ -81,21 +81,20 @@ def test_a_backslash_is_refused(refused, corpus, tmp_path):
     refused(tmp_path, "train", "--config=configs/debug.py", f"--workdir={tmp_path}/a\\b")
 
 
-def test_a_file_that_exists_is_no_pattern(tmp_path):
+def test_what_exists_is_no_pattern(tmp_path):
+    """A path is taken literally as far as it exists, and as a pattern from there on."""
     folder = tmp_path / "corpus [v2]"
     folder.mkdir()
-    names = ["part[0].jsonl", "part0.jsonl"]
+    names = ["part[0].jsonl", "part0.jsonl", "part1.jsonl"]
     for name in names:
         (folder / name).touch()
-    assert source_files.matching(str(folder / names[0])) == [epath.Path(folder / names[0])]
-
-    def hint(path):
-        with pytest.raises(Refused) as refusal:
-            source_files.sized(DataConfig(source="jsonl", path=str(path)))
-        return re.search(r'try "(.*)"', str(refusal.value))[1]
-
-    for asked in (folder, folder / "*.jsonl"):
-        assert len(source_files.matching(hint(asked))) == 2, asked
+    paths = [epath.Path(folder / name) for name in sorted(names)]
+    assert source_files.matching(str(folder / names[0])) == [paths[2]]
+    assert source_files.matching(f"{folder}/*.jsonl") == source_files.matching(f"{tmp_path}//*/*") == paths
+    assert source_files.matching(f"{tmp_path}/**/part[0-9].jsonl") == paths[:2]
+    with pytest.raises(Refused) as refusal:
+        source_files.sized(DataConfig(source="jsonl", path=str(folder)))
+    assert len(source_files.matching(re.search(r'try "(.*)"', str(refusal.value))[1])) == 3
 
 
 def test_status_of_a_run_in_a_folder_with_signs(gptjax_main, finished, tmp_path):

@@ -5,6 +5,7 @@ import glob
 import gzip
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,18 +49,10 @@ def sized(data: DataConfig) -> list[tuple[epath.Path, int]]:
         )
     files = matching(path)
     if not files:
-        folder = epath.Path(path).expanduser().is_dir()
-        hint = f' This is a folder: try "{glob.escape(path.rstrip("/"))}/*".' if folder else _nearest_folder(path)
+        folder = epath.Path(os.path.expanduser(path)).is_dir()
+        hint = f' This is a folder: try "{path.rstrip("/")}/*".' if folder else ""
         raise Refused(f'data.path "{path}" matches 0 files, and at least 1 is needed.{hint}')
     return with_bytes(files)
-
-
-def _nearest_folder(path: str) -> str:
-    """A hint where the name of an existing folder was taken for a pattern; otherwise empty."""
-    folder, _, name = path.rpartition("/")
-    if "://" in path or not glob.has_magic(folder) or not os.path.isdir(os.path.expanduser(folder)):
-        return ""
-    return f' A folder has this name: try "{glob.escape(folder)}/{name}".'
 
 
 def with_bytes(files: list[epath.Path]) -> list[tuple[epath.Path, int]]:
@@ -76,10 +69,8 @@ def _at_once(ask: Callable, files: list[epath.Path]) -> list:
 def matching(path: str) -> list[epath.Path]:
     """The files that a glob matches, sorted."""
     if "://" not in path:
-        path = os.path.expanduser(path)
-        if os.path.isfile(path):  # the name of a file may look like a glob
-            return [epath.Path(path)]
-        names = glob.glob(path, recursive=True)
+        literal, pattern = _literal(os.path.expanduser(path))
+        names = glob.glob(glob.escape(literal) + pattern, recursive=True)
         return [epath.Path(name) for name in sorted(names) if os.path.isfile(name)]
     if not glob.has_magic(path):
         return [epath.Path(path)] if epath.Path(path).is_file() else []
@@ -90,6 +81,16 @@ def matching(path: str) -> list[epath.Path]:
     found = sorted(epath.Path(f"{scheme}://{bucket}").glob(pattern))
     folders = _at_once(lambda file: file.is_dir(), found)
     return [file for file, is_folder in zip(found, folders, strict=True) if not is_folder]
+
+
+def _literal(path: str) -> tuple[str, str]:
+    """The longest beginning of a path that exists as it is written, and the rest, in which `[`, `*` and `?` match."""
+    end = 0
+    for match in re.finditer("/+|$", path):
+        if not os.path.lexists(path[: match.start()] or "/"):
+            break
+        end = match.end()
+    return path[:end], path[end:]
 
 
 def opened(path: str) -> BinaryIO:
