@@ -113,11 +113,11 @@ def fuzz(name: str, inputs: int, folder: pathlib.Path, seen: Callable[[object], 
 
 def child(name: str, inputs: int, last: str) -> None:
     """Prints the result of one reader as JSON, and what it took of memory. Keeps what it tries in the file `last`."""
-    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES,) * 2)
 
     def seen(given) -> None:
-        pathlib.Path(last).write_text(repr(given)[: 1 << 20], errors="backslashreplace")
+        pathlib.Path(last).write_text(repr(given)[: 1 << 20], encoding="utf-8", errors="backslashreplace")
 
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -139,7 +139,7 @@ def main() -> None:
     for name in [args.reader] if args.reader else READERS:
         inputs = args.inputs if args.reader else -(-args.inputs // len(READERS))
         began = time.monotonic()
-        with tempfile.NamedTemporaryFile("r") as last:
+        with tempfile.NamedTemporaryFile("r", encoding="utf-8") as last:
             command = [sys.executable, "-m", "benchmarks.fuzz", f"--reader={name}", f"--inputs={inputs}"]
             done = subprocess.run([*command, f"--last={last.name}"], capture_output=True, text=True)
             died = {f"died with code {done.returncode}": f"{last.read()[:500]}\n{done.stderr[:2000]}"}

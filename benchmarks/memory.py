@@ -28,7 +28,7 @@ SHAPE = peer.Shape(layers=6, heads=6, width=384, length=256, batch=32, vocab=409
 
 def resident(process: int, what: str = "VmRSS") -> float:
     """Megabytes of a process in memory: `VmRSS` now, `VmHWM` at the most since that was reset (proc(5))."""
-    status = pathlib.Path(f"/proc/{process}/status").read_text()
+    status = pathlib.Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return 1.024e-3 * int(status.partition(f"{what}:")[2].split()[0])
 
 
@@ -43,7 +43,7 @@ def measure(remat: str) -> tuple[float, float]:
         batch = batches.place(ours.batch(SHAPE), np.arange(SHAPE.batch), batches.BatchLayout(mesh, SHAPE.batch))
         before = resident(os.getpid())
         state = init()
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         for _ in range(3):
             state, metrics = step(state, batch)
         metrics["loss"].block_until_ready()

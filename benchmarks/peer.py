@@ -70,7 +70,7 @@ class Side:
     """The handle of a side's process."""
 
     def __init__(self, name: str, command: list[str]):
-        self.name, self.errors = name, tempfile.TemporaryFile("w+")
+        self.name, self.errors = name, tempfile.TemporaryFile("w+", encoding="utf-8")
         root = pathlib.Path(__file__).resolve().parents[1]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)

@@ -118,7 +118,7 @@ def resident(pid: int) -> int:
 def _parents(pid: int) -> list[int]:
     found = []
     while pid > 1:
-        pid = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        pid = int(pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
         found.append(pid)
     return found
 

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+from gptjax.runtime import streams
+
 
 @contextlib.contextmanager
 def quickly() -> Iterator[None]:
@@ -31,13 +33,13 @@ def process(main: Callable[[], None]) -> None:
     The process ends after all threads and all other exit handlers: handlers run in the reverse order of their
     registration, and this is the first.
     """
+    streams.prepare()
     codes = []
 
     def leave() -> None:
         if codes:
             for stream in (sys.stdout, sys.stderr):
-                if stream:  # None where the caller closed the stream
-                    stream.flush()
+                stream.flush()
             os._exit(codes[0])
 
     atexit.register(leave)

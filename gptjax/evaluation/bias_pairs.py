@@ -18,7 +18,7 @@ FOLDER = str(pathlib.Path(__file__).parent / "probes")
 
 def documents(category: str, **_) -> dict[str, datasets.Dataset]:
     """Returns all pairs of a category: {first, second, rest}, each pair of subjects with each sentence ending."""
-    words = json.loads((pathlib.Path(FOLDER) / "pairs.json").read_text())
+    words = json.loads((pathlib.Path(FOLDER) / "pairs.json").read_text("utf-8"))
     made = [
         {"first": first, "second": second, "rest": rest}
         for first, second in words["groups"][category]

@@ -159,19 +159,19 @@ def text_of(folder: pathlib.Path, stage: str) -> str:
     found = sorted((folder / "dump").glob(f"*train_step*.{stage}.txt"))
     if not found:
         raise FileNotFoundError(f"the compiler dumped no *.{stage}.txt of the train step")
-    return found[-1].read_text()
+    return found[-1].read_text("utf-8")
 
 
 def largest_buffers(folder: pathlib.Path, text: str) -> list[dict]:
     assignment = sorted((folder / "dump").glob("*train_step*buffer-assignment.txt"))
     if not assignment:
         return []
-    buffers = analysis.largest_buffers(assignment[-1].read_text(), hlo.parse(text), NUM_BUFFERS)
+    buffers = analysis.largest_buffers(assignment[-1].read_text("utf-8"), hlo.parse(text), NUM_BUFFERS)
     return [buffer._asdict() for buffer in buffers]
 
 
 def main(folder: pathlib.Path) -> None:
-    request = json.loads((folder / "request.json").read_text())
+    request = json.loads((folder / "request.json").read_text("utf-8"))
     where = topology.parse(request["topology"], request["slices"])
     results = []
     for config in request["configs"]:
@@ -179,7 +179,7 @@ def main(folder: pathlib.Path) -> None:
             results.append(analyze(schema.parse(config), where, request["source"], folder))
         except Refused as refusal:
             results.append({"refused": str(refusal)})
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results), "utf-8")
 
 
 if __name__ == "__main__":

@@ -50,15 +50,18 @@ def analyses(configs: list[Config], topology: Topology, source: str) -> list[dic
         folder = pathlib.Path(name)
         request = {"configs": [dataclasses.asdict(config) for config in configs], "source": source}
         request |= {"topology": topology.name, "slices": topology.slices}
-        (folder / "request.json").write_text(json.dumps(request))
-        with open(pathlib.Path(tempfile.gettempdir()) / f"gptjax_plan_{os.getuid()}.lock", "w") as lock:
+        (folder / "request.json").write_text(json.dumps(request), "utf-8")
+        with open(
+            pathlib.Path(tempfile.gettempdir()) / f"gptjax_plan_{os.getuid()}.lock", "w", encoding="utf-8"
+        ) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # libtpu serves one process at a time
             try:
                 ended = subprocess.run(
                     [sys.executable, "-m", "gptjax.planning.aot", name],
                     env=environment(folder),
                     capture_output=True,
-                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
                     timeout=TIMEOUT,
                 )
             except subprocess.TimeoutExpired as error:
@@ -68,7 +71,7 @@ def analyses(configs: list[Config], topology: Topology, source: str) -> list[dic
                 ) from error
         if ended.returncode:
             raise Refused(f"The compiler failed on {topology.name} × {topology.slices}: {reason(ended)}")
-        return json.loads((folder / "results.json").read_text())
+        return json.loads((folder / "results.json").read_text("utf-8"))
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:

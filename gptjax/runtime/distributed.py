@@ -21,7 +21,7 @@ from jax._src.distributed import global_state
 
 from gptjax import __version__
 from gptjax.errors import Refused
-from gptjax.runtime import distributed, heartbeat, rendezvous, supervisor
+from gptjax.runtime import distributed, heartbeat, rendezvous, streams, supervisor
 from gptjax.runtime.lock import locked
 
 _rounds = itertools.count()
@@ -70,7 +70,7 @@ def _leave_the_output_to_process_0(place: rendezvous.Place) -> None:
     """Silences stdout on all processes but 0, including libraries: Gloo would print into the JSON of `gptjax eval`."""
     silence = os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
-    sys.stdout = open(os.dup(1) if place.process_id == 0 else silence, "w")
+    sys.stdout = streams.over(os.dup(1) if place.process_id == 0 else silence, sys.stdout)
     os.dup2(silence, 1)
 
 

@@ -253,7 +253,7 @@ def _write(folder) -> None:
 
     write_whole(path, (json.dumps(dataclasses.asdict(beat())) + "\n").encode())
     if _stacks is None and "://" not in str(folder) and not faulthandler.is_enabled():
-        _stacks = open(folder / f"{_heart.process}.stacks.txt", "a")
+        _stacks = open(folder / f"{_heart.process}.stacks.txt", "a", encoding="utf-8")
         faulthandler.enable(_stacks)  # for aborts by JAX itself
 
 
@@ -262,7 +262,7 @@ def leave_stacks(why: str) -> str:
     if _folder is None:
         return "in no file, for want of a workdir"
     path = _folder / f"{_heart.process}.stacks.txt"
-    with tempfile.TemporaryFile("w+") as dumped:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as dumped:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}", file=dumped, flush=True)
         faulthandler.dump_traceback(dumped, all_threads=True)
         dumped.seek(0)

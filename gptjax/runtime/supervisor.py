@@ -34,7 +34,7 @@ from gptjax.runtime import heartbeat, preemption, watchdog
 from gptjax.runtime.heartbeat import Beat
 from gptjax.runtime.watchdog import WatchdogConfig
 
-SIGNALS = signal.SIGTERM, signal.SIGINT
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 # Phases with nothing unsaved, in which the process may end at once. In all others the main thread stops at a tick. A
 # rollback also compiles, but returns to a saved state.
 SAVED = "starting", "preparing data", "compiling", "restoring", "sampling"
@@ -286,13 +286,15 @@ def watch(config: WatchdogConfig) -> None:
 
 @contextlib.contextmanager
 def alive():
-    """Context manager: SIGTERM and SIGINT stop the run in order, and the other processes learn how this one ends."""
+    """Context manager: SIGTERM, SIGINT and SIGHUP stop the run in order; the other processes learn how it ends."""
     global _current
     heartbeat.begin()
     current = _current = Supervisor()
     # Python passes the signal's number to the thread from C; a Python handler would have to wait for the main thread.
     wakeup = signal.set_wakeup_fd(current.signalled.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    # nohup, which lets a run outlive the terminal, has SIGHUP ignored.
+    numbers = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     current.start()
     threading.Thread(target=heartbeat.write, name="heartbeat", daemon=True).start()
     sentence, code, in_order = "", 0, True

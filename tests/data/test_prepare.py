@@ -61,7 +61,7 @@ def test_every_document_is_in_one_split_with_its_bytes(tmp_path, data, texts, to
     assert 3 <= len(heldout) <= 25
     assert store.split("train").bytes == sum(len(text.encode()) for text in train)
     names = [json.loads(line)["name"] for line in (tmp_path / "store/heldout/documents.jsonl").read_text().splitlines()]
-    assert [open(name, newline="").read() for name in names] == heldout
+    assert [open(name, encoding="utf-8", newline="").read() for name in names] == heldout
 
 
 def test_equal_documents_are_on_the_same_side_and_order_does_not_matter(tmp_path, texts):

@@ -238,7 +238,7 @@ def test_a_tab_separates_where_the_file_says_so_and_not_its_folder(tmp_path):
 
 def test_a_file_name_that_is_no_utf8(tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write("text")
     (document,) = sources.documents(DataConfig("text", str(tmp_path / "*.txt")))
     assert document.name == f"{tmp_path}/caf\\xe9.txt" and document.text == "text"

@@ -107,7 +107,7 @@ def heldout(store):
 
 def test_eval_names_the_documents_that_change(gptjax_main, flags, data, corpus, tmp_path):
     names = [row["name"] for row in heldout(prepare(data, TokenizerConfig(kind="byte"), tmp_path / "store"))]
-    line = open(names[1]).readlines()[3]
+    line = open(names[1], encoding="utf-8").readlines()[3]
     path = huggingface(tmp_path / "hf", corpus, dropped=line)
     code, out, _ = gptjax_main("tokenizer", "eval", *flags, f"--tokenizers={path}")
     assert code == 0 and out.splitlines()[-1].endswith(f"{len(names) - 1} of {len(names)}, not {names[1]}")

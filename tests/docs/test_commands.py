@@ -30,7 +30,7 @@ COMMAND = re.compile(r"(?:^|&& |-- |\$ |--command=\"|python -m )(gptjax [a-z-].*
 
 def code(page: pathlib.Path) -> list[str]:
     """The lines of a page's code blocks with continuations joined, then the text of each code span."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if page.suffix == ".py":
         return [line.strip() for line in text.split('"""')[1].replace("\\\n", " ").splitlines()]
     lines = "\n".join(FENCE.findall(text)).replace("\\\n", " ").splitlines()
@@ -120,7 +120,7 @@ def test_config_keys_exist(page):
 
 
 def headings(page: pathlib.Path) -> set[str]:
-    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 

@@ -83,7 +83,9 @@ def test_what_is_printed_and_drawn(gptjax_main, tmp_path, monkeypatch):
 def signal_once_it_trains(path: pathlib.Path, over: threading.Event):
     """SIGTERM to this process, whose run in `path` has done a step, or has not for two minutes; unless it is `over`."""
     deadline = time.monotonic() + 120
-    while not (path.exists() and "first_step_seconds" in path.read_text()) and time.monotonic() < deadline:
+    while (
+        not (path.exists() and "first_step_seconds" in path.read_text(encoding="utf-8")) and time.monotonic() < deadline
+    ):
         if over.wait(0.05):
             return
     os.kill(os.getpid(), signal.SIGTERM)

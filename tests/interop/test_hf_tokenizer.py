@@ -17,7 +17,7 @@ from gptjax.interop.huggingface import tokenizer as hf_tokenizer
 from gptjax.tokenizers import tokenizer
 from gptjax.tokenizers.tokenizer import TokenizerConfig
 
-CODE = [*TEXTS, pathlib.Path(os.__file__).read_text()]
+CODE = [*TEXTS, pathlib.Path(os.__file__).read_text(encoding="utf-8")]
 TEXT = "def f(x):\n    return  x + 12  # naïve étude, 東京 😀\n"
 
 

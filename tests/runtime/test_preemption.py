@@ -66,6 +66,7 @@ def test_stopped_in_each_phase_it_ends_as_if_nothing_had_happened(uninterrupted,
         ("preparing data", 0, 0, "SIGTERM", "while preparing data: nothing is unsaved"),
         ("compiling", 0, 0.3, "SIGINT", "SIGINT on .* while compiling: nothing is unsaved"),
         ("training", 0, 0.1, "SIGINT", r"SIGINT on \S+: step \d+ is saved"),
+        ("training", 0, 0.1, "SIGHUP", r"SIGHUP on \S+: step \d+ is saved"),
         ("evaluating", 15, 0, "SIGTERM", r"SIGTERM on \S+: step 15 is saved"),
         ("restoring", 15, 0, "SIGTERM", "while restoring: nothing is unsaved"),
         ("saving", 29, 0, "SIGTERM,SIGTERM", "a second SIGTERM: ending at once"),  # in the midst of the save of 30

@@ -95,7 +95,7 @@ def tpu_vm(verb: str, words: list, flags: dict):
 
 
 def main():
-    with open(CLOUD / "calls.jsonl", "a") as calls:
+    with open(CLOUD / "calls.jsonl", "a", encoding="utf-8") as calls:
         calls.write(json.dumps(sys.argv[1:]) + "\n")
     compute, tpus, group, verb, *rest = sys.argv[1:]
     assert (compute, tpus) == ("compute", "tpus")

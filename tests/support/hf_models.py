@@ -99,7 +99,7 @@ def record() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             shapes = {key: value.shape for key, value in load_file(f"{folder}/model.safetensors").items()}
-            described = json.loads(pathlib.Path(folder, "config.json").read_text())
+            described = json.loads(pathlib.Path(folder, "config.json").read_text(encoding="utf-8"))
             tensors = {key: weight(key, shape) for key, shape in shapes.items()}
             save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()

@@ -310,7 +310,7 @@ def remembered(folder):
 def went_back(corpus, tmp_path_factory):
     """(workdir, what was printed) of the run that nothing else happens to."""
     folder = tmp_path_factory.mktemp("back") / "run"
-    with pytest.MonkeyPatch.context() as patch, open(folder.with_name("out"), "w+") as out:
+    with pytest.MonkeyPatch.context() as patch, open(folder.with_name("out"), "w+", encoding="utf-8") as out:
         with contextlib.redirect_stdout(out):
             poisoned.poison(BAD, poisoned.not_finite, patch.setattr)
             loop.train(run_of(corpus), epath.Path(folder))

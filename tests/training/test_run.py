@@ -60,7 +60,7 @@ START_ROW = {
 def finished(corpus, tmp_path_factory):
     """(workdir, what was printed) of a whole run."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    with open(folder.with_name("printed"), "w+") as printed, contextlib.redirect_stdout(printed):
+    with open(folder.with_name("printed"), "w+", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         loop.train(small(corpus), epath.Path(folder), profile=range(2, 4))
         printed.seek(0)
         return folder, printed.read()
@@ -309,7 +309,7 @@ def killed(argv, folder, devices, past):
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, pathlib.Path(log.name).read_text()
+    assert process.wait() == -signal.SIGKILL, pathlib.Path(log.name).read_text(encoding="utf-8")
     assert max(losses(folder)) < LONG
     return list((folder / "checkpoints").iterdir())
 

@@ -53,18 +53,18 @@ def check_target(target: epath.Path) -> None:
 
 def page(runs: list[Run]) -> str:
     """Renders the page of some runs."""
-    script = (HERE / "hover.js").read_text()
+    script = (HERE / "hover.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     drawn = charts.charts(runs)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((HERE / "page.html").read_text())
+    template = environment.from_string((HERE / "page.html").read_text("utf-8"))
     legend = [
         {"name": run.name, "colour": charts.colour(number), "state": run.state} for number, run in enumerate(runs)
     ]
     return template.render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         made=f"{time.strftime('%Y-%m-%d %H:%M')}, gptjax {__version__}",
-        style=Markup((HERE / "style.css").read_text()),
+        style=Markup((HERE / "style.css").read_text("utf-8")),
         script=Markup(script),
         digest=digest,
         legend=legend,

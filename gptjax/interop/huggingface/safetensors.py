@@ -159,5 +159,5 @@ def create(folder: pathlib.Path, shapes: dict[str, tuple[str, tuple[int, ...]]],
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}}
         index["weight_map"] = {name: tensor.path.name for name, tensor in tensors.items()}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return tensors

@@ -257,7 +257,7 @@ def _differing(file: dict, known: Tokenizer) -> float:
     theirs = library.Tokenizer.from_str(json.dumps(file))
     texts, size = ["naïve Größe, Ωμέγα, 東京 😀 \x00 \t\r\n", "  two  spaces  ", "x"], 0
     for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        texts += path.read_text(errors="replace").replace(SPACE_SIGN, " ").split("\n\n")
+        texts += path.read_text("utf-8", "replace").replace(SPACE_SIGN, " ").split("\n\n")
         if (size := size + path.stat().st_size) > SAMPLE_BYTES:
             break
     return sum(
