@@ -1,11 +1,4 @@
-"""The command line: `gptjax COMMAND --flag=value …`.
-
-On several hosts the command is the same on each. train, eval and generate join the other processes before JAX looks for
-devices. From then on only process 0 prints, and every process refuses alike.
-
-Exit codes: 0 done · 2 refused before compute (flag, key, value, path, mesh, corpus, processes) · 1 a failure ·
-75 try again: the same command goes on (train was stopped by SIGTERM or SIGINT, or a host was lost)
-"""
+"""The command line: `gptjax COMMAND --flag=value …`."""
 
 import argparse
 import sys
@@ -30,6 +23,15 @@ from gptjax.cli.commands import (
 )
 from gptjax.cli.flags import Parser
 from gptjax.errors import TRY_AGAIN, Failed, Preempted, Refused, nearest, one_line
+
+# The end of `gptjax --help`; no docstring, which Python drops with -OO.
+EPILOG = """
+On several hosts the command is the same on each. train, eval and generate join the other processes before JAX looks for
+devices. From then on only process 0 prints, and every process refuses alike.
+
+Exit codes: 0 done · 2 refused before compute (flag, key, value, path, mesh, corpus, processes) · 1 a failure ·
+75 try again: the same command goes on (train was stopped by SIGTERM, SIGHUP or SIGINT, or a host was lost)
+"""
 
 # In the order of `gptjax --help`.
 COMMANDS = (
@@ -59,7 +61,7 @@ def parser() -> Parser:
     top = Parser(
         prog="gptjax",
         description="Pretrain GPT-style language models with JAX.",
-        epilog=__doc__.partition("\n\n")[2],
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"gptjax {__version__}")

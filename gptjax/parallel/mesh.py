@@ -1,6 +1,7 @@
-"""The device mesh: the axes, their sizes, and which devices are neighbours."""
+"""The devices of a process, and the mesh over them: the axes, their sizes, and which devices are neighbours."""
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -11,6 +12,47 @@ from gptjax.parallel.config import MeshConfig
 
 # `ring` is a part of full sharding: the third side of a torus (see `ring_size`), 1 elsewhere.
 AXES = ("slices", "data", "fsdp", "ring", "tensor")
+
+# Variables of the environment may have set these otherwise. Our code and optax promote ranks and dtypes. A random
+# number is the same on every mesh and in every process of a run. The loop guards its own transfers.
+SETTINGS = {
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_transfer_guard": "allow",
+}
+IMPOSSIBLE = {"JAX_DISABLE_JIT": "jax_disable_jit", "JAX_NO_TRACING": "jax_no_tracing"}
+
+
+def settle() -> None:
+    """Sets the options of JAX that results depend on. Raises: Refused, for variables under which no step compiles."""
+    for variable, name in IMPOSSIBLE.items():
+        if getattr(jax.config, name):
+            raise Refused(
+                f"{variable}={os.environ.get(variable, 'true')} must be unset: gptjax compiles each step before the "
+                "step runs."
+            )
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
+
+
+def devices() -> list[jax.Device]:
+    """All devices of a run. Raises: Refused, if JAX_PLATFORMS asks for a platform that can't be had."""
+    settle()
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # for an unknown platform JAX fails an assertion
+        if not asked:
+            raise
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        jax.config.update("jax_platforms", "")
+        there = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise Refused(
+            f"JAX_PLATFORMS={asked} must name platforms of this machine; found {there}"
+            f"{f' ({reason})' * bool(reason)}; unset it, or install the JAX of that platform."
+        ) from error
 
 
 def num_slices(devices: list[jax.Device]) -> int:

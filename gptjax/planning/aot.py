@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from gptjax import __version__
 from gptjax.errors import Refused
-from gptjax.parallel.mesh import make_mesh, sizes
+from gptjax.parallel.mesh import make_mesh, settle, sizes
 from gptjax.parallel.xla import analysis, communication, hlo
 from gptjax.planning import estimate, topology
 from gptjax.planning.topology import Topology
@@ -172,6 +172,7 @@ def largest_buffers(folder: pathlib.Path, text: str) -> list[dict]:
 
 def main(folder: pathlib.Path) -> None:
     request = json.loads((folder / "request.json").read_text("utf-8"))
+    settle()
     where = topology.parse(request["topology"], request["slices"])
     results = []
     for config in request["configs"]:

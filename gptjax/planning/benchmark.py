@@ -12,7 +12,7 @@ from gptjax.errors import Refused
 from gptjax.models import build
 from gptjax.models.objective import batch_sums
 from gptjax.parallel import batches, hardware
-from gptjax.parallel.mesh import make_mesh, sizes
+from gptjax.parallel.mesh import devices, make_mesh, sizes
 from gptjax.parallel.xla import analysis
 from gptjax.runtime import profiling
 from gptjax.tokenizers import tokenizer
@@ -34,7 +34,7 @@ def bench(config: Config, steps: int) -> dict:
         raise Refused(f"--steps={steps} must be at least 1.")
     tokenizer.check(config.tokenizer)
     config = config.largest
-    mesh = make_mesh(config.mesh, jax.devices())
+    mesh = make_mesh(config.mesh, devices())
     schema.check_batch(config, mesh)
     vocab_size = tokenizer.expected_vocab_size(config.tokenizer)
     build.check_divides(config.model, vocab_size, config.seq_len, mesh)

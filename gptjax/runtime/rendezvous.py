@@ -52,6 +52,9 @@ def given(flags: dict) -> Place:
 def found(timeout: int) -> Place | None:
     """Returns the place that JAX detects in a cluster; None on a single machine."""
     in_job = "JOB_COMPLETION_INDEX" in os.environ
+    # JAX reads SLURM_NTASKS, which counts the tasks of an interactive allocation; the shell there is a step of one.
+    if "SLURM_NTASKS" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["SLURM_NTASKS"] = os.environ["SLURM_STEP_NUM_TASKS"]
     try:
         with warnings.catch_warnings(action="ignore"):  # JAX warns in a Kubernetes pod without the kubernetes package
             detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)

@@ -11,7 +11,7 @@ from gptjax.inference.model import Run
 from gptjax.models.build import abstract_model, check_divides
 from gptjax.models.interface import LanguageModel
 from gptjax.models.lora import Adapters, merged
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import MeshConfig, devices, make_mesh
 from gptjax.parallel.trees import placed
 from gptjax.runtime import distributed
 from gptjax.tokenizers import tokenizer
@@ -96,9 +96,9 @@ def mesh_that_fits(config: Config, vocab_size: int) -> jax.sharding.Mesh:
     """The mesh of the run. On other devices the model is cut over all, or whole on each if it does not divide."""
     for axes in (config.mesh, MeshConfig()):
         try:
-            mesh = make_mesh(axes, jax.devices())
+            mesh = make_mesh(axes, devices())
             check_divides(config.model, vocab_size, config.seq_len, mesh)
             return mesh
         except Refused:
             continue
-    return make_mesh(MeshConfig(data=-1, fsdp=1), jax.devices())
+    return make_mesh(MeshConfig(data=-1, fsdp=1), devices())

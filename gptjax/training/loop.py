@@ -19,7 +19,7 @@ from gptjax.evaluation.heldout import Evaluation
 from gptjax.models.interface import LanguageModel
 from gptjax.parallel import hardware
 from gptjax.parallel.batches import BatchLayout, local_rows, place
-from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel.mesh import devices, make_mesh
 from gptjax.runtime import distributed, heartbeat, preemption, profiling, progress
 from gptjax.training import corpus as corpus_
 from gptjax.training import init_from, resume_point, run_report, validation, workdir
@@ -49,7 +49,7 @@ def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: 
       Preempted: after a save, when the run was asked to stop.
     """
     started = time.perf_counter()
-    mesh = make_mesh(config.mesh, jax.devices())
+    mesh = make_mesh(config.mesh, devices())
     tracker, tasks = check(config, folder, mesh, fresh)
     with distributed.owned(folder):
         heartbeat.publish(folder, jax.process_count())

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
-from support.command import DEBUG, training
+from support.command import DEBUG, environment, losses, training
 
 import gptjax
 from gptjax.cli import distributed, main
@@ -358,3 +359,44 @@ def test_int8_weights(gptjax_main, finished):
     argv = ["generate", f"--workdir={finished}", "--prompt=1 plus ", "--max_tokens=5", "--weights=int8"]
     code, out, error = gptjax_main(*argv)
     assert (code, error) == (0, "") and out.startswith("1 plus ")
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"JAX_PLATFORMS": "gpu,cpu"}, "JAX_PLATFORMS=gpu,cpu must name platforms of this machine; found cpu"),
+    ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda must name platforms of this machine; found cpu"),
+    ({"JAX_DISABLE_JIT": "1"}, "JAX_DISABLE_JIT=1 must be unset"),
+])  # fmt: skip
+def test_an_environment_in_which_nothing_can_run(corpus, tmp_path, variables, words):
+    command = [sys.executable, "-m", "gptjax", *training(corpus, tmp_path / "run")]
+    done = subprocess.run(command, env=environment(1) | variables, capture_output=True, text=True)
+    *others, said = done.stderr.splitlines()  # a libtpu that finds no TPU has more to say
+    assert done.returncode == 2 and words in said and not any("Traceback" in line for line in others), done
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [
+    {"PYTHONOPTIMIZE": "2"},
+    {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"},
+    {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg"},
+], ids=["optimized", "strict", "random"])  # fmt: skip
+def test_the_environment_changes_no_loss(corpus, finished, tmp_path, variables):
+    """Of two hosts, or before and after a restart, variables may differ."""
+    command = [sys.executable, "-m", "gptjax", *training(corpus, tmp_path / "run")]
+    done = subprocess.run(command, env=environment(1) | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    np.testing.assert_allclose([*losses(tmp_path / "run").values()], [*losses(finished).values()], rtol=1e-5)
+
+
+def test_the_help_stands_without_docstrings():
+    command = [sys.executable, "-OO", "-m", "gptjax", "--help"]
+    assert "Exit codes" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_workers_are_the_cores_that_this_process_may_use():
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "sys.argv = ['gptjax', 'data', 'prepare', '--help']\nfrom gptjax.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "(default: 1)" in done.stdout.split("--workers")[-1]

@@ -138,7 +138,12 @@ def environment(monkeypatch):
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-@pytest.mark.parametrize("variables", [{}, SLURM | {"SLURM_NTASKS": "1"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}])
+@pytest.mark.parametrize("variables", [
+    {},
+    SLURM | {"SLURM_NTASKS": "1"},
+    SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of `salloc -n4`
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+])  # fmt: skip
 def test_a_process_by_itself_joins_nothing(environment, variables, capfd):
     environment(**variables)
     with warnings.catch_warnings(action="error"):

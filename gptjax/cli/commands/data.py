@@ -15,7 +15,7 @@ def add(commands) -> None:
     parser = add_command(actions, "prepare", text)
     add_config(parser)
     parser.add_argument("--workdir", default="", help="folder of the run that the store is for; not with data.store")
-    add_workers(parser, os.cpu_count())
+    add_workers(parser, len(os.sched_getaffinity(0)))  # fewer than the machine has, under Slurm or taskset
 
     text = "write the statistics of a prepared store, as numbers and as a picture: stats.json, stats.png"
     parser = add_command(actions, "stats", text)

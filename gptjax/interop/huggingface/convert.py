@@ -163,7 +163,7 @@ KINDS = {
 
 def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array of a model, by name."""
-    with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(), mesh.devices()[:1])):
         return {
             name: leaf.shape
             for name, leaf in named_leaves(build.abstract_model(config.model, vocab_size, config.seq_len)).items()
@@ -174,7 +174,7 @@ def _adapters(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of LoRA's two factors by name of the matrix; nothing for a model without LoRA."""
     if not config.lora.rank:
         return {}
-    with jax.set_mesh(mesh.make_mesh(MeshConfig(), jax.local_devices()[:1])):
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(), mesh.devices()[:1])):
         made = jax.eval_shape(
             lambda model: Adapters(model, config.lora, 0),
             build.abstract_model(config.model, vocab_size, config.seq_len),
