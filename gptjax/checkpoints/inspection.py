@@ -10,7 +10,7 @@ from gptjax.checkpoints import manifest, retention, verification
 from gptjax.checkpoints.manager import Checkpoints
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import distributed
-from gptjax.runtime.files import flatten, reason
+from gptjax.runtime.files import flatten, reason, stated
 from gptjax.runtime.progress import duration
 
 
@@ -53,7 +53,7 @@ def ls(workdir: epath.Path, config: dict, losses: dict[int, float]) -> list[dict
 
 def _differing(one: dict, other: dict) -> list[str]:
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-    return [f"{key} ({one.get(key, 'not set')}, {other.get(key, 'not set')})" for key in keys]
+    return [f"{key} ({stated(one, key)}, {stated(other, key)})" for key in keys]
 
 
 def table(rows: list[dict]) -> str:

@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         flag, equals, value = word.partition("=")
         if not (flag.startswith("--config.") and "--config" in flags):
             raise Refused(
-                f"{flag} is not a flag of gptjax {args.verb}: see gptjax {args.verb} --help.{nearest(flag, flags)}"
+                f"{flag} is not a flag of gptjax {args.verb}: see gptjax {args.verb} --help.{_hint(flag, flags)}"
             )
         if not equals:
             value = next(rest, None)
@@ -97,6 +97,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 raise Refused(f"{flag} has no value: write {flag}=VALUE.")
         args.overrides[flag.removeprefix("--config.")] = value
     return args
+
+
+def _hint(flag: str, flags: list[str]) -> str:
+    """The flag, or the key of the config, that an unknown flag means."""
+    from gptjax.runtime.files import flatten
+    from gptjax.training.config import schema, synonyms
+
+    word = flag.removeprefix("--").removeprefix("config.").replace("-", "_")
+    if (named := synonyms.FLAGS.get(word)) in flags:
+        return f' Did you mean "{named}"?'
+    keys = flatten(schema.default())
+    exact = word in keys or word in synonyms.KEYS
+    close = nearest(flag, flags)
+    return synonyms.hint(word, keys, "--config.") if "--config" in flags and (exact or not close) else close
 
 
 def main() -> None:

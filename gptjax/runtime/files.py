@@ -107,3 +107,8 @@ def flatten(config, prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, (dict, ConfigDict))
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
+
+
+def stated(flat: dict[str, Any], key: str) -> str:
+    """The value of a key, as it stands in a sentence."""
+    return '""' if flat.get(key) == "" else str(flat.get(key, "not set"))

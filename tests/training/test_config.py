@@ -317,7 +317,7 @@ def test_differences_name_what_changes_the_run():
     there = dataclasses.asdict(parse({}))
     changed = parse(dict(seed=1, model=dict(embed_dim=192), data=dict(path="x"), tokenizer=dict(vocab_size=512)))
     assert differences(there, changed) == [
-        "data.path ( there, x here)",
+        'data.path ("" there, x here)',
         "model.embed_dim (384 there, 192 here)",
         "model.head_dim (64 there, 32 here)",
         "model.mlp_dim (1536 there, 768 here)",

@@ -17,7 +17,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from gptjax.errors import Refused, nearest, shown
 from gptjax.runtime import files
-from gptjax.training.config import schema
+from gptjax.training.config import schema, synonyms
+from gptjax.training.config.files import beside
 
 # These make the store that all trials share; with another, a loss is of another text or in another unit.
 SHARED = ("data.", "clean.", "tokenizer.", "mixture.stores")
@@ -27,12 +28,12 @@ MAX_GRID = 10_000  # points
 def load(path: str) -> dict[str, BaseDistribution]:
     """Reads the space of a file. Raises: Refused, for an unusable file, key, type or range."""
     if not epath.Path(path).is_file():
-        beside = epath.Path(path).parent
-        names = [p.name for p in files.listed(beside, ".py")]
+        names = [p.name for p in files.listed(epath.Path(path).parent, ".py")]
         raise Refused(f"--space={path} does not exist.{nearest(epath.Path(path).name, names)}")
     try:
-        module = runpy.run_path(path)
-        space = module["get_space"]() if "get_space" in module else None
+        with beside(path):
+            module = runpy.run_path(path)
+            space = module["get_space"]() if "get_space" in module else None
     except (Exception, SystemExit) as error:  # whatever a user's file raises is a fault of the file
         raise Refused(f"{path}: {type(error).__name__}: {' '.join(str(error)[:2000].split())}.") from error
     if "get_space" not in module:
@@ -48,7 +49,7 @@ def load(path: str) -> dict[str, BaseDistribution]:
 def _distribution(path: str, key: str, values, defaults: dict[str, object]) -> BaseDistribution:
     if key not in defaults:
         inside = [known for known in defaults if isinstance(key, str) and known.startswith(key + ".")]
-        hint = f" It is a section: name {inside[0]}, for example." if inside else nearest(str(key), defaults)
+        hint = f" It is a section: name {inside[0]}, for example." if inside else synonyms.hint(str(key), defaults)
         raise Refused(f"{path}: {shown(key)} must be a key of the config.{hint}")
     if key.startswith(SHARED):
         raise Refused(

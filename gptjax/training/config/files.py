@@ -1,12 +1,14 @@
 """Reads the config files of users and runs, and writes config files that change keys of others."""
 
+import contextlib
 import dataclasses
-import difflib
 import inspect
 import math
+import os
 import pathlib
 import re
 import runpy
+import sys
 from typing import cast
 
 from etils import epath
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 from gptjax.errors import Refused, nearest
 from gptjax.runtime import untrusted
 from gptjax.runtime.files import flatten, listed, write_whole
+from gptjax.training.config import synonyms
 from gptjax.training.config.schema import MAX_JSON_BYTES, Config, default, parse
 
 
@@ -56,9 +59,10 @@ def _of_run(path: str) -> ConfigDict:
 
 def _of_module(path: str, arguments: list[str]) -> ConfigDict:
     try:
-        module = runpy.run_path(path)
-        _check_arguments(path, module.get("get_config"), arguments)
-        config = module["get_config"](*arguments) if "get_config" in module else None
+        with beside(path):
+            module = runpy.run_path(path)
+            _check_arguments(path, module.get("get_config"), arguments)
+            config = module["get_config"](*arguments) if "get_config" in module else None
     except Refused:
         raise
     except (Exception, SystemExit) as error:  # any exception in a user's file is a fault of the file
@@ -73,6 +77,23 @@ def _of_module(path: str, arguments: list[str]) -> ConfigDict:
             "its own values."
         )
     return config
+
+
+@contextlib.contextmanager
+def beside(path: str):
+    """Context manager in which a Python file can import its neighbours, as a script can.
+
+    Afterwards they are forgotten: a file in another folder may have neighbours of the same names.
+    """
+    folder, known = os.path.dirname(os.path.abspath(path)), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - known:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
 
 
 def _check_arguments(path: str, get_config, arguments: list[str]) -> None:
@@ -91,20 +112,11 @@ def _fault(error: BaseException) -> str:
     text = str(error)[:2000]  # the patterns below are slow on long texts
     unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*(nDid you mean.*)?", text)
     if unknown and isinstance(error, (AttributeError, KeyError)):
-        return f'unknown key "{unknown[1]}".{_nearest_key(unknown[1])}'
+        return f'unknown key "{unknown[1]}".{synonyms.hint(unknown[1], flatten(default()))}'
     mistyped = re.search(r"override field '(\w+)' .*\. (.*) is of original type .* type <class '.*?(\w+)'>", text)
     if mistyped:
         return f"{mistyped[1]}={mistyped[2]} must be of type {mistyped[3]}."
     return f"{type(error).__name__}: {' '.join(text.split())}."
-
-
-def _nearest_key(key: str) -> str:
-    """A hint at the key or section, anywhere in the config, that `key` probably means."""
-    keys = flatten(default())
-    sections = {key.partition(".")[0] for key in keys}
-    by_name = {key.rpartition(".")[2]: key for key in keys} | dict(zip(sections, sections, strict=True))
-    close = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1)
-    return f' Did you mean "{by_name[close[0]]}"?' if close else ""
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -115,7 +127,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     keys = flatten(config)
     if key not in keys:
         inside = [k for k in keys if k.startswith(key + ".")]
-        hint = f" It is a section: set {inside[0]}, for example." if inside else nearest(key, keys) or _nearest_key(key)
+        hint = f" It is a section: set {inside[0]}, for example." if inside else synonyms.hint(key, keys)
         raise Refused(f"--config.{key} is unknown.{hint}")
     old = keys[key]
     read = {str: str, int: lambda text: int(text, 0), float: _finite, bool: {"true": True, "false": False}.__getitem__}

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from gptjax.runtime.files import flatten
+from gptjax.runtime.files import flatten, stated
 from gptjax.training.config.schema import PATHS, RETIRED_KEYS, Config, default
 
 # Keys that may change when a run resumes: the parameters, the optimizer's state and the tokens of a step do not depend
@@ -36,7 +36,7 @@ def differences(old: dict, new: Config) -> list[str]:
     for flat in (before, now):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
     return [
-        f"{key} ({before.get(key, 'not set')} there, {now.get(key, 'not set')} here)"
+        f"{key} ({stated(before, key)} there, {stated(now, key)} here)"
         for key in sorted(before.keys() | now.keys())
         if bound(key) and before.get(key) != now.get(key)
     ]

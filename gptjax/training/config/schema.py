@@ -21,7 +21,7 @@ from gptjax.data.stream.augment import AugmentConfig
 from gptjax.data.stream.curriculum import CurriculumConfig, Phase
 from gptjax.data.stream.mixture import MixtureConfig
 from gptjax.data.stream.packing import PackingConfig
-from gptjax.errors import Refused, nearest, shown
+from gptjax.errors import Refused, shown
 from gptjax.evaluation import config as tasks
 from gptjax.evaluation.config import TasksConfig
 from gptjax.models import build
@@ -32,6 +32,7 @@ from gptjax.parallel.xla import options
 from gptjax.runtime.files import flatten, user_path
 from gptjax.runtime.watchdog import WatchdogConfig
 from gptjax.tokenizers.tokenizer import TokenizerConfig, special_names
+from gptjax.training.config import synonyms
 from gptjax.training.monitoring import early_stopping
 from gptjax.training.monitoring.config import RecoveryConfig, check_recovery
 from gptjax.training.monitoring.early_stopping import StoppingConfig
@@ -130,7 +131,8 @@ def _build(kind, values, prefix):
         if prefix + str(key) in RETIRED_KEYS:
             continue
         if key not in fields:
-            raise Refused(f'unknown key "{prefix}{key}".{nearest(str(key), fields)}')
+            keys = flatten(dataclasses.asdict(Config()))
+            raise Refused(f'unknown key "{prefix}{key}".{synonyms.hint(prefix + str(key), keys)}')
         expected = cast(type, fields[key].type)  # a class, never a text: no section quotes its annotations
         if prefix + str(key) == "model":
             expected = build.architecture(value)
