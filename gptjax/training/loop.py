@@ -51,6 +51,8 @@ def train(config: Config, folder: epath.Path, profile: range = range(0), fresh: 
     started = time.perf_counter()
     mesh = make_mesh(config.mesh, devices())
     tracker, tasks = check(config, folder, mesh, fresh)
+    with distributed.together():
+        config = workdir.as_begun(config, folder)
     with distributed.owned(folder):
         heartbeat.publish(folder, jax.process_count())
         with heartbeat.phase("preparing data"):

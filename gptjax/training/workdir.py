@@ -11,7 +11,7 @@ from gptjax.parallel.xla import options
 from gptjax.runtime import distributed, files, untrusted
 from gptjax.runtime.files import check_writable, write_whole
 from gptjax.training import resume_point
-from gptjax.training.config import schema
+from gptjax.training.config import resume, schema
 from gptjax.training.config.schema import Config
 from gptjax.training.monitoring import records
 
@@ -36,6 +36,11 @@ def check(config: Config, folder: epath.Path, mesh: jax.sharding.Mesh) -> None:
             f"{folder} has checkpoints but no config.json, so their run is unknown: put config.json back, or give an "
             "empty --workdir."
         )
+
+
+def as_begun(config: Config, folder: epath.Path) -> Config:
+    """The config with which the run in the workdir goes on; the config itself for a new run. Raises: Refused."""
+    return resume.as_begun(read_config(folder), config) if (folder / "config.json").exists() else config
 
 
 def check_empty(folder: epath.Path) -> None:

@@ -24,7 +24,7 @@ from gptjax.errors import Refused
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.xla import analysis, communication, flops, hlo
 from gptjax.planning import estimate, plan, search, topology
-from gptjax.training.config import files
+from gptjax.training.config import files, schema
 from gptjax.training.step import abstract_state, compile_step
 
 KEYS = (
@@ -322,6 +322,17 @@ def test_topologies_that_can_not_be_had(name, slices, words):
 def no_compiler(monkeypatch):
     monkeypatch.setattr(plan, "has_compiler", lambda topology: False)
     monkeypatch.setattr(search, "has_compiler", lambda topology: False)
+
+
+def test_the_plan_counts_adafactors_factored_moments():
+    """Beside the momentum, which is as large as the weights, and cut over the devices as they are."""
+    gpt2 = dict(num_layers=12, num_heads=12, embed_dim=768)
+    config = schema.parse(dict(model=gpt2, optimizer=dict(name="adafactor"), mesh=dict(fsdp=4, tensor=2)))
+    found = shapes(config).state
+    assert estimate.shard_bytes(found.opt_state) == pytest.approx(1.01 * estimate.shard_bytes(found.model), rel=0.01)
+    moments = found.opt_state[1][0][0]
+    assert moments.v_row.blocks.query.sharding.spec == jax.P(None, "fsdp")
+    assert moments.v_col.blocks.query.sharding.spec == jax.P(None, "tensor", None)
 
 
 def test_plan_without_a_compiler(gptjax_main, no_compiler):

@@ -18,7 +18,7 @@ from gptjax.runtime.files import flatten
 from gptjax.tokenizers.tokenizer import expected_vocab_size
 from gptjax.training.config import schema
 from gptjax.training.config.files import load, override
-from gptjax.training.config.resume import FREE_KEYS, differences
+from gptjax.training.config.resume import FREE_KEYS, as_begun, differences
 from gptjax.training.config.schema import Config, default, parse
 
 ROOT = pathlib.Path(gptjax.__file__).parent
@@ -346,6 +346,17 @@ def test_differences_of_an_average_and_of_other_versions():
     del there["model"]["width"]
     assert differences(there, parse({})) == []  # as from before there was the key, which takes its default
     assert differences(there, parse(dict(model=dict(mup_base_width=64)))) == ["model.mup_base_width (0 there, 64 here)"]
+
+
+def test_a_run_keeps_the_version_of_its_optimizer():
+    there = dataclasses.asdict(parse({}))
+    first = parse(dict(optimizer=dict(version=1)))
+    assert as_begun(there, parse({})) == as_begun(there, first) == parse({})
+    del there["optimizer"]["version"]  # a run of before
+    assert as_begun(there, parse({})) == first and differences(there, parse({})) == []
+    there["optimizer"]["version"] = 3
+    with pytest.raises(Refused, match="optimizer.version=3 must be 1 or 2"):
+        as_begun(there, parse({}))
 
 
 def test_a_run_of_an_earlier_version_names_retired_keys(tmp_path):

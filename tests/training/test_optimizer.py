@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from flax import nnx
 from support.runs import GPT2, LLAMA, mesh_of
 
 from gptjax.errors import Refused
+from gptjax.models.config import ModelConfig
 from gptjax.models.transformer import Transformer
+from gptjax.parallel.trees import named_leaves
 from gptjax.training.optim.config import OptimizerConfig, check
 from gptjax.training.optim.optimizers import decays, make_optimizer
 from gptjax.training.optim.schedules import SCHEDULES, learning_rate
@@ -130,6 +133,87 @@ def test_muon_and_adamw_move_weights_about_as_far(model):
     updates = first_update(model, gradient, name="muon", weight_decay=0.0)
     for name in ("query", "up", "down"):
         assert np.sqrt((updates[f"blocks.{name}"] ** 2).mean()) == pytest.approx(0.2 * PEAK, rel=0.3)
+
+
+FACTORED = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=128, mlp_dim=256)
+
+
+def test_adafactor_takes_each_layer_by_itself():
+    """As optax does of one array a layer, whose heads are one axis; it never factors gains and biases."""
+    rng = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda leaf: draw(rng, leaf.shape), shapes_of(FACTORED)) for _ in range(3)]
+    config = OptimizerConfig(
+        name="adafactor", peak_learning_rate=PEAK, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=0.0
+    )
+    found = updates_of(make_optimizer(config, STEPS), gradients)
+    reference = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=config.beta1)
+    expected = updates_of(reference, [{key: flat(key, leaf) for key, leaf in layers(tree)} for tree in gradients])
+    for key, update in layers(found):
+        np.testing.assert_allclose(flat(key, update), PEAK * expected[key], rtol=2e-5, atol=1e-9, err_msg=str(key))
+
+
+def shapes_of(config):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = jax.eval_shape(lambda: Transformer(config.resolved(), 257, 128, nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)
+
+
+def draw(rng, shape):
+    """A gradient whose layers, rows and columns differ in size."""
+    sizes = [np.exp(rng.normal(size=[n if axis == other else 1 for other in range(len(shape))]))
+             for axis, n in enumerate(shape)]  # fmt: skip
+    return (rng.normal(size=shape) * functools.reduce(np.multiply, sizes)).astype(np.float32)
+
+
+def updates_of(optimizer, gradients):
+    """The last of some updates in a row."""
+    step, state = jax.jit(optimizer.update), optimizer.init(gradients[0])
+    for gradient in gradients:
+        updates, state = step(gradient, state, gradient)
+    return updates
+
+
+def layers(tree):
+    """((name, layer), array) of each layer of a tree's leaves."""
+    for name, leaf in by_name(tree).items():
+        yield from [((name, i), part) for i, part in enumerate(leaf)] if "blocks" in name else [((name, 0), leaf)]
+
+
+def flat(key, layer):
+    """A layer's weight as a matrix, whose heads are one axis; gains and biases as vectors."""
+    if not is_matrix(key[0]):
+        return layer.reshape(-1)
+    return layer.reshape(-1, layer.shape[-1]) if "output" in key[0] else layer.reshape(layer.shape[0], -1)
+
+
+def second_moments(model, **changes):
+    """{name: shape} of Adafactor's second moments that are not factored."""
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor", **changes), STEPS)
+    state = jax.eval_shape(optimizer.init, shapes_of(model))
+    return {name: leaf.shape for name, leaf in named_leaves(state[1][0][0].v).items() if leaf.shape != (1,)}
+
+
+@pytest.mark.parametrize("num_layers", [3, 128])  # with 128, optax takes the layers for one side of a matrix
+def test_adafactor_factors_matrices_and_nothing_else(num_layers):
+    model = dataclasses.replace(FACTORED, num_layers=num_layers)
+    whole = second_moments(model)
+    assert {name for name in whole if is_matrix(name)} == {"blocks.key", "blocks.value"}  # with a side of 64
+    assert {name for name in named_leaves(shapes_of(model)) if not is_matrix(name)} <= whole.keys()
+
+
+def test_adafactors_state_of_bfloat16_weights_stays_in_float32():
+    optimizer, gradients = make_optimizer(OptimizerConfig(name="adafactor"), STEPS), shapes_of(FACTORED)
+    weights = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), gradients)
+    before = jax.eval_shape(optimizer.init, gradients)
+    _, after = jax.eval_shape(optimizer.update, gradients, before, weights)
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(before)]
+
+
+def test_adafactor_of_gpt2_keeps_less_than_a_hundredth_whole():
+    gpt2 = ModelConfig(num_layers=12, num_heads=12, embed_dim=768)
+    total = gpt2.resolved().num_parameters(257, 128).total
+    assert sum(map(math.prod, second_moments(gpt2).values())) < 0.01 * total
+    assert sum(map(math.prod, second_moments(gpt2, version=1).values())) > 0.2 * total  # as runs of before began
 
 
 def test_clipping_is_by_the_norm_of_all_gradients(model):

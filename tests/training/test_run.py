@@ -25,6 +25,7 @@ from gptjax.parallel.mesh import MeshConfig
 from gptjax.training import loading, loop, validation, workdir
 from gptjax.training import step as update
 from gptjax.training.corpus import prepare, record_of
+from gptjax.training.optim.config import OptimizerConfig
 
 STEPS, EVERY = 6, 2
 STEP_ROW = {
@@ -137,6 +138,22 @@ def test_again_it_is_complete_and_with_more_steps_it_goes_on(finished, corpus, c
     kept = [row["step"] for row in rows(folder) if "save_seconds" not in row]
     assert kept == [0, 2, 3, 4, 6, 6, 6, 8, 8]
     assert json.loads((folder / "config.json").read_text())["num_steps"] == STEPS + 2
+
+
+@pytest.mark.slow
+def test_a_run_of_before_goes_on_with_its_optimizer(corpus, tmp_path):
+    """Its config.json names no version, and its state has the shapes of the first."""
+    model = ModelConfig(num_layers=2, num_heads=4, embed_dim=128)
+    now = OptimizerConfig(name="adafactor", warmup_steps=2)
+    first = dataclasses.replace(now, version=1)
+    loop.train(small(corpus, model=model, optimizer=first, num_steps=2), epath.Path(tmp_path))
+    config = workdir.read_config(tmp_path)
+    del config["optimizer"]["version"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loop.train(small(corpus, model=model, optimizer=now, num_steps=3), epath.Path(tmp_path))
+    assert workdir.read_config(tmp_path)["optimizer"]["version"] == 1
+    with Checkpoints(epath.Path(tmp_path) / "checkpoints") as checkpoints:
+        assert checkpoints.record(3).config["optimizer"]["version"] == 1
 
 
 def test_a_workdir_may_be_relative(corpus, tmp_path, monkeypatch):

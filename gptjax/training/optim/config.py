@@ -7,6 +7,7 @@ from gptjax.errors import Refused
 NAMES = ("adamw", "lion", "adafactor", "muon")  # optimizers.py makes them
 SCHEDULE_NAMES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")  # schedules.py makes them
 STATE_DTYPES = ("float32", "bfloat16")
+VERSIONS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class OptimizerConfig:
     ema_decay: float = 0.0  # decay of an average of the weights that evaluation and generation use; 0: off
     state_dtype: str = "float32"  # of the moments between updates; bfloat16 halves them and forgets slow changes
     offload: bool = False  # the moments wait in host memory between updates
+    version: int = 2  # of adafactor's rules; 1: factored across layers; a run keeps the version that it began with
 
 
 def check(config: OptimizerConfig, num_steps: int) -> None:
@@ -34,6 +36,8 @@ def check(config: OptimizerConfig, num_steps: int) -> None:
     for key, words in (("name", NAMES), ("schedule", SCHEDULE_NAMES), ("state_dtype", STATE_DTYPES)):
         if getattr(config, key) not in words:
             raise Refused(f'optimizer.{key}="{getattr(config, key)}" is unknown: choose one of {", ".join(words)}.')
+    if config.version not in VERSIONS:
+        raise Refused(f"optimizer.version={config.version} must be 1 or 2; a newer gptjax may know it.")
     for key in ("decay_fraction", "final_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise Refused(f"optimizer.{key}={getattr(config, key)} must lie between 0 and 1.")

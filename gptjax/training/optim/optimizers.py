@@ -5,6 +5,7 @@ import optax
 
 from gptjax.parallel.trees import is_param
 from gptjax.training.optim.config import OptimizerConfig
+from gptjax.training.optim.factored import clip_by_layer_rms, scale_by_factored_rms
 from gptjax.training.optim.schedules import learning_rate
 
 
@@ -67,9 +68,15 @@ def lion(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformati
 
 
 def adafactor(rate: optax.Schedule, c: OptimizerConfig) -> optax.GradientTransformation:
+    if c.version == 1:
+        update = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1)
+    else:
+        update = optax.chain(
+            scale_by_factored_rms(), clip_by_layer_rms(), optax.ema(c.beta1, debias=False), optax.scale(-1)
+        )
     # Inside optax the decay of Adafactor is not multiplied by the rate; here it is, as for the other optimizers.
     return optax.chain(
-        optax.adafactor(None, multiply_by_parameter_scale=False, momentum=c.beta1),
+        update,
         optax.add_decayed_weights(-c.weight_decay, decays),
         optax.scale_by_schedule(rate),
     )
