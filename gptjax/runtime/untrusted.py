@@ -97,22 +97,30 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
 
     Raises: ValueError, for an incomplete message, and for bytes that protobuf's own readers might read differently.
     """
+    for number, kind, value in protobuf_values(message):
+        if kind == 2:
+            yield number, typing.cast(bytes, value)
+
+
+def protobuf_values(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
+    """Yields (number, wire type, value) of each field of a protobuf message. The value is an int for type 0.
+
+    Raises: ValueError, like `protobuf_fields`.
+    """
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         number, kind = key >> 3, key & 7
         if kind == 2:
             size, at = _varint(message, at)
-            yield number, message[at : at + size]
-            at += size
-        elif kind == 0:
-            _, at = _varint(message, at)
         elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
+            size = 8 if kind == 1 else 4
+        elif kind:
             raise ValueError(f"a field of kind {kind} at byte {at}")
+        value, at = _varint(message, at) if not kind else (message[at : at + size], at + size)
         if at > len(message) or key >= 1 << 32:
             raise ValueError(f"field {number} goes to byte {at} of {len(message)}")
+        yield number, kind, value
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """SentencePiece: models trained on the corpus to be exact, or given models, refused if they change text."""
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ import sentencepiece
 
 from gptjax.errors import Refused
 from gptjax.runtime import untrusted
-from gptjax.tokenizers import exact
+from gptjax.tokenizers import exact, segmentation
 from gptjax.tokenizers.exact import SPACE_SIGN
 
 # Training silently drops longer sentences; `_sentences` cuts them instead.
@@ -22,7 +23,6 @@ REMEDY = (
 )
 # Fields of a model's protobuf message: its normalizers, and in them the table that SentencePiece trusts unchecked.
 NORMALIZERS, CHARSMAP = (3, 5), 2
-RANDOM_SEED = (1 << 32) - 1  # SentencePiece's generator takes the largest seed as a request for a random one
 
 
 class SentencePieceTokenizer:
@@ -64,23 +64,23 @@ class SentencePieceTokenizer:
         return [self._encode(text) if SPACE_SIGN in text else next(encoded) for text in texts]
 
     def encode_sampled(self, text: str, seed: int, alpha: float) -> np.ndarray:
-        """Draws an exact encoding of a text, determined by `seed` (of nearly 32 bits).
+        """Draws an exact encoding of a text, determined by `seed`.
 
         alpha: for BPE the share of merges left out (Provilkov et al. 2020); for unigram the exponent of a
         segmentation's probability, so that 0 draws evenly (Kudo 2018).
         """
         exact.utf8(text)
-        sentencepiece.set_random_generator_seed(seed % RANDOM_SEED)  # for this thread only
-        try:
-            return self._encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
-        except RuntimeError as error:
-            raise Refused(f"No encoding can be drawn from this SentencePiece model ({error}).") from error
+        return np.array(self._segmentation.draw(text, alpha, seed), np.int32)
 
-    def _encode(self, text: str, **options) -> np.ndarray:
+    @functools.cached_property
+    def _segmentation(self) -> segmentation.Merges | segmentation.Lattice:
+        return segmentation.of_model(self._pieces.serialized_model_proto())
+
+    def _encode(self, text: str) -> np.ndarray:
         if SPACE_SIGN not in text:
-            return self._pieces.encode(text, return_type="numpy", **options)
+            return self._pieces.encode(text, return_type="numpy")
         # The sign's three bytes decode to the sign; its piece would decode to a space.
-        parts = [self._pieces.encode(part, return_type="numpy", **options) for part in text.split(SPACE_SIGN)]
+        parts = [self._pieces.encode(part, return_type="numpy") for part in text.split(SPACE_SIGN)]
         signs = [self._space_sign] * len(parts)
         return np.concatenate([ids for pair in zip(signs, parts, strict=True) for ids in pair][1:])
 
