@@ -13,7 +13,7 @@ from gptjax.data.stream.packing import report, report_line
 from gptjax.data.stream.stream import Source, Stream
 from gptjax.errors import Refused
 from gptjax.tokenizers.tokenizer import Tokenizer
-from gptjax.training import resume_point
+from gptjax.training import resume_point, workdir
 from gptjax.training.config.schema import Config
 from gptjax.training.corpus import open_corpus
 from gptjax.training.monitoring import skipped_batches
@@ -63,6 +63,7 @@ def show(config: Config, folder: epath.Path | None, step: int, row: int) -> str:
 
 def _data(config: Config, folder: epath.Path | None) -> tuple[Stream, ResumePoint]:
     """The data of a run, and the resume point in its newest checkpoint. Raises: Refused."""
+    config = config if folder is None else workdir.as_begun(config, folder)
     corpus = open_corpus(config, folder)
     saved = folder is not None and (folder / "checkpoints").exists()
     checkpoints = Checkpoints(folder / "checkpoints") if saved else None

@@ -348,11 +348,11 @@ def test_differences_of_an_average_and_of_other_versions():
     assert differences(there, parse(dict(model=dict(mup_base_width=64)))) == ["model.mup_base_width (0 there, 64 here)"]
 
 
-def test_a_run_keeps_the_version_of_its_optimizer():
+def test_a_run_keeps_the_versions_of_its_optimizer_and_order():
     there = dataclasses.asdict(parse({}))
-    first = parse(dict(optimizer=dict(version=1)))
+    first = parse(dict(optimizer=dict(version=1), packing=dict(version=1)))
     assert as_begun(there, parse({})) == as_begun(there, first) == parse({})
-    del there["optimizer"]["version"]  # a run of before
+    del there["optimizer"]["version"], there["packing"]["version"]  # a run of before
     assert as_begun(there, parse({})) == first and differences(there, parse({})) == []
     there["optimizer"]["version"] = 3
     with pytest.raises(Refused, match="optimizer.version=3 must be 1 or 2"):

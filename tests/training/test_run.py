@@ -148,10 +148,10 @@ def test_a_run_of_before_goes_on_with_its_optimizer(corpus, tmp_path):
     first = dataclasses.replace(now, version=1)
     loop.train(small(corpus, model=model, optimizer=first, num_steps=2), epath.Path(tmp_path))
     config = workdir.read_config(tmp_path)
-    del config["optimizer"]["version"]
+    del config["optimizer"]["version"], config["packing"]["version"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loop.train(small(corpus, model=model, optimizer=now, num_steps=3), epath.Path(tmp_path))
-    assert workdir.read_config(tmp_path)["optimizer"]["version"] == 1
+    assert [workdir.read_config(tmp_path)[section]["version"] for section in ("optimizer", "packing")] == [1, 1]
     with Checkpoints(epath.Path(tmp_path) / "checkpoints") as checkpoints:
         assert checkpoints.record(3).config["optimizer"]["version"] == 1
 

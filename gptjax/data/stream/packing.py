@@ -16,6 +16,7 @@ from gptjax.data.store.store import Split
 from gptjax.errors import Refused, nearest
 
 METHODS = "concat", "best_fit"
+VERSIONS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PackingConfig:
     """How documents make up rows."""
 
     method: str = "concat"  # concat (end to end) or best_fit (whole documents)
+    version: int = 2  # of the order of rows (shuffle.py); a run keeps the version that it began with
 
 
 def check(config: PackingConfig) -> None:
@@ -31,6 +33,8 @@ def check(config: PackingConfig) -> None:
         raise Refused(
             f'packing.method="{config.method}" must be one of {", ".join(METHODS)}.{nearest(config.method, METHODS)}'
         )
+    if config.version not in VERSIONS:
+        raise Refused(f"packing.version={config.version} must be 1 or 2; a newer gptjax may know it.")
 
 
 class Spans(NamedTuple):

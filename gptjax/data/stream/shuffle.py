@@ -1,102 +1,81 @@
 """The order of a store's rows in each epoch: a permutation given by a formula.
 
-The permutation is that of `grain.experimental.index_shuffle`: a Feistel network with the round function of the SIMON
-cipher (Beaulieu et al. 2013), walked until the value is within the range (Black and Rogaway 2002). Grain computes one
-index at a time and derives the keys for each; a block of indexes at once takes about a twentieth of the time.
+Up to `TABLE` rows the order is that of random numbers, one a row. Beyond, a Feistel network computes any part of the
+order without the rest: halves of the index are mixed in turn (Luby and Rackoff 1988), and indexes beyond the last row
+are sent through again (Black and Rogaway 2002). The mixing is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+Numbers and keys come from Philox (Salmon et al. 2011) and SeedSequence, which NumPy keeps the same in all versions.
 """
 
 import functools
 
 import numpy as np
 
+from gptjax.data.stream import first_shuffle
+
 BLOCK = 1 << 12  # indexes computed together
-ROUNDS = 4
-SMALL = 1 << 13  # up to this size, a network of 16 bits is so much wider that its walks are long
+TABLE = 1 << 16
+ROUNDS = 6
 
 
-def shuffled(examples: np.ndarray, num_rows: int, seed: int, store: str) -> np.ndarray:
-    """The row of each example, with `num_rows` in an epoch; the order differs by seed, epoch and store."""
+def shuffled(examples: np.ndarray, num_rows: int, seed: int, store: str, version: int = 2) -> np.ndarray:
+    """The row of each example, with `num_rows` in an epoch; the order differs by seed, epoch and store.
+
+    version: 1 is the order of runs of before (first_shuffle.py).
+    """
     epochs, inside = np.divmod(examples, num_rows)
     blocks, places = np.divmod(inside, BLOCK)
     found = np.empty_like(examples)
     for epoch, block in {*zip(epochs.tolist(), blocks.tolist(), strict=True)}:
         here = (epochs == epoch) & (blocks == block)
-        found[here] = _block(num_rows, _key(seed, epoch, store), block)[places[here]]
+        found[here] = _block(num_rows, _keys(seed, epoch, store, version), block)[places[here]]
     return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _key(seed: int, epoch: int, store: str) -> int:
-    return int(np.random.SeedSequence((seed, epoch, *store.encode())).generate_state(1)[0])
+def _keys(seed: int, epoch: int, store: str, version: int) -> tuple[int, ...]:
+    """The keys of the rounds; a single one of 32 bits for version 1."""
+    sequence = np.random.SeedSequence((seed, epoch, *store.encode()))
+    if version == 1:
+        return (int(sequence.generate_state(1)[0]),)
+    return tuple(sequence.generate_state(ROUNDS, np.uint64).tolist())
 
 
 @functools.lru_cache(maxsize=64)
-def _block(num_rows: int, key: int, number: int) -> np.ndarray:
-    return permuted(np.arange(number * BLOCK, min((number + 1) * BLOCK, num_rows)), num_rows - 1, key)
+def _block(num_rows: int, keys: tuple[int, ...], number: int) -> np.ndarray:
+    indexes = np.arange(number * BLOCK, min((number + 1) * BLOCK, num_rows))
+    if len(keys) == 1:
+        return first_shuffle.permuted(indexes, num_rows - 1, keys[0])
+    return _table(num_rows, keys)[indexes] if num_rows <= TABLE else permuted(indexes, num_rows, keys)
 
 
-def permuted(indexes: np.ndarray, largest: int, key: int) -> np.ndarray:
-    """Applies the permutation of 0 to `largest` with a key of 32 bits to some indexes: int64."""
-    half = max(largest.bit_length() + largest.bit_length() % 2, 16) // 2
-    keys = [np.uint64(each & ((1 << half) - 1)) for each in _round_keys(key)]
-    if largest < SMALL:
-        return np.array(_walked(indexes.tolist(), largest, half, keys), np.int64)
+@functools.lru_cache(maxsize=16)
+def _table(num_rows: int, keys: tuple[int, ...]) -> np.ndarray:
+    """The whole order of a small store."""
+    numbers = np.random.Philox(key=np.array(keys[:2], np.uint64)).random_raw(num_rows)
+    return np.argsort(numbers, kind="stable")
+
+
+def permuted(indexes: np.ndarray, num_rows: int, keys: tuple[int, ...]) -> np.ndarray:
+    """Applies the permutation of `num_rows` rows with the keys of its rounds to some indexes: int64."""
+    half = ((num_rows - 1).bit_length() + 1) // 2
     found = _network(indexes.astype(np.uint64), half, keys)
-    while len(outside := np.flatnonzero(found > largest)):
+    while len(outside := np.flatnonzero(found >= num_rows)):
         found[outside] = _network(found[outside], half, keys)
     return found.astype(np.int64)
 
 
-def _walked(indexes: list[int], largest: int, half: int, keys: list[np.uint64]) -> list[int]:
-    """Does the walks of `permuted` by a table of the whole network, so all of them together take few steps."""
-    table = _network(np.arange(1 << 2 * half, dtype=np.uint64), half, keys).tolist()
-    places = []
-    for index in indexes:
-        place = table[index]
-        while place > largest:
-            place = table[place]
-        places.append(place)
-    return places
-
-
-def _network(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
+def _network(values: np.ndarray, half: int, keys: tuple[int, ...]) -> np.ndarray:
     """A permutation of the numbers with twice `half` bits."""
-    mask, bits = np.uint64((1 << half) - 1), np.uint64(half)
-    left, right = values >> bits, values & mask
-    for one, other in zip(keys[::2], keys[1::2], strict=True):
-        left = left ^ _mixed(right, half) ^ one
-        right = right ^ _mixed(left, half) ^ other
+    bits = np.uint64(half)
+    left, right = values >> bits, values & np.uint64((1 << half) - 1)
+    for key in keys:
+        left, right = right, left ^ _mixed(right, np.uint64(key)) >> np.uint64(64 - half)
     return left << bits | right
 
 
-def _mixed(word: np.ndarray, half: int) -> np.ndarray:
-    """SIMON's round function on words of `half` bits."""
-    return _turned(word, 1, half) & _turned(word, 8, half) ^ _turned(word, 2, half)
-
-
-def _turned(word: np.ndarray, by: int, half: int) -> np.ndarray:
-    """Rotates words of `half` bits to the left."""
-    mask = np.uint64((1 << half) - 1)
-    return (word << np.uint64(by) | word >> np.uint64(half - by)) & mask
-
-
-def _round_keys(key: int) -> list[int]:
-    """The ROUNDS numbers of 32 bits that C++'s `std::seed_seq{key}` generates (ISO C++ 17, 29.6.7.1). For so few
-    numbers the algorithm has these steps."""
-    n, word = ROUNDS, (1 << 32) - 1
-    made = [0x8B8B8B8B] * n
-    for k in range(n):
-        here, after, second, before = k % n, (k + 1) % n, (k + 2) % n, (k - 1) % n
-        one = 1664525 * _folded(made[here] ^ made[after] ^ made[before]) & word
-        two = one + (1, 1 + key, 2, 3)[k] & word
-        made[after], made[second], made[here] = made[after] + one & word, made[second] + two & word, two
-    for k in range(n, 2 * n):
-        here, after, second, before = k % n, (k + 1) % n, (k + 2) % n, (k - 1) % n
-        one = 1566083941 * _folded(made[here] + made[after] + made[before] & word) & word
-        two = one - here & word
-        made[after], made[second], made[here] = made[after] ^ one, made[second] ^ two, two
-    return made
-
-
-def _folded(number: int) -> int:
-    return number ^ number >> 27
+def _mixed(words: np.ndarray, key: np.uint64) -> np.ndarray:
+    """SplitMix64's finalizer of words plus a key: uint64, of which the upper bits are the best."""
+    words = words + key
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)

@@ -57,7 +57,7 @@ class Stream:
         """
         corpus.check_windows(seq_len)
         self.corpus, self.phases, self._starts = corpus, phases, curriculum.starts(phases)
-        self._seq_len, self._seed = seq_len, seed
+        self._seq_len, self._seed, self._version = seq_len, seed, packing.version
         self._augment = Augment(augment, corpus.tokenizer, seed) if augment.on else None
         for store in corpus.stores.values():
             if augment.on and store.split("train").has_prompts:
@@ -113,7 +113,7 @@ class Stream:
                         f"{name}=FOLDER there; mixture.weights may leave {name} out."
                     )
                 examples, first = np.divmod(at[name] + before[places] * phase.seq_len, self._seq_len)
-                order = shuffled(examples, self.packed[name].rows, self._seed, name)
+                order = shuffled(examples, self.packed[name].rows, self._seed, name, self._version)
                 yield name, places, self.packed[name].spans(order, first, phase.seq_len)
 
     def sources(self, index: int) -> list[Source]:

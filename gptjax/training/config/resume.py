@@ -3,9 +3,10 @@
 import dataclasses
 import os
 
+from gptjax.data.stream import packing
 from gptjax.runtime.files import flatten, stated
 from gptjax.training.config.schema import PATHS, RETIRED_KEYS, Config, default
-from gptjax.training.optim.config import check
+from gptjax.training.optim import config as optimizer
 
 # Keys that may change when a run resumes: the parameters, the optimizer's state and the tokens of a step do not depend
 # on them. A section stands for all its keys.
@@ -16,7 +17,7 @@ FREE_KEYS = (
     "optimizer.peak_learning_rate", "optimizer.schedule", "optimizer.warmup_steps",
     "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.weight_decay",
     "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm", "optimizer.state_dtype",
-    "optimizer.offload", "optimizer.version", "data.store",
+    "optimizer.offload", "optimizer.version", "packing.version", "data.store",
 )  # fmt: skip
 
 
@@ -44,14 +45,18 @@ def differences(old: dict, new: Config) -> list[str]:
 
 
 def as_begun(old: dict, new: Config) -> Config:
-    """The new config with the optimizer's version that the run began with.
+    """The new config with the versions of the optimizer and of the order of rows that the run began with.
 
     Args:
       old: the resolved config that the run was started with, as a dict; without a version it began with the first.
 
     Raises: Refused, for a version of a newer gptjax.
     """
-    version = flatten(old).get("optimizer.version", 1)
-    config = dataclasses.replace(new, optimizer=dataclasses.replace(new.optimizer, version=version))
-    check(config.optimizer, config.num_steps)
+    sections = {
+        name: dataclasses.replace(getattr(new, name), version=flatten(old).get(f"{name}.version", 1))
+        for name in ("optimizer", "packing")
+    }
+    config = dataclasses.replace(new, **sections)
+    optimizer.check(config.optimizer, config.num_steps)
+    packing.check(config.packing)
     return config
