@@ -374,3 +374,30 @@ def test_comparing_tells_that_it_goes_on(tmp_path):
     for task in range(2):
         step(task, lambda *more: counts.append(more))
     assert counts == [(0, 0, 0)] * 2
+
+
+@pytest.mark.parametrize("numbers, left", [(True, 60), (False, 1)])
+def test_texts_that_differ_in_numbers_alone(tmp_path, numbers, left):
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for one in range(60):
+        (folder / f"{one}.txt").write_text(f"We add {one} and {3 * one + 7}, which makes {4 * one + 7} in all.")
+    data = DataConfig(source="text", path=str(folder / "*.txt"), heldout_fraction=0.3)
+    cleaning = CleanConfig(near_duplicates=True, minhash_numbers=numbers)
+    if left == 1:
+        with pytest.raises(Refused):  # a single document can't be split in two
+            prepare(data, BYTE, tmp_path / "store", cleaning=cleaning)
+        return
+    store = prepare(data, BYTE, tmp_path / "store", cleaning=cleaning)
+    assert store.manifest["cleaning"]["kept"]["documents"] == left
+
+
+def test_a_store_of_before_is_used_as_it_was_made(tmp_path, monkeypatch):
+    """Its settings do not say whether numbers differ."""
+    data, cleaning = corpus(tmp_path / "corpus", monkeypatch), CleanConfig(near_duplicates=True)
+    store = prepare(data, BYTE, tmp_path / "store", cleaning=cleaning)
+    path = tmp_path / "store/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["settings"].pop("clean.minhash_numbers") is True
+    path.write_text(json.dumps(manifest))
+    assert prepare(data, BYTE, tmp_path / "store", cleaning=cleaning).folder == store.folder

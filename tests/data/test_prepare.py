@@ -5,9 +5,11 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +128,40 @@ def test_a_store_of_the_same_settings_is_opened_and_not_made(tmp_path, data, cap
     prepare(dataclasses.replace(data, store="elsewhere"), other_vocab, tmp_path / "store")
     assert os.stat(tmp_path / "store" / "manifest.json").st_mtime_ns == before
     assert capsys.readouterr().out.startswith("using the token store in ")
+
+
+@pytest.mark.parametrize("change, words", [
+    ("", ""),
+    ("new", "has 1 new files (.*new.txt)"),
+    ("missing", "has 1 missing files (.*003.txt)"),
+    ("longer", "has 1 changed files (.*003.txt)"),
+    ("other words", "has 1 changed files (.*003.txt)"),
+    ("all gone", "had 60 files, and matches 0 files now"),
+])  # fmt: skip
+def test_a_corpus_that_has_changed_is_told(tmp_path, data, capsys, change, words):
+    prepare(data, BYTE, tmp_path / "store")
+    folder = tmp_path / "corpus"
+    third = folder / "003.txt"
+    if change == "new":
+        (folder / "new.txt").write_text("x")
+    elif change == "missing":
+        third.unlink()
+    elif change == "longer":
+        third.write_text(third.read_text() + "x")
+    elif change == "other words":
+        third.write_bytes(third.read_bytes()[::-1])
+        os.utime(third, (time.time() + 5,) * 2)
+    elif change:
+        for path in folder.iterdir():
+            path.unlink()
+    capsys.readouterr()
+    prepare(data, BYTE, tmp_path / "store")
+    said = capsys.readouterr().err
+    if not words:
+        assert said == ""
+    assert re.search(words, said) and said.count("warning") == said.count("give another folder in data.store") == bool(
+        words
+    )
 
 
 def test_a_store_of_other_settings_is_refused_by_key(tmp_path, data):

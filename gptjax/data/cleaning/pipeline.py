@@ -45,6 +45,7 @@ class CleanConfig:
     exact_duplicates: whether to keep only the first of equal documents.
     near_duplicates: whether to keep one of similar documents, found by MinHash (Broder 1997; used as in FineWeb).
     minhash_words: length of the word sequences that are compared; a document with fewer words stays.
+    minhash_numbers: whether texts that differ in numbers alone differ; false takes all numbers for equal, as FineWeb.
     minhash_buckets, minhash_hashes: b and r; documents that share a part s of these sequences are found with
         probability 1 - (1 - s**r)**b, which is steepest near s = (1/b)**(1/r), 0.72 for 14 and 8.
     """
@@ -64,6 +65,7 @@ class CleanConfig:
     exact_duplicates: bool = False
     near_duplicates: bool = False
     minhash_words: int = 5
+    minhash_numbers: bool = True
     minhash_buckets: int = 14
     minhash_hashes: int = 8
 
@@ -136,6 +138,8 @@ def blocked(config: CleanConfig) -> list[str]:
 def settings(config: CleanConfig) -> dict[str, object]:
     """The config keys, with values, that the kept text depends on; the defaults if no step is on."""
     values = asdict(config if config.steps() else CleanConfig())
+    if not config.near_duplicates:
+        del values["minhash_numbers"]  # stores of before do not know the key
     if config.blocked_words:
         values["blocked_words"] = hashlib.sha256("\n".join(blocked(config)).encode()).hexdigest()
     return {f"clean.{key}": value for key, value in values.items()}

@@ -33,6 +33,7 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.text import TextNormConfig
 from etils import epath
 
 from gptjax.data.cleaning.filters import steps
@@ -257,7 +258,9 @@ class Near:
         return MinhashDedupFilter(str(self.folder / "alike"), removed)
 
     def _config(self) -> MinhashConfig:
-        return MinhashConfig(self.config.minhash_words, self.config.minhash_buckets, self.config.minhash_hashes)
+        c = self.config
+        words = TextNormConfig(norm_numbers=not c.minhash_numbers)
+        return MinhashConfig(c.minhash_words, c.minhash_buckets, c.minhash_hashes, norm_config=words)
 
 
 def _documents(found: Iterable, report: Report, task: int) -> Iterator[Document]:

@@ -18,6 +18,7 @@ A killed preparation therefore resumes, and the store is identical to the byte, 
 
 import contextlib
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from etils import epath
 
 from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
-from gptjax.data.preparation import merge
+from gptjax.data.preparation import corpus_files, merge
 from gptjax.data.preparation.survey import Surveyed, run_step, surveyed, work
 from gptjax.data.preparation.tasks import Corpus, Sample, Tokenize, hash_of, result
 from gptjax.data.sources.documents import Damages, DataConfig, Document
@@ -78,7 +79,7 @@ def prepared(
             # A process was killed after the last step, or is just about to end.
             with contextlib.suppress(Refused, OSError), lock.locked(left, *refusal):
                 left.rmtree()
-        return _reuse(folder, settings, tokenizer), False
+        return _reuse(folder, settings, data, tokenizer), False
     partly_moved = (partial / "moving").exists()  # as `_move` may leave it
     others = [path for path in files.contents(folder) if path != partial]
     if not partly_moved and (folder.is_file() or others):
@@ -109,7 +110,7 @@ def prepared(
             raise
         with contextlib.suppress(OSError):  # the store is complete: the next call removes what is left
             partial.rmtree()
-    return Store.open(folder) if made else _reuse(folder, settings, tokenizer), made
+    return Store.open(folder) if made else _reuse(folder, settings, data, tokenizer), made
 
 
 def partial_of(folder: epath.Path) -> epath.Path:
@@ -188,10 +189,11 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, cleaning: CleanConfi
     return flat | pipeline.settings(cleaning)
 
 
-def _reuse(folder: epath.Path, settings: dict, tokenizer: TokenizerConfig) -> Store:
+def _reuse(folder: epath.Path, settings: dict, data: DataConfig, tokenizer: TokenizerConfig) -> Store:
     store = Store.open(folder)
     # A key that an earlier version did not record had no effect on its stores, which is what a default means.
     made = _settings(DataConfig(), TokenizerConfig(), CleanConfig()) | store.manifest["settings"]
+    made.setdefault("clean.minhash_numbers", settings.get("clean.minhash_numbers"))  # the store is used as it was made
     differing = [
         f"{key} ({made.get(key, 'not set')} there, {settings[key]} now)"
         for key in sorted(settings)
@@ -203,6 +205,13 @@ def _reuse(folder: epath.Path, settings: dict, tokenizer: TokenizerConfig) -> St
             "data.store, or the old settings."
         )
     tokenizers.check_same(tokenizer, store.tokenizer.hash, folder)
+    if changes := corpus_files.changes(folder, data):
+        print(
+            f"gptjax: warning: {changes} since the token store in {folder} was made, which is used as it is; to "
+            "prepare the data anew, give another folder in data.store, or delete this one.",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"using the token store in {folder}: {store.split('train').tokens:,} tokens to train on", flush=True)
     return store
 
@@ -225,6 +234,7 @@ def _build(
     for name, content in tokenizers.read_files(folder / "tokenizer").items():
         (folder / "store" / "tokenizer" / name).write_bytes(content)
     manifest["lost"] = lost
+    corpus_files.write(folder / "store", data)
     if cleaned:
         report, samples = cleaned
         pipeline.write(report, samples, folder / "store" / "cleaning")

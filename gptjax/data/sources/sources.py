@@ -33,6 +33,9 @@ READERS = {
 }
 GIVEN = [name for name in READERS if name != "documents"]  # the names that a config may use
 
+# Sources whose files are known from data.path alone.
+LISTED = ("text", "code", "jsonl", "csv", "parquet", "arrayrecord", "warc", "wet")
+
 # Sources whose text is extracted once, instead of each time that `prepare` reads.
 SLOW = ("warc",)
 
@@ -57,6 +60,22 @@ def parts(data: DataConfig) -> list[Part]:
         reason = error.strerror or " ".join(str(error).split())[:200]
         where = f"data.path={data.path} of data.source={data.source}"
         raise Failed(f"{where} can't be listed ({reason}): fix this, then run the same command to resume.") from error
+
+
+def listing(data: DataConfig) -> dict[str, int] | None:
+    """The local files of a source with their bytes, none if the path matches none any more.
+
+    Returns None where a look costs more than that: on a bucket, and for sources that a library lists.
+    """
+    if "://" in data.path or data.source not in LISTED:
+        return None
+    found: dict[str, int] = {}
+    try:
+        for part in READERS["code"][0](data) if data.source == "code" else files.parts(data):
+            found[part.path] = found.get(part.path, 0) + part.size
+    except (Refused, OSError):
+        return {}
+    return found
 
 
 def read(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:

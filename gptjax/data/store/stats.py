@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
+from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from gptjax.data.cleaning import filters
@@ -129,7 +130,8 @@ class _Sample:
         self._words: dict[int, int] = {n: 0 for n in NGRAMS}
         self._forgot: dict[int, int] = {n: 0 for n in NGRAMS}
         words: Any = _Words()  # datatrove accepts a tokenizer here, though its annotation says str
-        self._minhash = MinhashDedupSignature("memory://", language=words)
+        config = MinhashConfig(norm_config=TextNormConfig(norm_numbers=False))  # as clean.minhash_numbers
+        self._minhash = MinhashDedupSignature("memory://", config, words)
 
     def add(self, hash: int, tokens: int, text: str) -> None:
         size = len(text.encode())
