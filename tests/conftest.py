@@ -42,7 +42,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def store(corpus, tmp_path_factory):
     """The corpus as a token store of bytes: 257 ids."""
-    data = DataConfig(source="text", path=str(corpus), heldout_fraction=0.1)
+    data = DataConfig(source="text", path=str(corpus), heldout_fraction=0.3)
     return prepare(data, TokenizerConfig(kind="byte"), tmp_path_factory.mktemp("stores") / "store")
 
 

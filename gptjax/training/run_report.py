@@ -18,6 +18,8 @@ from gptjax.parallel.xla import analysis, communication
 from gptjax.runtime import distributed, files, profiling
 from gptjax.training.config.schema import Config
 
+LEAST_COMPRESSED = 4096  # bytes; below, the headers of gzip and xz are a part of the result
+
 
 def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> dict:
     """Prints the model and its mesh; returns both and the versions, for the row of the start."""
@@ -86,12 +88,13 @@ def report(
     manifests = [store.manifest for store in corpus.stores.values()]
     names = "compressed_heldout_bytes", "gzip_bytes", "xz_bytes"
     compressed, *small = (sum(manifest[name] for manifest in manifests) for name in names)
-    gzip, xz = (8 * size / compressed for size in small)
+    gzip, xz = (8 * size / max(compressed, 1) for size in small)
     if evaluation:
-        print(
-            f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · gzip -9 {gzip:.3f} · xz -9 "
-            f"{xz:.3f} (model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes)"
-        )
+        sizes = f"model: {evaluation.tokens:,} tokens; gzip and xz: {compressed:,} bytes"
+        compared = f"gzip -9 {gzip:.3f} · xz -9 {xz:.3f} ({sizes})"
+        if compressed < LEAST_COMPRESSED:
+            compared = f"{compressed:,} bytes are too few to compare with gzip and xz"
+        print(f"held-out text, bits a byte: this model {evaluation.bits_per_byte:.3f} · {compared}")
         for name, source in evaluation.sources.items():
             print(
                 f"  {name}: loss {source.loss:.4f} nats a token, {source.bits_per_byte:.3f} bits a byte, "

@@ -153,7 +153,7 @@ def test_a_tokenizer_that_can_not_is_refused(store):
 
 def test_it_is_refused_where_the_corpus_is_prepared(store, corpus, tmp_path):
     """Before anything is compiled, and so that all processes know of it."""
-    data = DataConfig(source="text", path=str(corpus), store=str(store.folder), heldout_fraction=0.1)
+    data = DataConfig(source="text", path=str(corpus), store=str(store.folder), heldout_fraction=0.3)
     with pytest.raises(Refused, match="tokenizer.kind=byte has one encoding of a text"):
         corpus_.prepare(tiny(data=data, augment=AugmentConfig(subword_alpha=0.1)), tmp_path / "run", mesh_of(1, 1, 1))
     assert not (tmp_path / "run").exists()

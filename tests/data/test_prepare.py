@@ -82,6 +82,25 @@ def test_both_splits_have_a_document(tmp_path, texts, fraction, count):
     assert store.split("train" if fraction < 0.5 else "heldout").documents == count - 1
 
 
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.3])
+def test_the_held_out_bytes_are_near_the_asked_fraction(tmp_path, fraction, capsys):
+    """Small documents of one kind, of which hashes alone hold out too many or too few."""
+    for seed in range(4):
+        texts = [f"{seed} {index} " + "x" * (index * 37 % 200) for index in range(240)]
+        data = dataclasses.replace(corpus(tmp_path / f"corpus{seed}", texts), heldout_fraction=fraction)
+        store = prepare(data, BYTE, tmp_path / f"store{seed}")
+        held = sum(len(text.encode()) for text in decoded(store, "heldout"))
+        assert abs(held / sum(map(len, texts)) / fraction - 1) <= 0.25
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_corpus_that_can_not_be_cut_so_is_told(tmp_path, capsys):
+    data = corpus(tmp_path / "corpus", ["a" * 500, "b" * 500])
+    prepare(dataclasses.replace(data, heldout_fraction=0.02), BYTE, tmp_path / "store")
+    said = capsys.readouterr().out
+    assert "500 of 1,000 bytes are held out, 50.00%, where data.heldout_fraction asks for 2.00%" in said
+
+
 def test_the_tokenizer_learns_from_training_documents_only(tmp_path, texts, monkeypatch):
     seen = []
     train = module.tokenizers.train

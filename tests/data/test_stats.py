@@ -96,7 +96,7 @@ def test_a_sample_has_all_copies_or_none_and_says_so(store, monkeypatch):
     assert found["duplicates"]["exact"]["documents"] == looked_at.total() - len(looked_at)
     assert 3 <= found["sample"]["documents"] <= 30 and not found["sample"]["whole"]
     assert found["total"]["documents"] == len(TEXTS + COPIES + ALIKE)
-    assert "15" not in stats_plot._title(found) and "a sample by hash" in stats_plot._title(found)
+    assert " 15 of " not in stats_plot._title(found) and "a sample by hash" in stats_plot._title(found)
 
 
 def test_rare_ngrams_are_forgotten_and_the_bound_holds(store, found, monkeypatch):

@@ -54,7 +54,7 @@ def small(corpus, **changes) -> Config:
         eval_batches=2,
         checkpoint_every=2,
         num_samples=2,
-        data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.1),
+        data=DataConfig(source="text", path=str(corpus), heldout_fraction=0.3),
         mesh=MeshConfig(2, 2, 2),
         model=ModelConfig(num_layers=2, num_heads=4, embed_dim=32),
     )

@@ -38,7 +38,9 @@ def changes(store: epath.Path, data: DataConfig) -> str:
         return f"data.path={data.path} had {len(then):,} files, and matches 0 files now"
     kinds = {
         "new": [path for path in found if path not in then],
-        "changed": [path for path in found if path in then and (found[path] != then[path] or _later(path, store / NAME))],
+        "changed": [
+            path for path in found if path in then and (found[path] != then[path] or _later(path, store / NAME))
+        ],
         "missing": [path for path in then if path not in found],
     }
     if not any(kinds.values()):

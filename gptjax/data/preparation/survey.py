@@ -1,6 +1,7 @@
 """The first reading of a corpus: shares the source out into tasks, extracts and cleans its text, counts documents."""
 
 import hashlib
+import itertools
 import json
 import time
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from etils import epath
 from gptjax.data.cleaning import pipeline
 from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation import executor
-from gptjax.data.preparation.tasks import Corpus, Extract, Survey, done, finish, path, result
+from gptjax.data.preparation.tasks import LOWEST, Corpus, Extract, Survey, done, finish, path, result
 from gptjax.data.sources import sources
 from gptjax.data.sources.documents import END, PLACES, DataConfig, Part
 from gptjax.errors import Refused
@@ -19,6 +20,9 @@ from gptjax.runtime.files import size_of
 
 # The size of a task; smaller where a corpus would give few tasks of this size.
 TASK_BYTES, LEAST_TASK_BYTES, TASKS = 64 << 20, 1 << 20, 256
+# How far the held-out bytes may be from the asked fraction, in parts of the fraction: until the cut moves, and until a
+# warning.
+NEAR, WARN = 0.25, 0.5
 
 
 class Surveyed(NamedTuple):
@@ -148,7 +152,8 @@ def _survey(data: DataConfig, corpus: Corpus, tasks: int, folder: epath.Path, wo
     """Reads the corpus once, to count documents and to choose the held-out ones.
 
     A hash of the content decides, so that equal documents are on the same side. The fraction gives the cut, which moves
-    if needed to hold out the smallest hash and to train on the largest.
+    if needed to hold out the smallest hash and to train on the largest. In a small corpus the cut also moves where the
+    documents below have another share of the bytes than the fraction.
     """
     step = Survey(corpus, folder / "survey")
     run_step(step, tasks, workers, folder, "reading documents", None)
@@ -162,4 +167,36 @@ def _survey(data: DataConfig, corpus: Corpus, tasks: int, folder: epath.Path, wo
             "needed to hold one out: add text (a file of more than 64 KiB is several documents)."
         )
     cut = min(max(int(data.heldout_fraction * (1 << 64)), smallest + 1), largest)
+    cut = _by_bytes(cut, data.heldout_fraction, num_bytes, results)
     return Surveyed(count, num_bytes, cut, results)
+
+
+def _by_bytes(cut: int, fraction: float, num_bytes: int, results: list[dict]) -> int:
+    """The cut that holds out nearest to a fraction of the bytes.
+
+    The given cut stays where it is near enough, and where not all documents around the cut are known: among so many the
+    share of the bytes is near the fraction by itself.
+    """
+    if not all("lowest" in result for result in results):  # surveyed by an earlier version
+        return cut
+    largest = max(result["largest"] for result in results)
+    known = min((result["lowest"][-1][0] for result in results if len(result["lowest"]) == LOWEST), default=largest)
+    if cut > known:
+        return cut
+    sizes: dict[int, int] = {}
+    for hash, size in itertools.chain.from_iterable(task["lowest"] for task in results):
+        sizes[hash] = sizes.get(hash, 0) + size
+    hashes = sorted(hash for hash in sizes if hash <= known)
+    below = list(itertools.accumulate(sizes[hash] for hash in hashes))
+    wanted, held = fraction * num_bytes, sum(sizes[hash] for hash in hashes if hash < cut)
+    if abs(held - wanted) > NEAR * wanted:
+        choices = range(len(hashes) - (hashes[-1] == largest))  # documents with the largest hash are trained on
+        best = min(choices, key=lambda index: abs(below[index] - wanted))
+        cut, held = hashes[best] + 1, below[best]
+    if abs(held - wanted) > WARN * wanted:
+        print(
+            f"warning: {held:,} of {num_bytes:,} bytes are held out, {held / num_bytes:.2%}, where "
+            f"data.heldout_fraction asks for {fraction:.2%}: no cut between whole documents comes nearer",
+            flush=True,
+        )
+    return cut

@@ -26,6 +26,7 @@ from gptjax.tokenizers.tokenizer import Tokenizer, load, prompted
 BATCH_BYTES = 4 << 20
 # The files of a task's documents in a split.
 KINDS = "tokens", "lengths", "prompts", "names"
+LOWEST = 1024  # hashes of a task that are kept with sizes, to hold out the asked share of a small corpus
 # At most this much of the held-out text is compressed by gzip and xz.
 COMPRESSED_BYTES = 16 << 20
 
@@ -69,7 +70,8 @@ class Extract:
 class Survey:
     """Counts the documents of each task, and finds the smallest and the largest hash.
 
-    Result: documents, bytes, digest (of the text), smallest, largest (hashes), and the keys of `lost`.
+    Result: documents, bytes, digest (of the text), smallest, largest (hashes), lowest (pairs of a hash and
+    the bytes of its documents, for the lowest hashes), and the keys of `lost`.
     """
 
     corpus: Corpus
@@ -80,15 +82,21 @@ class Survey:
             return
         damages, digest = Damages(self.corpus.data.damaged), hashlib.sha256()
         count, num_bytes, smallest, largest = 0, 0, 1 << 64, -1
+        lowest: dict[int, int] = {}  # bytes of the documents with the lowest hashes
         for texts in batches(document.text.encode() for document in self.corpus.documents(task, damages)):
             hashes = [hash_of(text) for text in texts]
             digest.update(_packed(hashes))
             size = sum(map(len, texts))
             count, num_bytes = count + len(texts), num_bytes + size
             smallest, largest = min(smallest, *hashes), max(largest, *hashes)
+            for hash, text in zip(hashes, texts, strict=True):
+                lowest[hash] = lowest.get(hash, 0) + len(text)
+            if len(lowest) > 2 * LOWEST:
+                lowest = dict(sorted(lowest.items())[:LOWEST])
             report(len(texts), size, 0)
         result = {"documents": count, "bytes": num_bytes, "digest": digest.hexdigest(), "smallest": smallest}
-        finish(self.folder, task, result | {"largest": largest} | lost(damages))
+        rows = sorted(lowest.items())[:LOWEST]
+        finish(self.folder, task, result | {"largest": largest, "lowest": rows} | lost(damages))
 
 
 @dataclass(frozen=True)
