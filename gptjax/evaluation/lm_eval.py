@@ -24,7 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 
 from gptjax.errors import Failed, Preempted, Refused, nearest
-from gptjax.evaluation import bias_pairs, classification
+from gptjax.evaluation import bias_pairs, classification, task_checks
 from gptjax.evaluation.config import TasksConfig
 from gptjax.inference import generate
 from gptjax.inference.decoder import doubled
@@ -74,6 +74,7 @@ def load(config: TasksConfig, seq_len: int) -> dict:
             own = task.get_config("num_fewshot")
             if own is None or (config.num_fewshot >= 0 and own != 0):  # a task's own 0 is a requirement
                 task.set_config(key="num_fewshot", value=max(config.num_fewshot, 0))
+            task_checks.check(name, task)
     except Refused:
         raise
     except Exception as error:  # files of tasks may raise anything, and so may a failed download
@@ -193,7 +194,33 @@ class LanguageModel(TemplateLM):
         return [*opening, *encode_prompt(self._text, string).tolist()]
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm)
+        """Scores each continuation after its context, encoded together.
+
+        Where a tokenizer merges the end of a context with a continuation, all continuations of this context are scored
+        from the last token that they share with the context. lm-eval would score the merged one from the end of the
+        context, where nothing of it may be left, so that it would count as certain.
+        """
+        pairs, shared = [], {}
+        for context, continuation in (request.args for request in requests):
+            if not context:
+                pairs.append(([self.prefix_token_id], self._of_empty(continuation)))
+                continue
+            spaces = len(context) - len(context.rstrip())  # belong to the next word
+            alone = self.tok_encode(context[: len(context) - spaces])
+            whole = self.tok_encode(context + continuation)
+            common = next((n for n, pair in enumerate(zip(alone, whole, strict=False)) if len({*pair}) > 1), len(alone))
+            shared[context] = min(common, len(whole) - 1, shared.get(context, len(alone)))
+            pairs.append(([], whole))
+        cut = []
+        for request, (opening, whole) in zip(requests, pairs, strict=True):
+            at = shared.get(request.args[0], 0)
+            cut.append((request.args, [*opening, *whole[:at]], whole[at:]))
+        return self._loglikelihood_tokens(cut)
+
+    def _of_empty(self, continuation: str) -> list[int]:
+        """A text without context, which is predicted from the token that opens documents."""
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
         """Scores each text in windows whose scored tokens do not overlap; the last window overlaps in context."""

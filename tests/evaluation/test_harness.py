@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from etils import epath
 from lm_eval import evaluator
 from support.command import corpus_text, training
+from support.runs import mesh_of
 from support.tokenizer_files import llama_2_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -198,6 +200,8 @@ def test_tasks_and_probes_on_the_command_line(folder, finished, gptjax_main):
     (["--tasks=labels", "--tasks_folder=nowhere"], "tasks.folder=nowhere must be a folder with lm-eval's YAML files"),
     (["--tasks=long"], "Task long: generation_kwargs.max_gen_toks=256 must be below the context of 32 tokens"),
     (["--tasks=beams"], "Task beams: generation_kwargs must be among do_sample"),
+    (["--tasks=labels", "--num_fewshot=5"], "Task labels: num_fewshot=5 takes examples from test, whose documents are"),
+    (["--tasks=numbers"], 'Task numbers: doc_to_target gives "2", which lm-eval takes for the index of a choice'),
     (["--tasks=odd"], "Tasks odd can't be loaded (ValueError: Got invalid output_type 'guess'"),
 ], ids=str)  # fmt: skip
 def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words):
@@ -212,6 +216,13 @@ def test_refused(folder, finished, refused, tmp_path, monkeypatch, flags, words)
     for name, change in changes.items():
         (tmp_path / f"{name}.yaml").write_text(head.replace("task: answers", f"task: {name}").replace(*change))
     (tmp_path / "labels.yaml").write_text((folder / "labels.yaml").read_text())
+    data = tmp_path / "numbers.jsonl"
+    data.write_text(json.dumps({"text": "1 plus 1 is", "answer": "2"}) + "\n")
+    (tmp_path / "numbers.yaml").write_text(
+        f"task: numbers\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: text\ndoc_to_target: "{{answer}}"\n'
+        'doc_to_choice: ["1", "2", "3"]\n'
+    )
     assert words in refused(finished, "eval", f"--workdir={finished}", f"--tasks_folder={tmp_path}", *flags)
 
 
@@ -250,3 +261,58 @@ def test_tasks_are_found_before_anything_is_written(folder, corpus, tmp_path, re
     assert 'Task "lables" is unknown' in refused(tmp_path, *training(corpus, tmp_path / "run", *flags))
     monkeypatch.setitem(sys.modules, "gptjax.evaluation.lm_eval", None)  # as where lm-eval is missing
     assert "pip install 'gptjax[eval]'" in refused(tmp_path, *training(corpus, tmp_path / "run", *flags))
+
+
+class Merging:
+    """Letters, and the pair "ab" as one token."""
+
+    begin = end_of_text = 0
+    vocab_size = 100
+    prefix, special, opening = "", {}, ()
+
+    def encode(self, text):
+        ids, rest = [], text
+        while rest:
+            size = 2 if rest.startswith("ab") else 1
+            ids.append(99 if size == 2 else ord(rest[0]) % 90 + 1)
+            rest = rest[size:]
+        return np.array(ids)
+
+
+class Asked(NamedTuple):
+    args: tuple[str, str]
+
+
+def test_a_continuation_that_merges_with_its_context_is_scored(monkeypatch):
+    """`a` and `b` are one token, so nothing of the choice `b` follows the context `xa`."""
+    found = []
+
+    def scored(self, pairs, **_):
+        found.extend((context, continuation) for _, context, continuation in pairs)
+        return [(0.0, True)] * len(pairs)
+
+    monkeypatch.setattr(lm_eval.LanguageModel, "_loglikelihood_tokens", scored)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        model = lm_eval.LanguageModel(None, Merging(), 8, 1)
+    choices = [("xa", "b"), ("xa", "c"), ("x ", "b"), ("x", "c"), ("", "ab"), ("a", "b")]
+    model.loglikelihood([Asked(pair) for pair in choices])
+    x, a, b, c, space = (int(Merging().encode(letter)[0]) for letter in "xabc ")
+    assert found == [
+        ([x], [99]), ([x], [a, c]), ([x], [space, b]), ([x], [c]), ([0], [99]), ([], [99]),
+    ]  # fmt: skip
+    assert all(continuation for _, continuation in found)
+
+
+def test_a_changed_task_has_another_score(folder, finished, gptjax_main, tmp_path):
+    """Neither lm-eval nor datasets answers from a cache."""
+    text, data = (folder / "labels.yaml").read_text(), tmp_path / "labels.jsonl"
+    (tmp_path / "labels.yaml").write_text(text.replace(str(folder / "labels.jsonl"), str(data)))
+    found = []
+    for label in ("yes", "no"):
+        rows = [{"text": f"{a} plus {b}.", "label": label} for a, b in QUESTIONS]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = "eval", f"--workdir={finished}", "--tasks=labels", f"--tasks_folder={tmp_path}", "--json"
+        code, out, error = gptjax_main(*argv)
+        assert code == 0, error
+        found.append(json.loads(out)["tasks"]["labels"]["acc"])
+    assert found[0] != found[1]

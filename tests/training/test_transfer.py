@@ -184,7 +184,7 @@ def test_the_config_of_a_run_is_a_config_file(base, others, refused, tmp_path):
     config = config_file.load(str(path), {"num_steps": "9", "init_from": str(base)})
     there = json.loads(path.read_text())
     assert (config.num_steps, config.seq_len, config.model.embed_dim) == (9, 32, 64)
-    assert resume.differences(there, config) == [f"init_from (\"\" there, {base} here)"]
+    assert resume.differences(there, config) == [f'init_from ("" there, {base} here)']
     other = tmp_path / "config.json"
     other.write_text(json.dumps(there | {"sed": 1}))
     command = "train", f"--config={other}", f"--workdir={tmp_path / 'run'}"
