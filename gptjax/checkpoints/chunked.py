@@ -40,7 +40,7 @@ def create(state: epath.Path, name: str, shape: tuple[int, ...], dtype: str, ord
         piece[axis] = min(shape[axis], max(1, PIECE_BYTES // size))
         size *= piece[axis]
     metadata = {"shape": shape, "chunks": piece, "compressor": None}
-    spec = {"driver": "zarr", "kvstore": _kvstore(state / name), "metadata": metadata}
+    spec = {"driver": "zarr", "kvstore": kvstore(state / name), "metadata": metadata}
     return _done(ts.open(spec, dtype=ts.dtype(dtype), create=True))
 
 
@@ -75,13 +75,13 @@ def read(state: epath.Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
 
 def opened(state: epath.Path, name: str) -> ts.TensorStore:
     """Opens an array of either form without reading the values. Raises: ValueError."""
-    where = _kvstore(state / name)
+    where = kvstore(state / name)
     if (state / "manifest.ocdbt").exists():
-        where = {"driver": "ocdbt", "base": _kvstore(state), "path": f"{name}/"}
+        where = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
     return ts.open({"driver": "zarr", "kvstore": where}, open=True, read=True).result()
 
 
-def _kvstore(folder: epath.Path) -> str | dict:
+def kvstore(folder: epath.Path) -> str | dict:
     """A folder for TensorStore, which would read `%`, `#` and `?` of a local path in a URL as parts of the URL."""
     return f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 

@@ -26,7 +26,7 @@ def _check_examples(name: str, task) -> None:
     split = task.config.test_split or task.config.validation_split
     raise Refused(
         f"Task {name}: num_fewshot={examples} takes examples from {split}, whose documents are the questions, so that "
-        f'the question may stand among them; write "fewshot_split: {split}" and "test_split: {split}" in the task, which '
+        f'the question may stand among them; write "fewshot_split: {split}" and "test_split: {split}" there, which '
         "leaves the question out, or set num_fewshot to 0."
     )
 

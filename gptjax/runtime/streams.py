@@ -5,6 +5,7 @@ import io
 import os
 import select
 import sys
+from typing import TextIO
 
 
 class _Output(io.RawIOBase):
@@ -34,7 +35,7 @@ class _Output(io.RawIOBase):
         return len(data)
 
 
-def over(descriptor: int, like: io.TextIOBase | None) -> io.TextIOWrapper:
+def over(descriptor: int, like: TextIO | None) -> io.TextIOWrapper:
     """A text stream over a file descriptor, whose writes never fail.
 
     like: the stream in whose place it is, for the encoding and the buffering of lines.

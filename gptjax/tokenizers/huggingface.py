@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,13 +32,30 @@ PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {byte: byte for byte in PRINTED} | dict(enumerate(sorted({*range(256)} - {*PRINTED}), 0x100))
 
 
+class OwnIds(NamedTuple):
+    """The ids that a model's own files give to special tokens, where the tokens' names say nothing or another id."""
+
+    end: int | None = None  # ends a text
+    begin: int | None = None  # opens a text
+    opens: bool = False  # whether the tokenizer puts `begin` before each text, without a template in tokenizer.json
+
+
+def own_ids(found: dict, where: str) -> OwnIds:
+    """Checks carried ids. Raises: Refused."""
+    kinds = {"end": int, "begin": int, "opens": bool}
+    if not found.keys() <= kinds.keys():
+        raise Refused(f"{where} is damaged (its own_ids are {shown(found)}): {REMEDY}.")
+    untrusted.check_types(found, {key: kinds[key] for key in found}, where, REMEDY)
+    return OwnIds(**found)
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json that reproduces every text; `tokenizer.py` lists the members of each kind."""
 
-    def __init__(self, content: bytes, hash: str, names: Iterable[str], path: str):
+    def __init__(self, content: bytes, hash: str, names: Iterable[str], path: str, own: OwnIds = OwnIds()):
         """Raises: Refused, for a file of another format, or with a structure that changes text."""
         file = untrusted.json_object(content, path, REMEDY)
-        self.opening = _opening(file, path)
+        self.opening = opening(file, path)
         file = _switched_off(file, path)
         byte_level, signs = _spelling(file, path)
         self.hash, self._path = hash, path
@@ -47,14 +65,19 @@ class HuggingFaceTokenizer:
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
         known = {token.content: i for i, token in self._added.items() if token.special}
         self.special, self.vocab_size = exact.special_ids(known, names, _size(pieces, path))
-        self.end_of_text = exact.end_of_text(self.special, path)
+        if strange := [i for i in (own.end, own.begin) if i not in (None, *self.special.values())]:
+            raise Refused(f"{path} has no special token with the id {strange[0]}, which config.json names: {REMEDY}.")
+        self.end_of_text = exact.end_of_text(self.special, path) if own.end is None else own.end
+        if own.opens and own.begin is not None:
+            self.opening = self.opening or [own.begin]
         if strange := [i for i in self.opening if i not in self.special.values()]:
             raise Refused(
                 f"{path} has a post_processor that puts {strange[0]} before a text, which must be special: {REMEDY}."
             )
-        self.ends, self.prefix = (self.end_of_text,), ""
+        self.ends: tuple[int, ...] = (self.end_of_text,)
+        self.prefix = ""
         begins = [known[name] for name in exact.BEGINS if name in known]  # excludes names from a config
-        self.begin = [*self.opening, *begins, self.end_of_text][0]
+        self.begin = [*self.opening, *begins, self.end_of_text][0] if own.begin is None else own.begin
         self._bytes = [b""] * self.vocab_size
         for piece, i in pieces.items():
             if i not in self._added:
@@ -128,9 +151,11 @@ class HuggingFaceTokenizer:
             yield from (self._ids(part[start:stop]) for start, stop in itertools.pairwise(cuts))
 
 
-def lossless(content: bytes, hash: str, names: Iterable[str], path: str) -> HuggingFaceTokenizer:
+def lossless(
+    content: bytes, hash: str, names: Iterable[str], path: str, own: OwnIds = OwnIds()
+) -> HuggingFaceTokenizer:
     """The tokenizer of a tokenizer.json. Raises: Refused, for another format, or if the tokenizer changes text."""
-    tokenizer = HuggingFaceTokenizer(content, hash, names, path)
+    tokenizer = HuggingFaceTokenizer(content, hash, names, path, own)
     added = "".join(f"{token.content} {token.content}a" for token in tokenizer._added.values())
     for text in (exact.PROBE, f"Aa{exact.PROBE}{added}"):
         exact.probe(tokenizer, text, path, REMEDY)
@@ -146,7 +171,7 @@ def _switched_off(file: dict, path: str) -> dict:
     return file | kept | off | {"model": file["model"] | {"dropout": None}}
 
 
-def _opening(file: dict, path: str) -> list[int]:
+def opening(file: dict, path: str) -> list[int]:
     """The ids that a file's template puts before a text. Raises: Refused, for a damaged template."""
     try:
         ids = []

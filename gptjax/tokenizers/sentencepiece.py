@@ -35,7 +35,8 @@ class SentencePieceTokenizer:
         control = {pieces.id_to_piece(i): i for i in range(size) if pieces.is_control(i)}
         self.special, self.vocab_size = exact.special_ids(control, names, size)
         self.end_of_text = pieces.eos_id() if pieces.eos_id() >= 0 else exact.end_of_text(self.special, where)
-        self.ends, self.prefix = (self.end_of_text,), ""
+        self.ends: tuple[int, ...] = (self.end_of_text,)
+        self.prefix = ""
         self.opening = [pieces.bos_id()] if pieces.bos_id() >= 0 else []  # set in Llama 2's; unset in ours
         self.begin = [*self.opening, self.end_of_text][0]
         self.token_bytes = np.zeros(self.vocab_size, np.int32)

@@ -48,7 +48,7 @@ GIVE = {
 }
 # Kept of a published model: ids that end a text, unread parts of tokenizer_config.json, the effect on a text that is
 # not applied here (`prefix`), and the parts taken out of its tokenizer.json.
-CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict}
+CARRIED = {"ends": list, "tokenizer_config": dict, "prefix": str, "taken_out": dict, "own_ids": dict}
 # A model of 256,000 pieces has some 5 MB, such a tokenizer.json some 30. A checkpoint's manifest holds the file as
 # base64, 4/3 of its size, within manifest.MAX_BYTES.
 MAX_BYTES = 40 << 20
@@ -266,8 +266,12 @@ def _parsed(pairs: tuple[tuple[str, bytes], ...], where: str, name: str) -> Toke
     if kind == "byte":
         known = ByteTokenizer(hash_of(files), names)
     else:
-        lossless = {"sentencepiece": sentencepiece.lossless, "huggingface": huggingface.lossless}[kind]
-        known = lossless(files[FILE[kind]], hash_of(files), names, f"{where}/{name or FILE[kind]}")
+        own = files[FILE[kind]], hash_of(files), names, f"{where}/{name or FILE[kind]}"
+        if kind == "sentencepiece":
+            known = sentencepiece.lossless(*own)
+        else:
+            ids = huggingface.own_ids(carried.get("own_ids", {}), f"{where}/tokenizer.json")
+            known = huggingface.lossless(*own, ids)
     ends = carried.get("ends", [])
     if not all(type(i) is int and 0 <= i < known.vocab_size for i in ends):
         raise Refused(f"{where}/tokenizer.json is damaged (its ends are {shown(ends)}): {REMEDY}.")

@@ -325,7 +325,7 @@ def test_a_path_that_tensorstore_can_not_use_is_a_sentence(llama, converted, tmp
         patch.setattr(convert, "tokenizer_files", spoiled)
         code, _, error = gptjax_main("convert", "to-hf", f"--workdir={folder}", f"--target={tmp_path / 'theirs'}")
     assert code == 1 and "Traceback" not in error and "theirs can't be written (" in error, error
-    monkeypatch.setattr(chunked, "_url", lambda folder: "file:///proc/none/")
+    monkeypatch.setattr(chunked, "kvstore", lambda folder: {"driver": "file", "path": "/proc/none/"})
     code, _, error = gptjax_main("convert", "from-hf", f"--source={llama}", f"--workdir={tmp_path / 'ours'}")
     assert code == 1 and "ours can't be written (" in error
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled"]

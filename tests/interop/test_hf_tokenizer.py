@@ -168,3 +168,64 @@ def test_a_folder_without_a_valid_tokenizer_is_refused(tmp_path):
     with pytest.raises(Refused, match="has no tokenizer.json and no tokenizer.model"):
         hf_tokenizer.read_tokenizer(tmp_path, 200, [])
     assert hf_tokenizer.read_tokenizer(tmp_path, 300, []).tokenizer.vocab_size == 300
+
+
+DEEPSEEK = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
+
+
+def published(folder, special, config=None, **changes):
+    """A byte-level tokenizer.json without a template, whose first ids are these special tokens."""
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(made.to_str()) | changes))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return made
+
+
+@pytest.mark.parametrize("special, config, ends, begin, found", [
+    (DEEPSEEK, {"add_bos_token": True}, [1], 0, (0, 1, True)),
+    (["<|startoftext|>", "<|endoftext|>"], {"add_bos_token": True}, [1], 0, (0, 1, True)),
+    (["<|startoftext|>", "<|endoftext|>"], {}, [1], 0, (0, 1, False)),
+    (["<|startoftext|>", "</s>"], {"bos_token": "<|startoftext|>", "add_bos_token": True}, [1], None, (0, 1, True)),
+    (["[BOS]", "[EOS]"], {"bos_token": {"content": "[BOS]"}}, [1], None, (0, 1, False)),
+    (["[EOS]"], None, [0], None, (0, 0, False)),
+    (["<|im_start|>", "<|im_end|>"], None, [1], None, (1, 1, False)),
+    (["</s>", "<|im_end|>"], None, [1], None, (1, 1, False)),  # a name that the files do not confirm
+    (["<|endoftext|>", "<|im_end|>"], None, [1, 0], 0, (0, 0, False)),
+    (["<s>", "</s>"], None, [1], 0, (0, 1, False)),
+])  # fmt: skip
+def test_the_ids_of_the_files_decide(tmp_path, special, config, ends, begin, found):
+    """Ids in config.json and generation_config.json, then tokenizer_config.json; names are the last resort."""
+    published(tmp_path, special, config)
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 400, ends, begin)
+    known = taken.tokenizer
+    assert (known.begin, known.end_of_text, bool(known.opening)) == found
+    assert tokenizer.from_files(taken.files, "here").begin == known.begin  # as a checkpoint gives them back
+    files, ids, _ = hf_tokenizer.tokenizer_files(taken.files, known, 64)
+    assert ids["bos_token_id"] == known.begin
+    theirs = library.Tokenizer.from_buffer(files["tokenizer.json"])
+    assert theirs.encode("a").ids == [*known.opening, *known.encode("a").tolist()]
+
+
+def test_a_saved_truncation_does_not_go_out(tmp_path):
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    padded = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    published(tmp_path, ["<|endoftext|>"], truncation=cut, padding=padded)
+    assert len(library.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(TEXT).ids) == 8
+    taken = hf_tokenizer.read_tokenizer(tmp_path, 400, [])
+    files, *_ = hf_tokenizer.tokenizer_files(taken.files, taken.tokenizer, 64)
+    for text in (TEXT, "a"):
+        assert (
+            library.Tokenizer.from_buffer(files["tokenizer.json"]).encode(text).ids
+            == taken.tokenizer.encode(text).tolist()
+        )

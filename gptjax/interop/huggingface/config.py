@@ -82,6 +82,7 @@ class Described(NamedTuple):
     vocab_size: int
     seq_len: int
     ends: list[int]  # the ids that end a text
+    begin: int | None = None  # the id that opens a text
 
 
 def read_config(folder: pathlib.Path) -> Described:
@@ -119,18 +120,19 @@ def read_config(folder: pathlib.Path) -> Described:
         model["sliding_window"] = _window(config, family, path)
     seq_len = _value(config, "n_positions" if gpt2 else "max_position_embeddings", int, path)
     vocab_size = _value(config, "vocab_size", int, path)
-    return Described(family, model, vocab_size, seq_len, _ends(folder, config, vocab_size))
+    ends, begins = (_ids(folder, config, key, vocab_size) for key in ("eos_token_id", "bos_token_id"))
+    return Described(family, model, vocab_size, seq_len, ends, begins[0] if begins else None)
 
 
-def _ends(folder: pathlib.Path, config: dict, vocab_size: int) -> list[int]:
-    """Reads the ids that end a text, like `transformers`: generation_config.json, else config.json. Raises: Refused."""
+def _ids(folder: pathlib.Path, config: dict, key: str, vocab_size: int) -> list[int]:
+    """Reads special ids like `transformers`: from generation_config.json, else config.json. Raises: Refused."""
     path = folder / "generation_config.json"
     asked = untrusted.read_json(epath.Path(path), MAX_BYTES, REMEDY) if path.exists() else {}
-    ends = config.get("eos_token_id") if asked.get("eos_token_id") is None else asked["eos_token_id"]
-    ends = [] if ends is None else ends if type(ends) is list else [ends]
-    if not all(type(i) is int and 0 <= i < vocab_size for i in ends):
-        raise Refused(f"{folder}: eos_token_id={shown(ends)} must be below the vocabulary of {vocab_size} ids.")
-    return ends
+    ids = config.get(key) if asked.get(key) is None else asked[key]
+    ids = [] if ids is None else ids if type(ids) is list else [ids]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise Refused(f"{folder}: {key}={shown(ids)} must be below the vocabulary of {vocab_size} ids.")
+    return ids
 
 
 def _value(config: dict, key: str, kind: type, path) -> object:

@@ -59,7 +59,7 @@ def from_hf(source: str, target: str) -> None:
             f"{source / 'config.json'} describes {asked:,} parameters, and the tensors in the same folder hold "
             f"{held:,}; correct config.json."
         )
-    taken = read_tokenizer(source, described.vocab_size, described.ends)
+    taken = read_tokenizer(source, described.vocab_size, described.ends, described.begin)
     config = _config(described, tensors, taken.tokenizer)
     shapes = _shapes(config, described.vocab_size)
     parts = weights.parts(gpt2, shapes, described.vocab_size)

@@ -19,7 +19,7 @@ from gptjax.errors import Refused
 from gptjax.runtime import optional, untrusted
 from gptjax.tokenizers import exact, tokenizer
 from gptjax.tokenizers.exact import SPACE_SIGN
-from gptjax.tokenizers.huggingface import BYTE_OF, SPACE_TO_SIGN
+from gptjax.tokenizers.huggingface import BYTE_OF, SPACE_TO_SIGN, opening
 from gptjax.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 REMEDY = "put the model's own tokenizer there"
@@ -40,21 +40,25 @@ class Carried(NamedTuple):
     note: str
 
 
-def read_tokenizer(folder: pathlib.Path, vocab_size: int, ends: list[int]) -> Carried:
+def read_tokenizer(folder: pathlib.Path, vocab_size: int, ends: list[int], begin: int | None = None) -> Carried:
     """Reads the tokenizer in a folder; the rest of the vocabulary gets reserved ids, which no text has.
 
     Args:
       folder: the folder of a Hugging Face model.
       vocab_size: rows of the embedding.
       ends: ids that end a text by the model's own files; all below vocab_size.
+      begin: id that opens a text by the model's own files.
 
     Raises: Refused.
     """
     kind, content, note, changes = _found(folder, vocab_size)
     own = {tokenizer.FILE[kind]: content} if kind != "byte" else {}
     kept = {"ends": ends, "tokenizer_config": _config(folder)} | changes
+    if kind == "huggingface":
+        kept["own_ids"] = _own_ids(folder, content, ends, begin)
     kept = {key: value for key, value in kept.items() if value}
-    files = {"tokenizer.json": tokenizer.description(kind, [], {})} | own
+    ids = {key: kept[key] for key in ("own_ids",) if key in kept}
+    files = {"tokenizer.json": tokenizer.description(kind, [], ids)} | own
     known = tokenizer.from_files(files, str(folder), {"huggingface": "tokenizer.json"}.get(kind, "tokenizer.model"))
     if known.vocab_size > vocab_size:
         raise Refused(
@@ -79,6 +83,32 @@ def _config(folder: pathlib.Path) -> dict:
         content = untrusted.read(epath.Path(template), MAX_TEMPLATE_BYTES, REMEDY)
         config["chat_template"] = content.decode(errors="replace")
     return {key: config[key] for key in ("eos_token", "chat_template") if config.get(key)}
+
+
+def _own_ids(folder: pathlib.Path, content: bytes, ends: list[int], begin: int | None) -> dict:
+    """Returns `OwnIds` where a model's files and the names of special tokens differ. The files decide.
+
+    A name is right if the files have the same id among their ends. tokenizer_config.json names the opening token where
+    config.json has no id for it, and says whether texts open with this token although no template does it.
+    """
+    file, path = untrusted.json_object(content, folder / "tokenizer.json", REMEDY), folder / "tokenizer_config.json"
+    config = untrusted.read_json(epath.Path(path), tokenizer.MAX_BYTES, REMEDY) if path.exists() else {}
+    added = [token for token in file.get("added_tokens") or [] if type(token) is dict and token.get("special")]
+    known = {token["content"]: token["id"] for token in added}
+    found: dict[str, object] = {}
+    end = next((known[name] for name in exact.ENDS if name in known), None)
+    if ends and end not in ends and (special := [i for i in ends if i in known.values()]):
+        end = found["end"] = special[0]
+    if opening(file, str(folder / "tokenizer.json")):
+        return found
+    if begin is None:
+        named = config.get("bos_token")
+        begin = known.get(named.get("content") if type(named) is dict else named)
+    by_name = next((known[name] for name in exact.BEGINS if name in known), end)
+    if begin in known.values():
+        opens = {"opens": True} if config.get("add_bos_token") is True else {}
+        found |= ({"begin": begin} if begin != by_name or opens else {}) | opens
+    return found
 
 
 def _found(folder: pathlib.Path, vocab_size: int) -> tuple[str, bytes, str, dict]:
@@ -161,7 +191,10 @@ def tokenizer_files(files: dict[str, bytes], known: Tokenizer, seq_len: int) -> 
     ends = {"bos_token_id": known.begin, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     best, note = 0.0, ""
     if isinstance(known, HuggingFaceTokenizer):
-        content = _with_names(json.loads(files["huggingface.json"]) | kept.get("taken_out", {}), known)
+        file = json.loads(files["huggingface.json"]) | kept.get("taken_out", {})
+        content = _with_names(file | {"truncation": None, "padding": None}, known)
+        if known.opening and not opening(file, "tokenizer.json"):
+            content["post_processor"] = _template(known)
     else:
         made = [_bytes(known)] if isinstance(known, ByteTokenizer) else _pieces(files["sentencepiece.model"], known)
         differing = [_differing(content, known) for content in made]
@@ -207,13 +240,18 @@ def _opened(file: dict, known: Tokenizer) -> dict:
         file["normalizer"] = {"type": "Sequence", "normalizers": [sign, file["normalizer"]]}
         file["decoder"]["decoders"].append(strip)
     if known.opening:
-        name = next(name for name, i in known.special.items() if i == known.begin)
-        first, second = ({"SpecialToken": {"id": name, "type_id": number}} for number in (0, 1))
-        a, b = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
-        token = {name: {"id": name, "ids": [known.begin], "tokens": [name]}}
-        template = {"single": [first, a], "pair": [first, a, second, b], "special_tokens": token}
-        file["post_processor"] = {"type": "TemplateProcessing"} | template
+        file["post_processor"] = _template(known)
     return file
+
+
+def _template(known: Tokenizer) -> dict:
+    """The part of a tokenizer.json that puts the opening token before a text."""
+    name = next(name for name, i in known.special.items() if i == known.begin)
+    first, second = ({"SpecialToken": {"id": name, "type_id": number}} for number in (0, 1))
+    a, b = ({"Sequence": {"id": part, "type_id": number}} for number, part in enumerate("AB"))
+    token = {name: {"id": name, "ids": [known.begin], "tokens": [name]}}
+    template = {"single": [first, a], "pair": [first, a, second, b], "special_tokens": token}
+    return {"type": "TemplateProcessing"} | template
 
 
 BPE = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}

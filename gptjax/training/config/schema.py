@@ -149,7 +149,7 @@ def _build(kind, values, prefix):
         elif isinstance(value, float) and not math.isfinite(value):
             raise Refused(f"{prefix}{key}={value} must be a finite number.")
         else:
-            made[key] = user_path(value) if prefix + str(key) in PATHS else value
+            made[key] = user_path(cast(str, value)) if prefix + str(key) in PATHS else value
     return kind(**made)
 
 
