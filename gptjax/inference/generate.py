@@ -109,7 +109,7 @@ def read_prompts(path: epath.Path) -> list[str]:
     """Reads the prompts of a file, one a line. Raises: Refused."""
     remedy = "give a file of UTF-8 text with a prompt a line"
     try:
-        prompts = untrusted.read(path, MAX_PROMPTS_BYTES, remedy).decode().splitlines()
+        prompts = untrusted.read(path, MAX_PROMPTS_BYTES, remedy).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Refused(f"{path} must be UTF-8, and byte {error.start} is not: {remedy}.") from error
     if not prompts:

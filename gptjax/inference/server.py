@@ -99,9 +99,15 @@ def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"} | batching.load())
 
+    described = {"id": name, "object": "model", "created": started, "owned_by": "gptjax"}
+
     async def models(request: Request) -> Response:
-        model = {"id": name, "object": "model", "created": started, "owned_by": "gptjax"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [described]})
+
+    async def model(request: Request) -> Response:
+        if request.path_params["model"] != name:
+            raise Bad(f'The model "{request.path_params["model"][:200]}" does not exist: this is {name}.', status=404)
+        return JSONResponse(described)
 
     async def completions(request: Request) -> Response:
         body = await content(request)
@@ -124,6 +130,7 @@ def app(run: Run, name: str, batching: Batching, context: int) -> Starlette:
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
+            Route("/v1/models/{model}", model),
             Route("/v1/completions", completions, methods=["POST"]),
         ],
         exception_handlers={Bad: refused, HTTPException: no_such_path},

@@ -401,3 +401,8 @@ def test_a_store_of_before_is_used_as_it_was_made(tmp_path, monkeypatch):
     assert manifest["settings"].pop("clean.minhash_numbers") is True
     path.write_text(json.dumps(manifest))
     assert prepare(data, BYTE, tmp_path / "store", cleaning=cleaning).folder == store.folder
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_blocked_word(tmp_path):
+    (tmp_path / "words").write_bytes(b"\xef\xbb\xbffoo\nbar\n")
+    assert pipeline.blocked(CleanConfig(blocked_words=str(tmp_path / "words"))) == ["bar", "foo"]

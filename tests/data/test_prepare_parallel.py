@@ -19,6 +19,7 @@ from gptjax.data.cleaning.pipeline import CleanConfig
 from gptjax.data.preparation import merge, survey
 from gptjax.data.preparation import prepare as module
 from gptjax.data.preparation.prepare import DataConfig, prepare
+from gptjax.data.sources.formats import web
 from gptjax.data.store.store import Store, is_whole
 from gptjax.errors import Failed, Refused
 from gptjax.runtime import lock
@@ -209,7 +210,7 @@ def test_a_warc_is_extracted_once(tmp_path, monkeypatch):
     texts = [f"This is page number {i}, and it has a sentence or two. Here is the second." for i in range(30)]
     store = prepare(made("warc", tmp_path, [*texts, "", ""]), BYTE, tmp_path / "store")
     assert sum(split.documents for split in store.splits.values()) == 30
-    assert store.manifest["lost"] == {"damaged": 0, "without_text": 2, "places": []}
+    assert store.manifest["lost"] == {"damaged": 0, "left_out": {web.NO_TEXT: 2, web.NO_PAGE: 32}, "places": []}
     names = store.split("train").names([0])
     assert names[0]["name"].endswith("a.warc.gz")
 

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from support.command import training
 from support.runs import GPT2, data_of, mesh_of, tiny
@@ -23,6 +24,7 @@ from gptjax.data.stream.mixture import Corpus
 from gptjax.data.stream.packing import PackingConfig
 from gptjax.errors import Failed, Refused
 from gptjax.evaluation.heldout import evaluate
+from gptjax.inference import generate
 from gptjax.models.loss import LossConfig
 from gptjax.models.transformer import Transformer
 from gptjax.tokenizers.tokenizer import ByteTokenizer, TokenizerConfig, encode_prompt
@@ -210,3 +212,8 @@ def test_a_damaged_index_of_the_held_out_rows_ends_no_run(pairs, data, gptjax_ma
 def test_a_store_without_prompts_is_as_before(store):
     assert not any("prompts" in name for name in store.manifest["files"])
     assert not store.split("train").has_prompts
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert generate.read_prompts(epath.Path(tmp_path / "prompts.txt")) == ["one", "two"]

@@ -72,6 +72,9 @@ def post(server, body, path="/v1/completions", method="POST"):
 
 def test_models_and_health(server, client):
     assert [model.id for model in client.models.list()] == ["finished"]
+    assert client.models.retrieve("finished").id == "finished"
+    with pytest.raises(openai.NotFoundError, match='The model "other" does not exist: this is finished'):
+        client.models.retrieve("other")
     assert post(server, b"", "/health", "GET")[0] == 200
 
 

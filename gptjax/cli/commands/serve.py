@@ -39,4 +39,4 @@ def serve(args: argparse.Namespace) -> None:
         context = serve.context(args.context, run.config.seq_len)
         with jax.set_mesh(run.mesh):
             run = run._replace(model=for_decoding(run.model, args.weights))
-        serve.serve(run, folder.name, where, args.rows, context)
+        serve.serve(run, folder.resolve().name, where, args.rows, context)

@@ -127,7 +127,7 @@ def blocked(config: CleanConfig) -> list[str]:
     where = f"clean.blocked_words={config.blocked_words}"
     content = untrusted.read(epath.Path(config.blocked_words), MAX_WORDS_BYTES, "give a file of words, one a line")
     try:
-        words = sorted({line.strip().lower() for line in content.decode().splitlines()} - {""})
+        words = sorted({line.strip().lower() for line in content.decode("utf-8-sig").splitlines()} - {""})
     except UnicodeDecodeError as error:
         raise Refused(f"{where} is not UTF-8 at byte {error.start}: convert it, with iconv -t UTF-8.") from error
     if not words:

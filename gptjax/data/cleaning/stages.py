@@ -62,7 +62,7 @@ class Kept:
         """The remaining documents of a task; `damages` is set to what the first stage counted."""
         account = result(self.first, task)
         damages.count, damages.places = account["damaged"], account["places"]
-        damages.without_text = account["without_text"]
+        damages.left_out = account["left_out"]
         for row in _rows(self.folder, task):
             yield documents.Document(row["name"], row["offset"], row["text"])
 

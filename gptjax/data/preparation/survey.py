@@ -135,8 +135,10 @@ def _extract(data: DataConfig, corpus: Corpus, tasks: int, folder: epath.Path, w
 
 
 def _lost(results: list[dict]) -> dict:
-    """Counts of a source's damaged records and files, some `places` of them, and of pages `without_text`."""
-    lost = {key: sum(result[key] for result in results) for key in ("damaged", "without_text")}
+    """Counts of a source's damaged records and files, some `places` of them, and of pages `left_out` by reason."""
+    lost = {"damaged": sum(result["damaged"] for result in results), "left_out": {}}
+    for reason, count in itertools.chain.from_iterable(task.get("left_out", {}).items() for task in results):
+        lost["left_out"][reason] = lost["left_out"].get(reason, 0) + count
     return lost | {"places": [place for result in results for place in result["places"]][:PLACES]}
 
 
@@ -144,8 +146,8 @@ def _print_lost(lost: dict):
     if lost["damaged"]:
         more = "; …" * (lost["damaged"] > len(lost["places"]))
         print(f"left out {lost['damaged']:,} damaged: {'; '.join(lost['places'])}{more}", flush=True)
-    if lost["without_text"]:
-        print(f"left out {lost['without_text']:,} pages in which no text was found", flush=True)
+    for reason, count in sorted(lost["left_out"].items()):
+        print(f"left out {count:,} {reason}", flush=True)
 
 
 def _survey(data: DataConfig, corpus: Corpus, tasks: int, folder: epath.Path, workers: int) -> Surveyed:

@@ -216,7 +216,7 @@ class _Piece:
 
 def lost(damages: Damages) -> dict:
     """Counts of what could not be read of a task's source."""
-    return {"damaged": damages.count, "places": damages.places, "without_text": damages.without_text}
+    return {"damaged": damages.count, "places": damages.places, "left_out": damages.left_out}
 
 
 def path(folder: epath.Path, task: int, kind: str) -> epath.Path:

@@ -28,6 +28,7 @@ class DataConfig:
     path: a file, glob, folder or name, depending on the source; local or gs://.
     text_field: the field, column or feature that holds the text, in formats with named fields.
     prompt_field: for jsonl, the field of a prompt that precedes the text and carries no loss; empty: no prompts.
+    quoting: for csv, whether quotes enclose fields: `quotes`, or `none` (a row a line); empty: quotes, none in .tsv.
     damaged: for a record or file that can't be read: `stop` refuses, `skip` leaves the record out and counts it.
     store: folder of the token store; empty means `store` inside the workdir.
     heldout_fraction: approximate share of the documents kept for evaluation, above 0 and below 1.
@@ -37,6 +38,7 @@ class DataConfig:
     path: str = ""
     text_field: str = "text"
     prompt_field: str = ""
+    quoting: str = ""
     damaged: str = "stop"
     store: str = ""
     heldout_fraction: float = 0.02
@@ -68,13 +70,16 @@ class Part(NamedTuple):
     size: int
 
 
+QUOTING = "", "quotes", "none"
+
+
 class Damages:
     """Handles what can't be read of a part: refuses at once, or counts and keeps the first places.
 
     Call the object with the place, the problem and the remedy, as parts of a sentence. The place is a file and a
     position, or a function that finds them.
 
-    without_text: number of pages without text, which are not damage.
+    left_out: number of pages that were left out by reason, which are not damage.
     """
 
     def __init__(self, setting: str):
@@ -83,8 +88,13 @@ class Damages:
             hint = nearest(setting, settings)
             raise Refused(f'data.damaged="{setting}" must be one of {", ".join(settings)}.{hint}')
         self._stop = settings[setting]
-        self.count, self.without_text = 0, 0
+        self.count = 0
+        self.left_out: dict[str, int] = {}
         self.places: list[str] = []
+
+    def leave_out(self, reason: str) -> None:
+        """Counts a page that has no document."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def __call__(self, where: str | Callable[[], str], why: str, remedy: str):
         if self._stop:

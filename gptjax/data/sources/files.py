@@ -1,9 +1,11 @@
 """Finds the files of a source, and reads them in bounded pieces, compressed or not."""
 
+import bz2
 import contextlib
 import glob
 import gzip
 import io
+import lzma
 import os
 import re
 import tempfile
@@ -18,7 +20,11 @@ from gptjax.errors import Refused
 from gptjax.runtime import optional, untrusted
 from gptjax.runtime.files import size_of
 
-COMPRESSED = ".gz", ".zst"
+COMPRESSED = ".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"
+# The longest windows that are read, in bytes, which is the memory that a file takes: that of pyarrow, and that of
+# `zstd --long=30`.
+WINDOW, LONG_WINDOW = 1 << 27, 1 << 30
+XZ_BYTES = 1 << 30
 
 
 def parts(data: DataConfig) -> list[Part]:
@@ -33,7 +39,7 @@ def ranges(data: DataConfig) -> list[Part]:
 
 def split(file: epath.Path, size: int, source: str) -> list[Part]:
     """Splits a file into parts of PART_BYTES; a compressed file stays whole, since only its start can be found."""
-    whole = size <= PART_BYTES or file.name.endswith(COMPRESSED)
+    whole = size <= PART_BYTES or is_compressed(file.name)
     starts = [0] if whole else range(0, size, PART_BYTES)
     stops = [*starts[1:], END]
     ends = zip(starts, stops, strict=True)
@@ -96,16 +102,68 @@ def _literal(path: str) -> tuple[str, str]:
 def opened(path: str) -> BinaryIO:
     """Opens a file, decompressed if its name ends in one of COMPRESSED."""
     file = untrusted.opened(epath.Path(path))
-    if path.endswith(COMPRESSED):
-        if not file.read(1):
-            raise EOFError("it is empty, which no compressed file is")
-        file.seek(0)
-    if path.endswith(".gz"):
+    if not is_compressed(path):
+        return file
+    if not file.read(1):
+        raise EOFError("it is empty, which no compressed file is")
+    file.seek(0)
+    name = path.lower()
+    if name.endswith((".gz", ".gzip")):
         return cast(BinaryIO, gzip.open(file))
-    if path.endswith(".zst"):
-        arrow = optional.package("pyarrow", f"{path} (zstandard)")
+    if name.endswith(".bz2"):
+        return cast(BinaryIO, bz2.open(file))
+    if name.endswith(".xz"):
+        return io.BufferedReader(_Decompressed(file, lambda: lzma.LZMADecompressor(memlimit=XZ_BYTES)))
+    return _zstandard(file, path)
+
+
+def is_compressed(name: str) -> bool:
+    return name.lower().endswith(COMPRESSED)
+
+
+def _zstandard(file: BinaryIO, path: str) -> BinaryIO:
+    """Opens a file of zstandard's frames; the first frame says how much memory all need."""
+    arrow, library = (optional.package(name, f"{path} (zstandard)") for name in ("pyarrow", "zstandard"))
+    try:
+        window = library.get_frame_parameters(file.read(18)).window_size
+    except library.ZstdError:  # another kind of frame, or damage that the reader finds
+        window = 0
+    file.seek(0)
+    if window > LONG_WINDOW:
+        raise EOFError(
+            f"its window of {window:,} bytes is longer than {LONG_WINDOW:,}, and would take as much memory; recompress "
+            "the file with zstd --long=30 or less"
+        )
+    if window <= WINDOW:
         return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(file), "zstd"))
-    return file
+    return io.BufferedReader(_Decompressed(file, library.ZstdDecompressor(max_window_size=LONG_WINDOW).decompressobj))
+
+
+class _Decompressed(io.RawIOBase):
+    """The decompressed bytes of a file of frames. Raises: EOFError, for a frame that was cut."""
+
+    def __init__(self, file: BinaryIO, decompressor: Callable):
+        self._file, self._new = file, decompressor
+        self._frame, self._ready, self._rest = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            if not self._rest:
+                self._rest = self._file.read(1 << 20)
+            if not self._rest:
+                if self._frame is not None:
+                    raise EOFError("it was cut before the end of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._ready, self._rest = self._frame.decompress(self._rest), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data.lstrip(b"\0"), None  # xz pads with zeros
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 
 from gptjax.data.sources import files
-from gptjax.data.sources.documents import RECORD_BYTES, Damages, DataConfig, Document, Part
+from gptjax.data.sources.documents import QUOTING, RECORD_BYTES, Damages, DataConfig, Document, Part
 from gptjax.data.sources.formats import lines, records, tables, text, web
 from gptjax.errors import Failed, Refused, nearest
 
@@ -49,6 +49,8 @@ def parts(data: DataConfig) -> list[Part]:
         hint = nearest(data.source, GIVEN)
         raise Refused(f'data.source="{data.source}" must be one of {", ".join(GIVEN)}.{hint}')
     Damages(data.damaged)
+    if data.quoting not in QUOTING:
+        raise Refused(f'data.quoting="{data.quoting}" must be quotes, none or empty.')
     if data.prompt_field and (data.source != "jsonl" or data.prompt_field == data.text_field):
         raise Refused(
             f"data.prompt_field={data.prompt_field} must be a field of data.source=jsonl other than data.text_field; "

@@ -69,8 +69,10 @@ def read_csv(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
     csv.field_size_limit(RECORD_BYTES)
     lines = files.Lines(part, damages)
     texts = (_decoded(lines, line, "surrogateescape") for line in lines)  # other columns may hold any bytes
-    tabs = part.path.endswith((".tsv", *(f".tsv{end}" for end in files.COMPRESSED)))
-    rows = csv.reader(texts, delimiter="\t" if tabs else ",", strict=True)
+    tabs = part.path.lower().endswith((".tsv", *(f".tsv{end}" for end in files.COMPRESSED)))
+    quoted = data.quoting == "quotes" or (not data.quoting and not tabs)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows = csv.reader(texts, delimiter="\t" if tabs else ",", strict=True, quoting=quoting)
     header = next(rows, [])
     if data.text_field not in header:
         damages(part.path, f'has no column "{data.text_field}" (it has {listed(header)})', NAME_IT)

@@ -75,11 +75,15 @@ def huggingface_parts(data: DataConfig) -> list[Part]:
         table = _load(data)
     except Refused:
         raise
+    except IndexError as error:  # the library's own, for the folder of a data set without rows
+        raise Refused(f"{data.path} has 0 rows, and at least 1 is needed: give another data set.") from error
     except Exception as error:  # the library raises anything for a folder that it can't read
         raise Refused(f"{data.path} can't be loaded ({error}): give the folder that save_to_disk wrote.") from error
     if data.text_field not in table.column_names:
         names = listed(table.column_names)
         raise Refused(f'{data.path} has no column "{data.text_field}" (it has {names}): {NAME_IT}.')
+    if not len(table):
+        raise Refused(f"{data.path} has 0 rows, and at least 1 is needed: give another data set.")
     step = max(1, len(table) * PART_BYTES // max(table.data.nbytes, 1))
     starts = range(0, len(table), step)
     size = table.data.nbytes * step // max(len(table), 1)

@@ -10,6 +10,11 @@ from gptjax.data.sources.formats.text import decoded
 from gptjax.runtime import optional
 
 PAGES = "text/html", "application/xhtml+xml"
+NO_TEXT = "pages in which no text was found"
+NO_PAGE = "records that are not pages of HTML"
+UNREADABLE = "pages whose body can't be decoded"
+SNIFFED = 2048  # bytes of a body that are looked at
+ZSTD = b"\x28\xb5\x2f\xfd"  # begins a frame (RFC 8878, section 3.1.1)
 
 
 def read_wet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
@@ -22,24 +27,46 @@ def read_wet(part: Part, data: DataConfig, damages: Damages) -> Iterator[Documen
 def read_warc(part: Part, data: DataConfig, damages: Damages) -> Iterator[Document]:
     """Extracts the text of each fetched page by trafilatura; offset is the record's byte in the file."""
     trafilatura = optional.package("trafilatura", "data.source=warc")
-    for offset, record, content in _records(part, damages, "response"):
-        kind = record.http_headers.get_header("Content-Type", "") if record.http_headers else ""
-        if kind.startswith(PAGES):
-            text = trafilatura.extract(content, include_comments=False) if content else ""
-            if text:
-                yield Document(part.path, offset, text)
-            else:
-                damages.without_text += 1
+    for offset, record, content in _records(part, damages, "response", "resource"):
+        headers = record.http_headers or record.rec_headers
+        kind = (headers.get_header("Content-Type") or "").strip().lower()
+        if not kind and b"<html" in content[:SNIFFED].lower():
+            kind = PAGES[0]
+        try:
+            content = _unpacked(headers, content) if kind.startswith(PAGES) else content
+        except Exception as error:  # decoders raise errors of their own; one page must not cost the file
+            damages.leave_out(f"pages in the encoding {error.args[0]}" if isinstance(error, KeyError) else UNREADABLE)
+            continue
+        text = trafilatura.extract(content, include_comments=False) if content and kind.startswith(PAGES) else ""
+        if text:
+            yield Document(part.path, offset, text)
+        else:
+            damages.leave_out(NO_TEXT if kind.startswith(PAGES) else NO_PAGE)
 
 
-def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, Any, bytes]]:
-    """Yields the complete records of a kind: the byte where each begins, the record, and its decoded content."""
+def _unpacked(headers, content: bytes) -> bytes:
+    """The content without the encodings that warcio leaves: zstd. Raises: KeyError, with the name of another."""
+    encoding = (headers.get_header("Content-Encoding") or "").strip().lower()
+    if encoding == "zstd" and content[:4] == ZSTD:
+        library = optional.package("zstandard", "A page in the encoding zstd")
+        return library.ZstdDecompressor().decompressobj().decompress(content)[: RECORD_BYTES + 1]
+    if encoding in ("br", "zstd", "compress") and b"<" not in content[:SNIFFED]:
+        raise KeyError(encoding)
+    return content
+
+
+def _records(part: Part, damages: Damages, *kinds: str) -> Iterator[tuple[int, Any, bytes]]:
+    """Yields the complete records of some kinds: the byte where each begins, the record, and its decoded content."""
     archives = optional.package("warcio.archiveiterator", f"data.source={part.source}")
     with epath.Path(part.path).open("rb") as stream:
         records, missing = archives.ArchiveIterator(stream), None
         records.close = _keep_open  # at the end, `close` would discard the state of the reader, used below
         for record in records:
-            content = record.content_stream().read(RECORD_BYTES + 1) if record.rec_type == kind else b""
+            wanted, content, decoded_ = record.rec_type in kinds, b"", True
+            try:
+                content = record.content_stream().read(RECORD_BYTES + 1) if wanted else b""
+            except Exception:  # a body that is not in the encoding that its header names
+                decoded_ = False
             while record.raw_stream.read(1 << 20):  # skips what the limit or the content's encoding left unread
                 pass
             headers = record.rec_headers
@@ -51,7 +78,9 @@ def _records(part: Part, damages: Damages, kind: str) -> Iterator[tuple[int, Any
                 damages(where, f"was cut ({missing} bytes of it are missing)", "copy the file again")
             elif len(content) > RECORD_BYTES:
                 damages(where, f"has more than {RECORD_BYTES:,} bytes", "remove it")
-            elif record.rec_type == kind:
+            elif not decoded_:
+                damages.leave_out(UNREADABLE)
+            elif wanted:
                 yield offset, record, content
         # If the file is cut inside a header of a record or gzip member, the iterator takes that for the end.
         gzipped = records.reader.decompressor
