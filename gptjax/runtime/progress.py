@@ -1,10 +1,14 @@
 """Shows progress: a bar on a terminal, plain lines in a log file."""
 
 import contextlib
+import shutil
 import sys
 import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+NARROW, WIDE = 64, 100  # columns from which the time that is left, and the bar, are shown
 
 
 @contextlib.contextmanager
@@ -21,8 +25,16 @@ def progress(description: str, total: int | None, start: int = 0, plain_seconds:
         finally:
             bar.close()
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")
-    with Progress(*columns, TimeRemainingColumn()) as rich:
+    # On a narrow terminal the bar goes first, then the time that is left, then the end of the text; the count stays.
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = [
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", table_column=rest),
+    ]
+    width = shutil.get_terminal_size().columns
+    columns += [BarColumn(bar_width=20)] * (width >= WIDE) + [TimeRemainingColumn()] * (width >= NARROW)
+    with Progress(*columns, expand=True) as rich:
         yield Bar(rich, rich.add_task(description, total=total, completed=start, text=""))
 
 

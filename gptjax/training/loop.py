@@ -96,7 +96,9 @@ def run(job: Job, started: float) -> None:
     if distributed.first():
         workdir.write_config(config, folder)
     facts = run_report.model_and_mesh(config, job.vocab_size, job.mesh)
+    run_report.extent(config, job.corpus, leg.data, job.vocab_size)
     run_report.packing(config, leg.data)
+    print("compiling the train step …", flush=True)
     with heartbeat.phase("compiling"), profiling.compiling() as compiling:
         leg = compiled(job, leg, state, {})
     start = started, facts | compiling | run_report.compilation(leg.compiled, job.mesh, **compiling)

@@ -17,6 +17,7 @@ from gptjax.parallel.mesh import sizes
 from gptjax.parallel.xla import analysis, communication
 from gptjax.runtime import distributed, files, profiling
 from gptjax.training.config.schema import Config
+from gptjax.training.monitoring.work import Work
 
 LEAST_COMPRESSED = 4096  # bytes; below, the headers of gzip and xz are a part of the result
 
@@ -30,6 +31,24 @@ def model_and_mesh(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> 
     print(f"{parameters / 1e6:.2f}M parameters on {devices}, mesh {axes}", flush=True)
     versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
     return {"parameters": parameters, "devices": devices, "mesh": axes, "versions": versions}
+
+
+def extent(config: Config, corpus: Corpus, data: Stream, vocab_size: int) -> None:
+    """Prints how much a run reads and computes, from its beginning to num_steps."""
+    steps = config.num_steps
+    tokens, flops = Work(config.model, vocab_size, data.phases, [], None).done(steps)
+    there = sum(store.split("train").tokens for store in corpus.stores.values())
+    print(
+        f"{tokens // steps:,} tokens a step, {tokens:,} in {steps:,} steps: {tokens / there:.2f} epochs of the corpus, "
+        f"{flops:.2e} FLOPs",
+        flush=True,
+    )
+    if config.optimizer.warmup_steps > steps:
+        print(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than num_steps={steps}: the learning rate "
+            "rises until the end",
+            flush=True,
+        )
 
 
 def packing(config: Config, data: Stream) -> None:

@@ -149,7 +149,6 @@ def test_bad_override(key, text, words):
     (dict(loss=dict(z_loss=-1.0)), "loss.z_loss=-1.0 must not be negative"),
     (dict(checkpoint=dict(keep=0)), "checkpoint.keep=0 must be at least 1"),
     (dict(checkpoint=dict(keep_every=-1)), "checkpoint.keep_every=-1 must not be negative"),
-    (dict(num_steps=50), "optimizer.warmup_steps=100 is more than num_steps=50"),
     (dict(model=dict(norm="none")), 'model.norm="none" is unknown'),
     (dict(modl={}), 'unknown key "modl". Did you mean "model"?'),
     (dict(model=3), "model=3 must be a section of keys"),

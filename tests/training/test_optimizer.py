@@ -242,11 +242,28 @@ def test_clipping_is_by_the_norm_of_all_gradients(model):
     (dict(weight_decay=-1.0), "optimizer.weight_decay=-1.0 must not be negative"),
     (dict(clip_norm=-1.0), "optimizer.clip_norm=-1.0 must not be negative"),
     (dict(warmup_steps=-1), "optimizer.warmup_steps=-1 must not be negative"),
-    (dict(warmup_steps=111), "optimizer.warmup_steps=111 is more than num_steps=110"),
 ])  # fmt: skip
 def test_refused(changes, words):
     with pytest.raises(Refused, match=words):
         check(OptimizerConfig(**changes), STEPS)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warmup_longer_than_the_run_is_cut(name):
+    """A short first look at a recipe takes no other change."""
+    config = OptimizerConfig(schedule=name, warmup_steps=30, peak_learning_rate=1e-2)
+    assert check(config, 10) is None
+    rates = [float(learning_rate(config, 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates[:9], 1e-2 * np.arange(1, 10) / 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_rate_is_below_zero(name):
+    config = OptimizerConfig(
+        schedule=name, warmup_steps=3, final_fraction=0.0, peak_learning_rate=1e-2, decay_fraction=0.4
+    )
+    rates = [float(learning_rate(config, 1200)(step)) for step in range(1190, 1203)]
+    assert min(rates) >= 0
 
 
 def test_defaults_pass():

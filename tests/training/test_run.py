@@ -107,7 +107,11 @@ def test_rows_have_the_keys_of_the_contract(finished):
 def test_what_is_printed(finished):
     folder, printed = finished
     assert "M parameters on 8 × cpu, mesh slices 1, data 2, fsdp 2, tensor 2" in printed
-    assert "training 6/6 · loss " in printed and "MFU unknown" in printed
+    assert "training 6/6 · loss " in printed and "MFU" not in printed
+    assert re.search(
+        r"256 tokens a step, 1,536 in 6 steps: 0\.\d\d epochs of the corpus, \d\.\d\de\+\d\d FLOPs", printed
+    )
+    assert printed.index("compiling the train step") < printed.index("compiled the train step")
     assert "compiled the train step in " in printed and "(compilation cache: " in printed and "first step" in printed
     assert "memory of a device: " in printed and " MB as compiled · its peak unknown" in printed
     assert "held-out text, bits a byte: this model " in printed and "gzip -9" in printed and "xz -9" in printed

@@ -111,8 +111,8 @@ class Log:
         row |= {"skipped_updates": int(metrics["skipped"])}
         row |= {"tokens_seen": tokens, "tokens_per_second": speed, "step_seconds": seconds}
         self._writers.write(row | {"mfu": mfu})
-        shown = "unknown" if mfu is None else f"{mfu:.1%}"
-        self._bar.update(step, f"loss {numbers['loss']:.4f} · {speed:,.0f} tokens/s · MFU {shown}")
+        shown = "" if mfu is None else f" · MFU {mfu:.1%}"
+        self._bar.update(step, f"loss {numbers['loss']:.4f} · {speed:,.0f} tokens/s{shown}")
 
     def evaluation(self, step: int, result) -> None:
         """Writes the row of an `evaluate.Evaluation`."""

@@ -17,7 +17,7 @@ class OptimizerConfig:
     name: str = "adamw"  # adamw, lion, adafactor or muon
     peak_learning_rate: float = 1e-3  # the rate at the end of the warmup
     schedule: str = "cosine"  # the rate after the warmup: constant, cosine, linear, wsd or inverse_sqrt
-    warmup_steps: int = 100  # updates over which the rate rises from 0 to the peak
+    warmup_steps: int = 100  # updates over which the rate rises from 0 to the peak; at most num_steps of them
     decay_fraction: float = 0.2  # share of num_steps over which `wsd` goes down at the end
     final_fraction: float = 0.1  # share of the peak at which cosine, linear and wsd end
     weight_decay: float = 0.1  # times the learning rate, the share of a matrix taken away by an update
@@ -47,5 +47,3 @@ def check(config: OptimizerConfig, num_steps: int) -> None:
     for key in ("peak_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
         if getattr(config, key) < 0:
             raise Refused(f"optimizer.{key}={getattr(config, key)} must not be negative.")
-    if config.warmup_steps > num_steps:
-        raise Refused(f"optimizer.warmup_steps={config.warmup_steps} is more than num_steps={num_steps}: lower it.")

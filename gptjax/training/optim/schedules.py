@@ -1,5 +1,8 @@
 """Learning rate schedules."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import optax
 
 from gptjax.training.optim.config import OptimizerConfig
@@ -37,7 +40,9 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "wsd": ws
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Completed updates → rate of the next update: a straight line up to the peak, then the schedule's shape."""
     peak = config.peak_learning_rate or 1e-30  # a peak of 0 freezes a model, and cosine divides by the peak
-    warmup = config.warmup_steps
+    warmup = min(config.warmup_steps, num_steps)
+    config = dataclasses.replace(config, warmup_steps=warmup)
     after = SCHEDULES[config.schedule](peak, peak * config.final_fraction, max(1, num_steps - warmup), config)
     joined = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
-    return lambda step: joined(step + 1)  # the first update has a rate above 0, the last update the final rate
+    # The first update has a rate above 0, the last update the final rate. Rounding may take a final rate of 0 below it.
+    return lambda step: jnp.maximum(joined(step + 1), 0.0)
