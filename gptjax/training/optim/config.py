@@ -21,7 +21,7 @@ class OptimizerConfig:
     decay_fraction: float = 0.2  # share of num_steps over which `wsd` goes down at the end
     final_fraction: float = 0.1  # share of the peak at which cosine, linear and wsd end
     weight_decay: float = 0.1  # times the learning rate, the share of a matrix taken away by an update
-    beta1: float = 0.9  # decay of the first moment; for muon of its momentum, and of Adam's where Adam serves
+    beta1: float = 0.9  # decay of the first moment; for muon of its momentum, and of Nadam's where Nadam serves
     beta2: float = 0.95  # decay of the second moment; adafactor has a rule of its own
     eps: float = 1e-8  # added to the denominator of adamw
     clip_norm: float = 1.0  # largest norm of the global gradient; 0: off

@@ -15,9 +15,10 @@ def decays(model) -> object:
 
 
 def muon_dimensions(model) -> object:
-    """The input and output axes of each stacked matrix; None where Adam serves.
+    """The input and output axes of each stacked matrix; None where Nadam serves.
 
-    Adam serves embeddings, gains, biases (Jordan et al. 2024), and adapters, which declare no inputs.
+    Nadam (Dozat 2016) serves embeddings, gains, biases, and adapters, which declare no inputs. Jordan et al. 2024 have
+    Adam there; optax gives its half for them Nesterov's momentum too, which is better here (benchmarks/NOTES.md, Muon).
     """
 
     def dimensions(param):
