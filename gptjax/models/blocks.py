@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.models.config import ModelConfig
 from gptjax.models.layers import ACTIVATIONS, Norm, Weights, dropout, product, rotate
+from gptjax.models.moe import Moe
 from gptjax.models.pattern import Segment
 from gptjax.parallel.collectives import gather_sequence, manual, reduce_sequence
 from gptjax.parallel.sharding import spec
@@ -96,12 +97,12 @@ class Mlp:
         self.down_bias = w.zeros((L, D), "layers norm") if c.biases else None
 
     def fed_forward(self, x_BTD, key, sequence: str):
-        """x plus mlp(norm(x)); arguments as of `Block.__call__`."""
+        """x plus mlp(norm(x)), and no sums; arguments as of `Block.__call__`."""
         widen = manual(functools.partial(Mlp.widen, sequence=sequence), "act_batch act_seq act_mlp")
         narrow = manual(functools.partial(Mlp.narrow, sequence=sequence), f"act_batch {sequence} act_embed")
         with jax.named_scope("mlp"):
             m_BTD = checkpoint_name(narrow(self, widen(self, x_BTD)), "mlp_out")
-            return x_BTD + dropout(m_BTD, self.config.dropout, key, 1)
+            return x_BTD + dropout(m_BTD, self.config.dropout, key, 1), {}
 
     def widen(self, x_BTD, sequence: str):
         """Inside `manual`: the hidden units of this device's part of the MLP."""
@@ -119,7 +120,7 @@ class Mlp:
 
 
 MIXERS = {"attention": Attention}
-FEED_FORWARDS = {"mlp": Mlp}
+FEED_FORWARDS = {"mlp": Mlp, "moe": Moe}
 
 
 class Block(nnx.Module):
@@ -139,6 +140,8 @@ class Block(nnx.Module):
           key: for dropout, or None.
           attend: (q, k, v) → attention's output, all [B, T, heads, H].
           sequence: the logical name of the sequence axis of x_BTD.
+
+        Returns: (the stream after the block, the sums of the feed-forward by name).
         """
         x_BTD = checkpoint_name(x_BTD, "block_input")
         return self.fed_forward(self.mixed(x_BTD, rotation, key, attend, sequence), key, sequence)

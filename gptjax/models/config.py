@@ -19,6 +19,7 @@ CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
     "rope_scaling": ("", "linear", "llama3"),
+    "router": ("softmax", "sigmoid"),
     "activation": ("gelu", "gelu_exact", "relu2", "swiglu"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
@@ -49,6 +50,18 @@ class ModelConfig:
     rope_low_turns: float = 1.0  # llama3: up to this many turns in rope_original_len a pair is slowed
     rope_high_turns: float = 4.0  # llama3: from this many turns on a pair is not slowed
     rope_original_len: int = 8192  # llama3: length of the sequences before stretching
+    num_experts: int = 0  # experts of a `moe` feed-forward, as in model.layers="6(attention/moe)"
+    experts_per_token: int = 2  # experts that a token is sent to
+    expert_dim: int = 0  # hidden size of an expert; 0: mlp_dim
+    shared_experts: int = 0  # experts that every token passes through besides (DeepSeekMoE, Dai et al. 2024)
+    router: str = "softmax"  # scores of the experts: softmax, or sigmoid (DeepSeek-V3, 2024)
+    router_normalized: bool = True  # the weights of a token's experts add up to 1
+    router_scale: float = 1.0  # factor on these weights
+    router_groups: int = 1  # groups of neighbouring experts; with more than 1 only the best groups are open to a token
+    router_top_groups: int = 1  # the number of groups that are open
+    router_bias: float = 0.0  # step of the biases that balance the load without a loss (Wang et al. 2024); 0: no biases
+    balance_loss: float = 0.0  # weight of the loss that balances the load (Fedus et al. 2022); 0.01 is usual
+    router_z_loss: float = 0.0  # weight of the loss on the router's logits (Zoph et al. 2022); 0.001 is usual
     activation: str = "gelu"  # gelu (tanh approximation), gelu_exact, relu2 or swiglu
     biases: bool = True  # matrices and layernorm have biases
     tied_embeddings: bool = True  # the embedding is the unembedding as well
@@ -95,6 +108,19 @@ class ModelConfig:
         """The blocks of the model."""
         return pattern.parse(self.layers, self.num_layers)
 
+    @property
+    def num_routed(self) -> int:
+        """The number of blocks with experts."""
+        return sum(
+            segment.repeats * sum(feed_forward == "moe" for _, feed_forward in segment.period)
+            for segment in self.segments
+        )
+
+    @property
+    def matrices(self) -> int:
+        """The number of matrices of an MLP or of an expert."""
+        return 3 if self.activation == "swiglu" else 2
+
     def build(self, vocab_size: int, seq_len: int, rngs: "nnx.Rngs") -> "Transformer":
         """A new model with random weights."""
         from gptjax.models.transformer import Transformer  # which imports this file
@@ -106,22 +132,29 @@ class ModelConfig:
         D, N, K, H, F = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim
         norm = D * (2 if self.norm == "layernorm" and self.biases else 1)
         attention = 2 * D * N * H + 2 * D * K * H + (2 * H if self.qk_norm else 0)
-        mlp = D * F * (3 if self.activation == "swiglu" else 2)
+        mlp = D * F * self.matrices
         biases = (N + 2 * K) * H + D + F + D if self.biases else 0
         embedding = padded_vocab(vocab_size) * D * (1 if self.tied_embeddings else 2)
         positions = seq_len * D if self.positions == "learned" else 0
-        total = embedding + positions + self.num_layers * (attention + mlp + biases + 2 * norm) + norm
-        return Parameters(total, total)
+        routed, expert = self.num_routed, D * self.expert_dim * self.matrices
+        others = embedding + positions + self.num_layers * (attention + 2 * norm) + norm
+        others += (self.num_layers - routed) * (mlp + biases)
+        others += routed * (self.num_experts * (D + bool(self.router_bias)) + self.shared_experts * expert)
+        return Parameters(
+            others + routed * self.num_experts * expert, others + routed * self.experts_per_token * expert
+        )
 
     def flops_per_token(self, vocab_size: int, seq_len: int) -> int:
         """Model FLOPs of training one token: forward and backward, nothing recomputed counted twice.
 
         A weight of a matrix product counts 6; the unembedding is included and the look-up is not (Kaplan et al. 2020,
         section 2.1). Causal attention looks at half of the seq_len² scores and sums, and only those are counted
-        (Chowdhery et al. 2022, appendix B, counts them all).
+        (Chowdhery et al. 2022, appendix B, counts them all). Of experts those count that a token passes through.
         """
         D, N, K, H, F = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim
-        weights = self.num_layers * (2 * D * N * H + 2 * D * K * H + D * F * (3 if self.activation == "swiglu" else 2))
+        routed, active = self.num_routed, self.experts_per_token + self.shared_experts
+        weights = self.num_layers * (2 * D * N * H + 2 * D * K * H) + (self.num_layers - routed) * D * F * self.matrices
+        weights += routed * D * (self.num_experts + active * self.expert_dim * self.matrices)
         unembedding = padded_vocab(vocab_size) * D
         scores = self.num_layers * 2 * N * H * seq_len // 2
         return 6 * (weights + unembedding + scores)
@@ -152,7 +185,16 @@ class ModelConfig:
         for key in ("num_layers", "num_heads", "embed_dim", "scan_unroll"):
             if getattr(self, key) < 1:
                 raise Refused(f"model.{key}={getattr(self, key)} must be at least 1.")
-        sizes = ("num_kv_heads", "head_dim", "mlp_dim", "sliding_window", "mup_base_width", "mup_base_head_dim")
+        sizes = (
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "expert_dim",
+            "shared_experts",
+            "sliding_window",
+            "mup_base_width",
+            "mup_base_head_dim",
+        )
         for key in (*sizes, "logits_softcap"):
             if getattr(self, key) < 0:
                 raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
@@ -163,6 +205,7 @@ class ModelConfig:
             )
         remat.parse(self.remat)
         pattern.parse(self.layers, self.num_layers)
+        self.check_experts()
         if self.rope_theta <= 0:
             raise Refused(f"model.rope_theta={self.rope_theta} must be more than 0: 10000 is usual.")
         if self.norm_eps <= 0:
@@ -182,11 +225,13 @@ class ModelConfig:
                 "change one of them, or give model.head_dim."
             )
         swiglu_dim = -(-self.embed_dim * 8 // 3 // 64) * 64
+        mlp_dim = self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim)
         config = dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim or self.embed_dim // self.num_heads,
-            mlp_dim=self.mlp_dim or (swiglu_dim if self.activation == "swiglu" else 4 * self.embed_dim),
+            mlp_dim=mlp_dim,
+            expert_dim=self.expert_dim or (mlp_dim if self.num_experts else 0),
             layers="" if self.segments == pattern.parse("", self.num_layers) else self.layers,
         )
         if config.num_heads % config.num_kv_heads:
@@ -197,6 +242,33 @@ class ModelConfig:
         if config.positions == "rope" and config.head_dim % 2:
             raise Refused(f"model.head_dim={config.head_dim} is odd, but rope turns pairs: make it even.")
         return config
+
+    def check_experts(self) -> None:
+        """Raises: Refused, when the settings of the experts do not fit together."""
+        E, k = self.num_experts, self.experts_per_token
+        if E < 0 or bool(E) != bool(self.num_routed):
+            raise Refused(
+                f'model.num_experts={E} and model.layers="{self.layers}" with {self.num_routed} blocks of moe do not '
+                f'belong together: write model.layers="{self.num_layers}(attention/moe)" for a model of experts, and '
+                "model.num_experts=0 for a model without."
+            )
+        if not E:
+            return
+        if not 1 <= k <= E:
+            raise Refused(f"model.experts_per_token={k} must lie between 1 and model.num_experts={E}.")
+        if self.biases:
+            raise Refused("model.biases=true adds biases, which experts do not have: set model.biases=false.")
+        groups, top = self.router_groups, self.router_top_groups
+        if groups < 1 or E % groups or not 1 <= top <= groups or top * (E // max(groups, 1)) < k:
+            raise Refused(
+                f"model.router_groups={groups} must divide model.num_experts={E}, and the {top} groups of "
+                f"model.router_top_groups must be among them and hold model.experts_per_token={k} experts."
+            )
+        for key in ("router_bias", "balance_loss", "router_z_loss"):
+            if getattr(self, key) < 0:
+                raise Refused(f"model.{key}={getattr(self, key)} must not be negative.")
+        if self.router_scale <= 0:
+            raise Refused(f"model.router_scale={self.router_scale} must be more than 0.")
 
 
 def padded_vocab(vocab_size: int) -> int:

@@ -28,7 +28,10 @@ class Hidden(NamedTuple):
     """The last hidden states of a model."""
 
     x_BTD: jax.Array  # after the last norm, in the compute dtype, cut as `act_stream`
-    sums: Mapping[str, jax.Array] = {}  # auxiliary sums over tokens by their name in the log; empty for dense models
+    # Auxiliary sums over all positions by their name in the log: float32 scalars are logged by position, int32 counts
+    # as they are. Empty for dense models.
+    sums: Mapping[str, jax.Array] = {}
+    objective: jax.Array | None = None  # the sums weighted by the config, to be minimized; None for dense models
 
 
 class Output(NamedTuple):
@@ -53,6 +56,10 @@ class LanguageModel(Protocol):
         ...
 
     def output(self) -> Output: ...
+
+    def after_update(self, sums: Mapping[str, jax.Array]) -> LanguageModel:
+        """The model after an update, with changes that no gradient makes. sums: of `hidden` over the whole update."""
+        ...
 
     def for_decoding(self) -> LanguageModel:
         """The same model, laid out for `prefill` and `decode`; the given model stays as it is."""

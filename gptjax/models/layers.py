@@ -17,8 +17,8 @@ ACTIVATIONS = {
     "swiglu": jax.nn.silu,
 }
 
-# The axes along which blocks, and later experts, are stacked: each index holds a matrix of its own.
-STACKED = ("layers",)
+# The axes along which blocks and experts are stacked: each index holds a matrix of its own.
+STACKED = ("layers", "experts")
 
 # A weight declares what generic code needs to know:
 #   axes     the logical name of each dimension (parallel/sharding.py)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gptjax.errors import Refused, nearest
 
 MIXERS = ("attention",)
-FEED_FORWARDS = ("mlp",)
+FEED_FORWARDS = ("mlp", "moe")
 SEGMENT = re.compile(r"([1-9][0-9]{0,5})\(([^()]*)\)")
 
 

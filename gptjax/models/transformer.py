@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.models import blocks, remat
+from gptjax.models import blocks, moe, remat
 from gptjax.models.attention import attention, cached_attention
 from gptjax.models.config import ModelConfig, padded_vocab
 from gptjax.models.interface import Hidden, Inputs, Output
@@ -82,27 +82,39 @@ class Transformer(nnx.Module):
 
         def run(x_BTD, period_and_repeat, first: int):
             period, repeat = period_and_repeat
+            of_period = []
             for place, block in enumerate(period, first):
                 layer = repeat * len(period) + place if len(period) > 1 or place else repeat
                 block_key = None if key is None else jax.random.fold_in(key, layer)
-                x_BTD = block(x_BTD, rotation, block_key, attend, "act_stream")
-            return x_BTD, None
+                x_BTD, sums = block(x_BTD, rotation, block_key, attend, "act_stream")
+                of_period.append(sums)
+            return x_BTD, of_period
 
-        first = 0  # layer of the segment
+        first, of_layers = 0, []  # layer of the segment; sums of the feed-forwards
         for period, segment in zip(blocks.periods(self.blocks), c.segments, strict=True):
             # Inside a loop nothing can be merged with its recomputation. A segment that is unrolled whole has no loop,
             # so a barrier has to keep the two apart.
             apart = c.remat != "none" and c.scan_unroll >= segment.repeats
             step = functools.partial(run, first=first)
             step = jax.checkpoint(step, policy=remat.policy(c.remat), prevent_cse=apart)
-            x_BTD, _ = jax.lax.scan(step, x_BTD, (period, jnp.arange(segment.repeats)), unroll=c.scan_unroll)
+            x_BTD, of_segment = jax.lax.scan(step, x_BTD, (period, jnp.arange(segment.repeats)), unroll=c.scan_unroll)
             first += segment.num_layers
-        return Hidden(self.last(x_BTD))
+            of_layers += of_segment
+        return Hidden(self.last(x_BTD), *moe.combined(of_layers, c))
 
     def last(self, x_BTD):
         """Norms the stream for the unembedding."""
         x_BTD = self.norm(x_BTD)
         return x_BTD if self.config.widened == 1 else x_BTD / self.config.widened
+
+    def after_update(self, sums) -> "Transformer":
+        """The model with router biases that follow the load of the experts."""
+        if not self.config.router_bias:
+            return self
+        model = jax.tree.map(lambda leaf: leaf, self)  # modules of its own, with the same arrays
+        routed = [block for period in blocks.periods(model.blocks) for block in period if hasattr(block, "router")]
+        moe.move_biases(routed, sums["expert_tokens"], self.config.router_bias)
+        return model
 
     def for_decoding(self) -> "Transformer":
         """The same model with a list of single blocks in place of stacks, for `prefill` and `decode`.
@@ -159,5 +171,5 @@ class Transformer(nnx.Module):
         rotation = self.rotation(positions_BT)
         x_BTD = self.embed(tokens_BT, positions_BT, "act_seq")
         for block, attend in zip(self.blocks, attends, strict=True):
-            x_BTD = block(x_BTD, rotation, None, attend, "act_seq")
+            x_BTD, _ = block(x_BTD, rotation, None, attend, "act_seq")
         return self.last(x_BTD)

@@ -27,6 +27,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
+    "router": None,  # the outputs of a router, one an expert
     "norm": None,
     "rank": None,
     "act_batch": ("slices", "data", "fsdp", "ring"),

@@ -53,6 +53,8 @@ def new_state(config: Config, model: LanguageModel) -> TrainState:
 def train_step(state: TrainState, batch: Batch, *, config: Config, vocab_size: int):
     """One update. Returns the next state and its metrics: loss (nats a token), grad_norm, learning_rate, skipped.
 
+    The sums of the model (interface.py) are metrics too, float32 sums by position.
+
     If the loss or the gradient's norm is not finite, the next state equals this state except for the two counts.
 
     Args:
@@ -65,28 +67,34 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, vocab_size: i
         key = jax.random.fold_in(dropout_key, index)
         sums = batch_sums(whole(state, model), micro, key, vocab_size=vocab_size, loss=config.loss)
         # Over the tokens of the whole update, so that micro-batches add up to it whatever their padding.
-        return sums.objective / tokens, sums.nll / tokens
+        return sums.objective / tokens, (sums.nll / tokens, dict(sums.auxiliary))
 
     def accumulate(carry, micro_and_index):
-        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(state.model, *micro_and_index)
+        (_, (nll, auxiliary)), gradient = jax.value_and_grad(objective, has_aux=True)(state.model, *micro_and_index)
         # Else XLA tries to sum over devices after the loop, on whole gradients, and on some TPU programs fails in it.
         gradient = jax.lax.optimization_barrier(gradient)
-        return jax.tree.map(jnp.add, carry, (nll, gradient)), None
+        return jax.tree.map(jnp.add, carry, (nll, gradient)), auxiliary
 
     zeros = (jnp.zeros(()), jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), state.model))
     steps = config.grad_accum_steps
     # A scan of one step is unrolled, and XLA drops the addition to zero.
     with jax.named_scope("forward_backward"):
-        (loss, gradient), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(steps)), unroll=steps == 1)
+        (loss, gradient), sums = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(steps)), unroll=steps == 1)
+    sums = {name: each.sum(0) for name, each in sums.items()}
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimize(gradient, finite, state, config)
-        model = chosen(finite, optax.apply_updates(state.model, updates), state.model)
+        model = optax.apply_updates(state.model, updates)
+        if sums and state.base == ():
+            model = model.after_update(sums)
+        model = chosen(finite, model, state.model)
         ema = moved_average(state, model, finite, config)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step - state.skipped)  # optax counts no skipped ones
     skipped = state.skipped + jnp.logical_not(finite)
     step_metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "skipped": skipped}
+    positions = batch.inputs.size
+    step_metrics |= {name: x / positions if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in sums.items()}
     return TrainState(state.step + 1, skipped, model, opt_state, ema, state.base), step_metrics
 
 

@@ -102,7 +102,7 @@ def test_one_segment_of_one_block_is_the_default():
 
 
 @pytest.mark.parametrize("layers, words", [
-    ("6(attention/moe)", 'unknown feed-forward "moe"; known: mlp'),
+    ("6(attention/mop)", 'unknown feed-forward "mop"; known: mlp, moe'),
     ("6(atention/mlp)", 'unknown mixer "atention"; known: attention. Did you mean "attention"'),
     ("6(attention)", 'unknown feed-forward ""'),
     ("6()", "empty period"),

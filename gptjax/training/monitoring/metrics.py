@@ -13,6 +13,18 @@ from gptjax.training.monitoring.work import Work
 from gptjax.training.monitoring.writers import Writers
 
 
+def of_model(metrics: dict) -> dict:
+    """The sums of the model in a row; for experts also the largest and smallest load, as multiples of an even load."""
+    known = {"loss", "learning_rate", "grad_norm", "skipped", "expert_tokens"}
+    row = {name: value.item() for name, value in metrics.items() if name not in known}
+    if "expert_tokens" in metrics:
+        tokens_LE = metrics["expert_tokens"]
+        load_LE = tokens_LE / tokens_LE.mean(-1, keepdims=True)
+        row |= {"expert_load_max": load_LE.max().item(), "expert_load_min": load_LE.min().item()}
+        row |= {"expert_tokens": tokens_LE.sum(0).tolist()}
+    return row
+
+
 def _of_task(key: str) -> bool:
     return key.startswith("task/")
 
@@ -108,7 +120,7 @@ class Log:
         mfu = self._work.peak and self.floor_seconds / seconds
         numbers = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        row |= {"skipped_updates": int(metrics["skipped"])}
+        row |= {"skipped_updates": int(metrics["skipped"])} | of_model(metrics)
         row |= {"tokens_seen": tokens, "tokens_per_second": speed, "step_seconds": seconds}
         self._writers.write(row | {"mfu": mfu})
         shown = "" if mfu is None else f" · MFU {mfu:.1%}"
