@@ -204,7 +204,7 @@ class Lattice:
 
 
 def of_model(model: bytes) -> Merges | Lattice:
-    """What draws the segmentations of a SentencePiece model. Raises: Refused, for other kinds than BPE and unigram."""
+    """Makes the sampler of a SentencePiece model. Raises: Refused, for other kinds than BPE and unigram."""
     pieces, kind = [], UNIGRAM
     for number, wire_type, content in untrusted.protobuf_values(model):
         if (number, wire_type) == PIECES:

@@ -186,7 +186,7 @@ def test_drawn_encodings_are_exact_and_depend_on_the_seed_alone(tmp_path, model)
 
 @pytest.mark.parametrize("model, alpha", [("bpe", 0.3), ("unigram", 0.3)])
 def test_encodings_are_drawn_as_sentencepiece_draws_them(tmp_path, model, alpha):
-    """Frequencies of the encodings of a word by both: the difference is at most that of two samples of one of them."""
+    """Frequencies of the encodings of a word by both: two samples of 4,000 differ by chance in some 4 % of the draws."""
     ours = tokenizer.train(TokenizerConfig(vocab_size=296, model=model), TEXTS, tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(next(tmp_path.glob("*.model"))))
     text, count = TEXTS[0][:12], 4000
@@ -200,9 +200,9 @@ def test_encodings_are_drawn_as_sentencepiece_draws_them(tmp_path, model, alpha)
     def drawn(_):
         return theirs.encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
 
-    first, second = frequencies(drawn), frequencies(drawn)
+    theirs_found = frequencies(drawn)
     found = frequencies(lambda seed: ours.encode_sampled(text, seed, alpha).tolist())
-    assert len(found) > 3 and distance(found, first) < 1.3 * distance(first, second) + 0.02
+    assert len(found) > 3 and distance(found, theirs_found) < 0.1
 
 
 def test_bytes_have_one_encoding(tmp_path):

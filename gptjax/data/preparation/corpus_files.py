@@ -23,7 +23,7 @@ def write(store: epath.Path, data: DataConfig) -> None:
 
 
 def changes(store: epath.Path, data: DataConfig) -> str:
-    """What has changed in a source since a store was made of it, as the beginning of a sentence; empty for nothing.
+    """Compares a source with the files that a store was made of. Returns the beginning of a sentence; empty for no change.
 
     A file has changed if it has another size, or was written after the store was made. Stores of before know no files.
     """

@@ -33,7 +33,7 @@ def differences(old: dict, new: Config) -> list[str]:
 
     # A key that an earlier version did not know had no effect, like its default now.
     before, now = flatten(default()) | flatten(old), flatten(dataclasses.asdict(new))
-    before |= {key: os.path.expanduser(before[key]) for key in PATHS}  # earlier versions kept a leading ~
+    before |= {key: os.path.expanduser(str(before[key])) for key in PATHS}  # earlier versions kept a leading ~
     # The average of the weights is kept or not; its decay is free.
     for flat in (before, now):
         flat["optimizer.ema_decay"] = "on" if flat.get("optimizer.ema_decay") else "off"
