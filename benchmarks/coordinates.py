@@ -76,9 +76,9 @@ def activations(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
         silent = jax.tree.map(lambda weight: weight, block)  # a copy, whose MLP adds nothing
         silent.down = jax.tree.map(jnp.zeros_like, block.down)
         silent.down_bias = jax.tree.map(jnp.zeros_like, block.down_bias)
-        half = silent(x, rotation, None, attend, "act_stream")
+        half, _ = silent(x, rotation, None, attend, "act_stream")
         found["attention_out"], before = half - x, half
-        x = block(x, rotation, None, attend, "act_stream")
+        x, _ = block(x, rotation, None, attend, "act_stream")
         found["mlp_out"] = x - before
     found["stream"] = x
     found["logits_change"] = jnp.einsum("BTD,VD->BTV", model.last(x), model.output().table[...])

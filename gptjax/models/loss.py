@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -32,7 +31,7 @@ class Sums(NamedTuple):
     nll: jax.Array  # negative log likelihood, nats
     z: jax.Array  # log² of the partition function
     correct: jax.Array  # targets that were the most likely token
-    auxiliary: Mapping[str, jax.Array] = MappingProxyType({})  # the sums of the model (interface.py)
+    auxiliary: Mapping[str, jax.Array] = {}  # the sums of the model (interface.py)
 
 
 def next_token_sums(x_BTD, output: Output, targets_BT, weights_BT, *, vocab_size: int, config: LossConfig) -> Sums:

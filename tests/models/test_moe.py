@@ -212,9 +212,10 @@ def test_counts():
     assert same.flops_per_token(257, 32) - dense.flops_per_token(257, 32) == 6 * 2 * 64 * 4  # the routers
 
 
-def test_no_buffer_holds_all_experts_of_all_tokens():
+def test_no_buffer_holds_all_experts_of_all_tokens(monkeypatch):
     """Temporaries are linear in assignments: no array of the program has tokens · experts · width numbers."""
     model = dataclasses.replace(MOE, num_experts=64, experts_per_token=2, layers="2(attention/moe)")
+    monkeypatch.setitem(experts.BLOCKS, "cpu", 8)  # blocks that fit so few tokens
     config, mesh = tiny(model, batch_size=16), mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         program = step.compile_step(config, 257, step.abstract_state(config, 257, mesh), mesh).as_text()

@@ -186,7 +186,7 @@ def test_drawn_encodings_are_exact_and_depend_on_the_seed_alone(tmp_path, model)
 
 @pytest.mark.parametrize("model, alpha", [("bpe", 0.3), ("unigram", 0.3)])
 def test_encodings_are_drawn_as_sentencepiece_draws_them(tmp_path, model, alpha):
-    """Frequencies of the encodings of a word by both: two samples of 4,000 differ by chance in some 4 % of the draws."""
+    """Frequencies of the encodings of a word by both: two samples of 4,000 differ by chance in some 4 % of draws."""
     ours = tokenizer.train(TokenizerConfig(vocab_size=296, model=model), TEXTS, tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(next(tmp_path.glob("*.model"))))
     text, count = TEXTS[0][:12], 4000

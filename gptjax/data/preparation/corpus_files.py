@@ -23,7 +23,7 @@ def write(store: epath.Path, data: DataConfig) -> None:
 
 
 def changes(store: epath.Path, data: DataConfig) -> str:
-    """Compares a source with the files that a store was made of. Returns the beginning of a sentence; empty for no change.
+    """Compares a source with the files of a store. Returns the beginning of a sentence; empty if nothing changed.
 
     A file has changed if it has another size, or was written after the store was made. Stores of before know no files.
     """
