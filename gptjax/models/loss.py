@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,6 @@ class Sums(NamedTuple):
     nll: jax.Array  # negative log likelihood, nats
     z: jax.Array  # log² of the partition function
     correct: jax.Array  # targets that were the most likely token
-    auxiliary: Mapping[str, jax.Array] = {}  # the sums of the model (interface.py)
 
 
 def next_token_sums(x_BTD, output: Output, targets_BT, weights_BT, *, vocab_size: int, config: LossConfig) -> Sums:
